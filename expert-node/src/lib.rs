@@ -1,0 +1,154 @@
+//! The expert node: owns a set of (layer, expert) and answers `Dispatch`
+//! streams from any number of routers. Nothing lives here but weights and load
+//! counters, so a lost node costs its routers one re-send. Rooms, in the order
+//! a frame meets them:
+//!
+//! - [`service`]: frames in, checked and admitted; replies out
+//! - [`batcher`]: regroups queued rows by expert, across frames and routers
+//! - [`executor`]: the one thread that computes
+//! - [`store`]: which experts are resident, and how much each has worked
+
+#![forbid(unsafe_code)]
+
+pub mod batcher;
+pub mod executor;
+pub mod metrics;
+pub mod service;
+pub mod store;
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use mesh::admin;
+use mesh::lifecycle::{Readiness, Shutdown};
+use mesh::metrics::Metrics;
+use mesh::transport::{self, Endpoint, TransportError};
+use model::{Checkpoint, LoadError, Numerics};
+use proto::MAX_MESSAGE_BYTES;
+use proto::v1::expert_control_server::ExpertControlServer;
+use proto::v1::expert_data_server::ExpertDataServer;
+use tonic::service::Routes;
+
+use crate::metrics::NodeMetrics;
+use crate::service::{Admission, Service};
+use crate::store::Store;
+
+/// Which part of every layer's experts a node owns: share `index` of `count`,
+/// and the `replicas - 1` shares before it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Shard {
+    pub index: u16,
+    pub count: u16,
+    pub replicas: u16,
+}
+
+/// What an expert node is told.
+#[derive(Clone, Debug)]
+pub struct Config {
+    /// The node's name in the mesh.
+    pub id: String,
+    pub listen: Endpoint,
+    /// Where `/metrics`, `/healthz` and `/readyz` are served, if anywhere.
+    pub admin: Option<Endpoint>,
+    pub model_dir: PathBuf,
+    pub numerics: Numerics,
+    pub shard: Shard,
+    pub threads: usize,
+    /// `None` takes the best the CPU has.
+    pub isa: Option<kernels::Isa>,
+    /// Rows × slots that may wait for the executor; more is refused as `BUSY`.
+    pub max_queued_rows: usize,
+}
+
+/// Why a node did not start or had to stop.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    #[error(transparent)]
+    Load(#[from] LoadError),
+    #[error(transparent)]
+    Transport(#[from] TransportError),
+    #[error("cannot serve metrics: {0}")]
+    Admin(std::io::Error),
+    #[error("cannot start the executor thread: {0}")]
+    Thread(std::io::Error),
+    #[error("shard {0} of {1} does not exist")]
+    Shard(u16, u16),
+    #[error("the executor panicked; the node cannot compute any more")]
+    Executor,
+}
+
+/// Loads, binds, serves, and drains when `shutdown` is triggered.
+pub async fn serve(config: Config, shutdown: Shutdown) -> Result<(), Error> {
+    let Shard { index, count, .. } = config.shard;
+    if index >= count {
+        return Err(Error::Shard(index, count));
+    }
+    let readiness = Readiness::starting("loading experts");
+    let metrics = Metrics::default();
+    let listener = transport::bind(&config.listen).await?;
+    let admin = match &config.admin {
+        Some(endpoint) => Some(transport::bind(endpoint).await?),
+        None => None,
+    };
+
+    let checkpoint = Checkpoint::open(&config.model_dir)?;
+    let store = Arc::new(Store::load(&checkpoint, config.shard)?);
+    tracing::info!(
+        experts = store.len(),
+        mib = store.bytes() >> 20,
+        endpoint = %listener.local(),
+        "experts mapped"
+    );
+
+    let node = metrics.register(NodeMetrics::new);
+    let admission = Arc::new(Admission::new(config.max_queued_rows));
+    let isa = config.isa.unwrap_or_else(kernels::Isa::detect);
+    let (queue, mut executor) = executor::start(executor::Parts {
+        compute: kernels::Compute::new(isa, config.threads),
+        numerics: config.numerics,
+        hidden: checkpoint.config().hidden,
+        store: store.clone(),
+        admission: admission.clone(),
+        metrics: node.clone(),
+    })
+    .map_err(Error::Thread)?;
+
+    let service =
+        Service::new(&config, isa, &checkpoint, store, queue, admission.clone(), node, &shutdown);
+    let routes = Routes::new(
+        ExpertDataServer::new(service.clone())
+            .max_decoding_message_size(MAX_MESSAGE_BYTES)
+            .max_encoding_message_size(MAX_MESSAGE_BYTES),
+    )
+    .add_service(ExpertControlServer::new(service));
+
+    readiness.set(Ok(()));
+    let side = admin.map(|listener| {
+        let shutdown = shutdown.clone();
+        tokio::spawn(admin::serve(listener, metrics, readiness.clone(), async move {
+            shutdown.wait().await;
+        }))
+    });
+    let drained = {
+        let shutdown = shutdown.clone();
+        let readiness = readiness.clone();
+        async move {
+            shutdown.wait().await;
+            readiness.set(Err("draining".to_owned()));
+        }
+    };
+    tokio::select! {
+        served = transport::serve_grpc(listener, routes, drained) => served?,
+        // The thread ends only when the service's queue is dropped, or by a panic.
+        _ = &mut executor => return Err(Error::Executor),
+    }
+    if let Some(Ok(served)) = match side {
+        Some(side) => Some(side.await),
+        None => None,
+    } {
+        served.map_err(Error::Admin)?;
+    }
+    tracing::info!(refused = admission.refused.load(Ordering::Relaxed), "drained");
+    Ok(())
+}

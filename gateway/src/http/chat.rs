@@ -1,0 +1,231 @@
+//! `/v1/chat/completions`: a conversation, rendered by the model's own chat
+//! template, goes on with one message of the assistant.
+
+use std::sync::Arc;
+
+use axum::body::Body;
+use axum::extract::{Extension, State};
+use axum::response::{IntoResponse as _, Response};
+use axum::{Json, http::HeaderMap};
+use serde::Serialize;
+
+use super::error::{self, ApiError};
+use super::logprobs::{self, ChatLogprobs, PromptEntry};
+use super::observe::Context;
+use super::sse::{self, Events, Shape};
+use super::types::ChatRequest;
+use super::{Entered, Head, UsageBody};
+use crate::App;
+use crate::job::Usage;
+use crate::job::choice::{Delta, StopReason};
+use crate::text::tokenizer::Tokenizer;
+
+pub async fn handle(
+    State(app): State<Arc<App>>,
+    Extension(context): Extension<Context>,
+    headers: HeaderMap,
+    body: Body,
+) -> Result<Response, ApiError> {
+    let Entered { request, prompts, permit } =
+        super::enter(&app, &headers, body, parse, size, tokenise).await?;
+    let common = &request.common;
+    let prompt_ids = common.return_token_ids.then(|| prompts.concat());
+    let mut job = super::start(&app, &context, (prompts, permit), common, None)?;
+    let object = if common.stream { "chat.completion.chunk" } else { "chat.completion" };
+    let writer = Writer {
+        head: Head::new(&app, &context, "chatcmpl", object),
+        tokenizer: Arc::clone(&app.text.tokenizer),
+        logprobs: common.logprobs.is_some(),
+        ids: common.return_token_ids,
+        include_usage: common.include_usage,
+        started: vec![false; job.choices()],
+        prompt_ids,
+    };
+    if common.stream {
+        return sse::respond(job, writer, app.metrics.clone(), context.open()).await;
+    }
+    let mut choices: Vec<Choice> =
+        (0..).take(job.choices()).map(|index| writer.choice(index)).collect();
+    let mut scores = None;
+    while let Some(delta) = job.next().await? {
+        scores = scores.or(delta.prompt.clone());
+        writer.add(&mut choices[delta.index as usize], delta);
+    }
+    context.open().finished(job.usage());
+    let prompt_logprobs = common
+        .prompt_logprobs
+        .map(|_| logprobs::prompt(&writer.tokenizer, &scores.unwrap_or_default()));
+    let usage = job.usage().into();
+    let prompt_token_ids = writer.prompt_ids.as_deref();
+    let answer = Answer { head: &writer.head, choices, usage, prompt_token_ids, prompt_logprobs };
+    Ok(Json(answer).into_response())
+}
+
+fn parse(app: &App, body: &[u8]) -> Result<ChatRequest, ApiError> {
+    ChatRequest::parse(body, &app.limits())
+}
+
+fn size(request: &ChatRequest) -> (&super::Common, usize) {
+    (&request.common, 1)
+}
+
+fn tokenise(app: &App, request: &ChatRequest) -> Result<Vec<Vec<u32>>, ApiError> {
+    app.text
+        .chat(&request.messages, request.add_generation_prompt, request.common.add_special)
+        .map(|ids| vec![ids])
+        .map_err(|error| error::of_text(error, "messages"))
+}
+
+#[derive(Serialize)]
+struct Answer<'a> {
+    #[serde(flatten)]
+    head: &'a Head,
+    choices: Vec<Choice>,
+    usage: UsageBody,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    prompt_token_ids: Option<&'a [u32]>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    prompt_logprobs: Option<Vec<Option<PromptEntry>>>,
+}
+
+#[derive(Serialize)]
+struct Choice {
+    index: u32,
+    message: AssistantMessage,
+    logprobs: Option<ChatLogprobs>,
+    finish_reason: Option<&'static str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    stop_reason: Option<StopReason>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    token_ids: Option<Vec<u32>>,
+}
+
+#[derive(Serialize)]
+struct AssistantMessage {
+    role: &'static str,
+    content: String,
+    refusal: Option<()>,
+}
+
+#[derive(Serialize)]
+struct Chunk<'a> {
+    #[serde(flatten)]
+    head: &'a Head,
+    choices: &'a [ChunkChoice],
+    /// Absent, null, or there.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    usage: Option<Option<UsageBody>>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    prompt_token_ids: Option<&'a [u32]>,
+}
+
+#[derive(Default, Serialize)]
+struct ChunkChoice {
+    index: u32,
+    delta: ChunkDelta,
+    logprobs: Option<ChatLogprobs>,
+    finish_reason: Option<&'static str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    stop_reason: Option<StopReason>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    token_ids: Option<Vec<u32>>,
+}
+
+#[derive(Default, Serialize)]
+struct ChunkDelta {
+    #[serde(skip_serializing_if = "Option::is_none")]
+    role: Option<&'static str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    content: Option<String>,
+}
+
+/// Deltas to messages and to events.
+struct Writer {
+    head: Head,
+    tokenizer: Arc<Tokenizer>,
+    logprobs: bool,
+    /// Token ids were asked for.
+    ids: bool,
+    include_usage: bool,
+    /// Per choice: its role has been written.
+    started: Vec<bool>,
+    prompt_ids: Option<Vec<u32>>,
+}
+
+impl Writer {
+    fn choice(&self, index: u32) -> Choice {
+        Choice {
+            index,
+            message: AssistantMessage { role: "assistant", content: String::new(), refusal: None },
+            logprobs: self.logprobs.then(ChatLogprobs::default),
+            finish_reason: None,
+            stop_reason: None,
+            token_ids: self.ids.then(Vec::new),
+        }
+    }
+
+    fn add(&self, choice: &mut Choice, delta: Delta) {
+        choice.message.content.push_str(&delta.text);
+        if let Some(token) = &delta.token {
+            if let Some(logprobs) = &mut choice.logprobs {
+                logprobs.push(&self.tokenizer, token);
+            }
+            if let Some(ids) = &mut choice.token_ids {
+                ids.push(token.id);
+            }
+        }
+        if let Some(finish) = delta.finish {
+            choice.finish_reason = Some(finish.reason);
+            choice.stop_reason = finish.stop;
+        }
+    }
+
+    fn push(&self, choice: ChunkChoice, prompt_token_ids: Option<&[u32]>, events: &mut Events) {
+        let usage = self.include_usage.then_some(None);
+        events.push(&Chunk { head: &self.head, choices: &[choice], usage, prompt_token_ids });
+    }
+}
+
+impl Shape for Writer {
+    fn delta(&mut self, delta: Delta, events: &mut Events) {
+        let index = delta.index;
+        if !std::mem::replace(&mut self.started[index as usize], true) {
+            let delta =
+                ChunkDelta { role: Some("assistant"), content: Some(String::new()) };
+            let choice = ChunkChoice { index, delta, ..ChunkChoice::default() };
+            self.push(choice, self.prompt_ids.as_deref(), events);
+        }
+        let mut whole = self.choice(index);
+        self.add(&mut whole, delta);
+        let some_logprobs = whole.logprobs.filter(|logprobs| !logprobs.content.is_empty());
+        let some_ids = whole.token_ids.filter(|ids| !ids.is_empty());
+        let content = whole.message.content;
+        if !content.is_empty() || some_logprobs.is_some() || some_ids.is_some() {
+            let choice = ChunkChoice {
+                index,
+                delta: ChunkDelta { role: None, content: Some(content) },
+                logprobs: some_logprobs,
+                token_ids: some_ids,
+                ..ChunkChoice::default()
+            };
+            self.push(choice, None, events);
+        }
+        if whole.finish_reason.is_some() {
+            let choice = ChunkChoice {
+                index,
+                finish_reason: whole.finish_reason,
+                stop_reason: whole.stop_reason,
+                ..ChunkChoice::default()
+            };
+            self.push(choice, None, events);
+        }
+    }
+
+    fn end(&mut self, usage: Usage, events: &mut Events) {
+        if self.include_usage {
+            let usage = Some(Some(usage.into()));
+            let head = &self.head;
+            events.push(&Chunk { head, choices: &[], usage, prompt_token_ids: None });
+        }
+    }
+}

@@ -1,0 +1,159 @@
+//! One router: its channel, what it last said of itself, and how many sequences
+//! this gateway has there. A router that does not answer is not ready.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use arc_swap::ArcSwap;
+use bytes::Bytes;
+use mesh::transport::{Endpoint, channel};
+use proto::v1::inference_client::InferenceClient;
+use proto::v1::{GenerateEvent, GenerateRequest, RouterStatus, RouterStatusRequest};
+use tokio::time::Instant;
+use tonic::transport::Channel;
+use tonic::{Code, Status, Streaming};
+
+use super::pick::hash;
+use crate::error::Error;
+
+const STATUS_TIMEOUT: Duration = Duration::from_secs(1);
+/// A router too busy to answer in time keeps its last status this long.
+const STATUS_LIFE: Duration = Duration::from_secs(3);
+
+/// What must be equal for a sequence to go on with the same tokens.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Class {
+    numerics: String,
+    device: String,
+    model_digest: Bytes,
+}
+
+impl Class {
+    pub fn of(status: &RouterStatus) -> Self {
+        Self {
+            numerics: status.numerics.clone(),
+            device: status.device.clone(),
+            model_digest: status.model_digest.clone(),
+        }
+    }
+}
+
+/// One router.
+pub struct Router {
+    pub endpoint: Endpoint,
+    /// Hash of the endpoint, the same on every gateway.
+    pub id: u64,
+    client: InferenceClient<Channel>,
+    vocab_size: u32,
+    state: ArcSwap<State>,
+    in_flight: AtomicU64,
+}
+
+struct State {
+    status: Result<Arc<RouterStatus>, String>,
+    at: Instant,
+}
+
+/// One sequence's place in [`Router::in_flight`].
+pub struct Lease(Arc<Router>);
+
+impl Drop for Lease {
+    fn drop(&mut self) {
+        self.0.in_flight.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+impl Router {
+    pub fn new(endpoint: &Endpoint, vocab_size: u32) -> Result<Self, Error> {
+        let client = InferenceClient::new(channel(endpoint)?)
+            .max_decoding_message_size(proto::MAX_MESSAGE_BYTES)
+            .max_encoding_message_size(proto::MAX_MESSAGE_BYTES);
+        Ok(Self {
+            endpoint: endpoint.clone(),
+            id: hash(endpoint.to_string().bytes()),
+            client,
+            vocab_size,
+            state: ArcSwap::from_pointee(State {
+                status: Err("not asked yet".to_owned()),
+                at: Instant::now(),
+            }),
+            in_flight: AtomicU64::new(0),
+        })
+    }
+
+    /// The last status, if it says ready; else why not.
+    pub fn status(&self) -> Result<Arc<RouterStatus>, String> {
+        self.state.load().status.clone()
+    }
+
+    pub fn in_flight(&self) -> u64 {
+        self.in_flight.load(Ordering::Relaxed)
+    }
+
+    /// Takes the router out until its next status.
+    pub fn suspect(&self, reason: &Status) {
+        self.set(Err(describe(reason)));
+    }
+
+    /// Asks for the status and keeps the answer.
+    pub async fn refresh(&self) {
+        let mut client = self.client.clone();
+        let asked = client.status(RouterStatusRequest {});
+        match tokio::time::timeout(STATUS_TIMEOUT, asked).await {
+            Ok(Ok(answer)) => self.set(self.judge(answer.into_inner())),
+            Ok(Err(status)) => self.set(Err(describe(&status))),
+            Err(_) => {
+                if self.state.load().at.elapsed() > STATUS_LIFE {
+                    self.set(Err("does not answer".to_owned()));
+                }
+            }
+        }
+    }
+
+    fn judge(&self, status: RouterStatus) -> Result<Arc<RouterStatus>, String> {
+        if status.draining {
+            return Err("draining".to_owned());
+        }
+        if !status.ready {
+            let detail = if status.detail.is_empty() { "not ready" } else { &status.detail };
+            return Err(detail.to_owned());
+        }
+        if status.vocab_size != self.vocab_size {
+            let (theirs, ours) = (status.vocab_size, self.vocab_size);
+            return Err(format!("serves a vocabulary of {theirs}, not {ours}: another model"));
+        }
+        Ok(Arc::new(status))
+    }
+
+    fn set(&self, status: Result<Arc<RouterStatus>, String>) {
+        let before = self.state.swap(Arc::new(State { status, at: Instant::now() }));
+        match (&before.status, &self.state.load().status) {
+            (Err(_), Ok(_)) => tracing::info!(router = %self.endpoint, "router is ready"),
+            (Ok(_), Err(reason)) => {
+                tracing::warn!(router = %self.endpoint, reason, "router is not ready");
+            }
+            _ => {}
+        }
+    }
+
+    /// Starts a sequence. The lease counts it until dropped.
+    pub async fn generate(
+        self: &Arc<Self>,
+        request: GenerateRequest,
+    ) -> Result<(Streaming<GenerateEvent>, Lease), Status> {
+        self.in_flight.fetch_add(1, Ordering::Relaxed);
+        let lease = Lease(Arc::clone(self));
+        let mut client = self.client.clone();
+        let stream = client.generate(request).await?.into_inner();
+        Ok((stream, lease))
+    }
+}
+
+/// Short and in people's words.
+fn describe(status: &Status) -> String {
+    match status.code() {
+        Code::Unavailable => format!("unreachable: {}", status.message()),
+        code => format!("{code:?}: {}", status.message()),
+    }
+}

@@ -1,0 +1,22 @@
+//! What a process needs to be a node of the mesh. Rooms:
+//!
+//! - [`transport`]: endpoints, listeners, channels; the one place that opens sockets
+//! - [`link`]: the actor that keeps one data stream to one expert node
+//! - [`placement`]: which live node owns which expert, and the pure planner
+//! - [`supervise`]: actors rebuilt from a factory when they stop or panic
+//! - [`lifecycle`]: shutdown and readiness
+//! - [`admin`]: `/metrics`, `/healthz`, `/readyz` of router and expert node
+//! - [`metrics`], [`telemetry`]: Prometheus registry; logs and OpenTelemetry spans
+//!
+//! Nothing here knows the model's maths.
+
+#![forbid(unsafe_code)]
+
+pub mod admin;
+pub mod lifecycle;
+pub mod link;
+pub mod metrics;
+pub mod placement;
+pub mod supervise;
+pub mod telemetry;
+pub mod transport;

@@ -1,0 +1,321 @@
+//! The actor that keeps one data stream to one expert node.
+//!
+//! It connects, asks who is there, refuses a node of another model or numerics
+//! class, opens the stream and pumps replies into the engine's channel. When
+//! the stream ends it says so in the same channel, after the last reply, and
+//! connects again with backoff. Frames do not pass through its mailbox: the
+//! engine writes them to the stream's queue through a [`LinkHandle`].
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use actix::{Actor, ActorFutureExt as _, AsyncContext as _, Context, Recipient, WrapFuture as _};
+use arc_swap::{ArcSwap, ArcSwapOption};
+use crossbeam_channel::{Sender, TrySendError};
+use proto::MAX_MESSAGE_BYTES;
+use proto::v1::expert_control_client::ExpertControlClient;
+use proto::v1::expert_data_client::ExpertDataClient;
+use proto::v1::{DescribeRequest, DispatchFrame, DispatchReply, NodeDescription};
+use tokio::sync::mpsc;
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::transport::Channel;
+
+use crate::placement::NodeIndex;
+use crate::supervise::Pulse;
+use crate::transport::{Endpoint, channel};
+
+/// Frames that may wait to be written to one node's stream.
+const SEND_QUEUE: usize = 256;
+const FIRST_RECONNECT: Duration = Duration::from_millis(50);
+const SLOWEST_RECONNECT: Duration = Duration::from_secs(2);
+const CALL_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// What a link tells the engine, in the order it happened.
+#[derive(Debug)]
+pub enum LinkEvent {
+    Reply(NodeIndex, DispatchReply),
+    /// The stream ended: what was sent and not answered will not be.
+    Down(NodeIndex),
+}
+
+/// Told to the fleet whenever a link comes up or goes down.
+#[derive(actix::Message)]
+#[rtype(result = "()")]
+pub struct LinksChanged;
+
+/// Whoever hears of changes now; a rebuilt fleet puts itself here.
+pub type FleetAddress = Arc<ArcSwapOption<Recipient<LinksChanged>>>;
+
+/// What a router requires of every node it talks to.
+#[derive(Clone, Debug)]
+pub struct Identity {
+    pub model_digest: Vec<u8>,
+    pub numerics: String,
+    pub hidden: u32,
+}
+
+/// Why a link is not up.
+#[derive(Debug, thiserror::Error)]
+enum LinkError {
+    #[error("{0}")]
+    Transport(#[from] crate::transport::TransportError),
+    #[error("{}", describe_status(.0))]
+    Call(#[from] Box<tonic::Status>),
+    #[error("serves another model: its digest is {got}, ours {want}")]
+    Model { got: String, want: String },
+    #[error("computes in {got}, this router in {want}")]
+    Numerics { got: String, want: String },
+    #[error("its hidden size is {got}, ours {want}")]
+    Hidden { got: u32, want: u32 },
+    #[error("is draining")]
+    Draining,
+    #[error("the stream ended")]
+    Ended,
+}
+
+/// The cause, not the wrapper: tonic says "transport error" for a refused connection.
+fn describe_status(status: &tonic::Status) -> String {
+    let mut cause: &dyn std::error::Error = status;
+    while let Some(next) = cause.source() {
+        cause = next;
+    }
+    match std::ptr::eq(cause as *const dyn std::error::Error as *const (), status as *const _ as *const ()) {
+        true => format!("{}: {}", status.code(), status.message()),
+        false => cause.to_string(),
+    }
+}
+
+/// One node as the engine and operators see it.
+pub struct LinkHandle {
+    pub node: NodeIndex,
+    pub endpoint: Endpoint,
+    queue: ArcSwapOption<mpsc::Sender<DispatchFrame>>,
+    description: ArcSwapOption<NodeDescription>,
+    detail: ArcSwap<String>,
+    pub frames: AtomicU64,
+    pub retries: AtomicU64,
+    /// Exponentially weighted round trip of a frame, in microseconds.
+    pub round_trip_us: AtomicU64,
+}
+
+impl LinkHandle {
+    pub fn new(node: NodeIndex, endpoint: Endpoint) -> Arc<Self> {
+        Arc::new(Self {
+            node,
+            endpoint,
+            queue: ArcSwapOption::empty(),
+            description: ArcSwapOption::empty(),
+            detail: ArcSwap::from_pointee("not connected yet".to_owned()),
+            frames: AtomicU64::new(0),
+            retries: AtomicU64::new(0),
+            round_trip_us: AtomicU64::new(0),
+        })
+    }
+
+    /// Queues a frame for writing; gives it back when the link is down or its queue full.
+    pub fn send(&self, frame: DispatchFrame) -> Result<(), Box<DispatchFrame>> {
+        let queue = self.queue.load();
+        let Some(queue) = queue.as_ref() else { return Err(Box::new(frame)) };
+        queue.try_send(frame).map_err(|error| match error {
+            mpsc::error::TrySendError::Full(frame) | mpsc::error::TrySendError::Closed(frame) => {
+                Box::new(frame)
+            }
+        })?;
+        self.frames.fetch_add(1, Ordering::Relaxed);
+        Ok(())
+    }
+
+    /// Who answers there, while the link is up.
+    pub fn description(&self) -> Option<Arc<NodeDescription>> {
+        self.description.load_full()
+    }
+
+    /// `up`, or why the link is down.
+    pub fn detail(&self) -> String {
+        self.detail.load().to_string()
+    }
+
+    /// Takes one measured round trip into the running average.
+    pub fn observe(&self, round_trip: Duration) {
+        let new = round_trip.as_micros() as u64;
+        let old = self.round_trip_us.load(Ordering::Relaxed);
+        let mean = if old == 0 { new } else { (old * 7 + new) / 8 };
+        self.round_trip_us.store(mean, Ordering::Relaxed);
+    }
+
+    fn up(&self, description: NodeDescription, queue: mpsc::Sender<DispatchFrame>) {
+        self.description.store(Some(Arc::new(description)));
+        self.queue.store(Some(Arc::new(queue)));
+        self.detail.store(Arc::new("up".to_owned()));
+    }
+
+    fn down(&self, reason: &LinkError) {
+        self.queue.store(None);
+        self.description.store(None);
+        self.detail.store(Arc::new(reason.to_string()));
+    }
+}
+
+/// Everything a link needs; cloned by its factory for each rebuild.
+#[derive(Clone)]
+pub struct LinkParts {
+    pub handle: Arc<LinkHandle>,
+    pub identity: Identity,
+    pub events: Sender<LinkEvent>,
+    pub fleet: FleetAddress,
+}
+
+/// See the module's text.
+pub struct Link {
+    parts: LinkParts,
+    pause: Duration,
+    _pulse: Pulse,
+}
+
+impl Link {
+    pub fn new(parts: LinkParts, pulse: Pulse) -> Self {
+        Self { parts, pause: FIRST_RECONNECT, _pulse: pulse }
+    }
+
+    fn connect(&mut self, ctx: &mut Context<Self>) {
+        let session = session(self.parts.clone()).into_actor(self);
+        ctx.spawn(session.map(|(error, was_up), link, ctx| link.lost(&error, was_up, ctx)));
+    }
+
+    fn lost(&mut self, error: &LinkError, was_up: bool, ctx: &mut Context<Self>) {
+        let LinkParts { handle, .. } = &self.parts;
+        if handle.detail() != error.to_string() {
+            tracing::warn!(node = %handle.endpoint, reason = %error, "link is down");
+        }
+        self.take_down(error);
+        if was_up {
+            self.pause = FIRST_RECONNECT;
+        }
+        ctx.run_later(self.pause, |link, ctx| link.connect(ctx));
+        self.pause = (self.pause * 2).min(SLOWEST_RECONNECT);
+    }
+
+    /// Publishes that nothing can be sent; the fleet and the engine hear of it.
+    fn take_down(&self, reason: &LinkError) {
+        let was_up = self.parts.handle.description().is_some();
+        self.parts.handle.down(reason);
+        if was_up {
+            notify(&self.parts.fleet);
+            let event = LinkEvent::Down(self.parts.handle.node);
+            // The channel holds more than all frames in flight, so it is full only
+            // when a peer floods us; then a thread may wait for the engine.
+            if let Err(TrySendError::Full(event)) = self.parts.events.try_send(event) {
+                let events = self.parts.events.clone();
+                actix::spawn(async move { deliver(&events, event).await });
+            }
+        }
+    }
+}
+
+impl Actor for Link {
+    type Context = Context<Self>;
+
+    fn started(&mut self, ctx: &mut Self::Context) {
+        self.connect(ctx);
+    }
+}
+
+impl Drop for Link {
+    fn drop(&mut self) {
+        // A panic unwinds past `lost`: the engine must still hear of it.
+        self.take_down(&LinkError::Ended);
+    }
+}
+
+fn notify(fleet: &FleetAddress) {
+    if let Some(fleet) = fleet.load().as_ref() {
+        // A full mailbox already holds a notice that will see this change, and
+        // a fleet that is being rebuilt looks at all links when it starts.
+        let _ = fleet.try_send(LinksChanged);
+    }
+}
+
+/// One connection from first call to last reply. Returns why it ended and
+/// whether it had been up.
+async fn session(parts: LinkParts) -> (LinkError, bool) {
+    let handle = &parts.handle;
+    let opened = match open(&parts).await {
+        Ok(opened) => opened,
+        Err(error) => return (error, false),
+    };
+    let (description, mut replies, queue) = opened;
+    tracing::info!(node = description.node_id, endpoint = %handle.endpoint, "link is up");
+    handle.up(description, queue);
+    notify(&parts.fleet);
+    let error = loop {
+        match replies.message().await {
+            Ok(Some(reply)) => {
+                deliver(&parts.events, LinkEvent::Reply(handle.node, reply)).await;
+            }
+            Ok(None) => break LinkError::Ended,
+            Err(status) => break Box::new(status).into(),
+        }
+    };
+    (error, true)
+}
+
+type Opened = (NodeDescription, tonic::Streaming<DispatchReply>, mpsc::Sender<DispatchFrame>);
+
+async fn open(parts: &LinkParts) -> Result<Opened, LinkError> {
+    let channel: Channel = channel(&parts.handle.endpoint)?;
+    let mut request = tonic::Request::new(DescribeRequest {});
+    request.set_timeout(CALL_TIMEOUT);
+    let description = ExpertControlClient::new(channel.clone())
+        .describe(request)
+        .await
+        .map_err(Box::new)?
+        .into_inner();
+    parts.identity.check(&description)?;
+
+    let (queue, frames) = mpsc::channel(SEND_QUEUE);
+    let replies = ExpertDataClient::new(channel)
+        .max_decoding_message_size(MAX_MESSAGE_BYTES)
+        .max_encoding_message_size(MAX_MESSAGE_BYTES)
+        .dispatch(ReceiverStream::new(frames))
+        .await
+        .map_err(Box::new)?
+        .into_inner();
+    Ok((description, replies, queue))
+}
+
+/// Waits for room without blocking the arbiter; a flood stalls only its own link.
+async fn deliver(events: &Sender<LinkEvent>, mut event: LinkEvent) {
+    loop {
+        match events.try_send(event) {
+            Ok(()) | Err(TrySendError::Disconnected(_)) => return,
+            Err(TrySendError::Full(back)) => event = back,
+        }
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    }
+}
+
+impl Identity {
+    fn check(&self, node: &NodeDescription) -> Result<(), LinkError> {
+        if node.model_digest != self.model_digest {
+            return Err(LinkError::Model {
+                got: short_hex(&node.model_digest),
+                want: short_hex(&self.model_digest),
+            });
+        }
+        if node.numerics != self.numerics {
+            return Err(LinkError::Numerics {
+                got: node.numerics.clone(),
+                want: self.numerics.clone(),
+            });
+        }
+        if node.hidden != self.hidden {
+            return Err(LinkError::Hidden { got: node.hidden, want: self.hidden });
+        }
+        if node.draining { Err(LinkError::Draining) } else { Ok(()) }
+    }
+}
+
+fn short_hex(digest: &[u8]) -> String {
+    digest.iter().take(6).map(|byte| format!("{byte:02x}")).collect()
+}

@@ -1,0 +1,215 @@
+//! Sockets: endpoints as people write them, listeners, gRPC channels and servers.
+//!
+//! Every listener sets TCP_NODELAY on what it accepts and every server sets the
+//! limits that tonic leaves open (message sizes, streams per connection,
+//! header and keep-alive times). Nothing else in the mesh opens a socket.
+
+use std::fmt;
+use std::future::Future;
+use std::path::PathBuf;
+use std::str::FromStr;
+use std::time::Duration;
+
+use hyper_util::rt::TokioIo;
+use tokio::net::{TcpListener, UnixListener, UnixStream};
+use tokio_stream::wrappers::UnixListenerStream;
+use tonic::service::Routes;
+use tonic::transport::server::TcpIncoming;
+use tonic::transport::{Channel, Server, Uri};
+
+/// Streams one connection may hold open. A router needs one data stream and a
+/// few control calls; a gateway one stream per request it forwards.
+const MAX_STREAMS: u32 = 4096;
+/// HTTP/2 flow-control windows: a layer's largest frames fit without a stall.
+const STREAM_WINDOW: u32 = 8 << 20;
+const CONNECTION_WINDOW: u32 = 32 << 20;
+const MAX_HEADER_BYTES: u32 = 16 << 10;
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
+const KEEP_ALIVE_EVERY: Duration = Duration::from_secs(10);
+const KEEP_ALIVE_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// Where a process listens or is reached: `host:port`, `http://host:port` or `unix:/path`.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub enum Endpoint {
+    Tcp(String),
+    Unix(PathBuf),
+}
+
+/// Why an endpoint could not be used.
+#[derive(Debug, thiserror::Error)]
+pub enum TransportError {
+    #[error("`{0}` is not an endpoint: expected host:port or unix:/path")]
+    Endpoint(String),
+    #[error("address {0} is in use")]
+    InUse(Endpoint),
+    #[error("cannot listen on {endpoint}: {source}")]
+    Bind { endpoint: Endpoint, source: std::io::Error },
+    #[error("server on {endpoint} failed: {source}")]
+    Serve { endpoint: Endpoint, source: tonic::transport::Error },
+}
+
+impl FromStr for Endpoint {
+    type Err = TransportError;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        let bad = || TransportError::Endpoint(text.to_owned());
+        if let Some(path) = text.strip_prefix("unix:") {
+            return if path.is_empty() { Err(bad()) } else { Ok(Self::Unix(path.into())) };
+        }
+        let address = text.strip_prefix("http://").unwrap_or(text).trim_end_matches('/');
+        let (host, port) = address.rsplit_once(':').ok_or_else(bad)?;
+        if host.is_empty() || host.contains('/') || port.parse::<u16>().is_err() {
+            return Err(bad());
+        }
+        Ok(Self::Tcp(address.to_owned()))
+    }
+}
+
+impl fmt::Display for Endpoint {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Tcp(address) => f.write_str(address),
+            Self::Unix(path) => write!(f, "unix:{}", path.display()),
+        }
+    }
+}
+
+/// A bound socket, not yet served.
+pub enum Listener {
+    Tcp(TcpListener),
+    Unix(UnixListener, PathBuf),
+}
+
+impl Listener {
+    /// Where it really listens: a port of 0 is replaced by the one it was given.
+    pub fn local(&self) -> Endpoint {
+        match self {
+            Self::Tcp(listener) => Endpoint::Tcp(
+                listener.local_addr().map_or_else(|e| e.to_string(), |address| address.to_string()),
+            ),
+            Self::Unix(_, path) => Endpoint::Unix(path.clone()),
+        }
+    }
+}
+
+/// Binds `endpoint`. A Unix socket file that nobody answers on is replaced.
+///
+/// # Errors
+/// [`TransportError::InUse`] when another process listens there.
+pub async fn bind(endpoint: &Endpoint) -> Result<Listener, TransportError> {
+    let failed = |source: std::io::Error| match source.kind() {
+        std::io::ErrorKind::AddrInUse => TransportError::InUse(endpoint.clone()),
+        _ => TransportError::Bind { endpoint: endpoint.clone(), source },
+    };
+    match endpoint {
+        Endpoint::Tcp(address) => {
+            TcpListener::bind(address).await.map(Listener::Tcp).map_err(failed)
+        }
+        Endpoint::Unix(path) => {
+            if path.exists() && UnixStream::connect(path).await.is_err() {
+                std::fs::remove_file(path).map_err(failed)?;
+            }
+            UnixListener::bind(path).map(|l| Listener::Unix(l, path.clone())).map_err(failed)
+        }
+    }
+}
+
+/// A channel that connects when first used and again whenever the connection is lost.
+pub fn channel(endpoint: &Endpoint) -> Result<Channel, TransportError> {
+    let uri = match endpoint {
+        Endpoint::Tcp(address) => format!("http://{address}"),
+        // The authority is required by HTTP/2 but means nothing on a Unix socket.
+        Endpoint::Unix(_) => "http://localhost".to_owned(),
+    };
+    let builder = Channel::from_shared(uri)
+        .map_err(|_| TransportError::Endpoint(endpoint.to_string()))?
+        .connect_timeout(CONNECT_TIMEOUT)
+        .tcp_nodelay(true)
+        .initial_stream_window_size(STREAM_WINDOW)
+        .initial_connection_window_size(CONNECTION_WINDOW)
+        .http2_keep_alive_interval(KEEP_ALIVE_EVERY)
+        .keep_alive_timeout(KEEP_ALIVE_TIMEOUT)
+        .keep_alive_while_idle(true);
+    Ok(match endpoint {
+        Endpoint::Tcp(_) => builder.connect_lazy(),
+        Endpoint::Unix(path) => {
+            let path = path.clone();
+            builder.connect_with_connector_lazy(tower::service_fn(move |_: Uri| {
+                let path = path.clone();
+                async move { UnixStream::connect(path).await.map(TokioIo::new) }
+            }))
+        }
+    })
+}
+
+/// Serves `routes`, plus health and reflection, until `shutdown` resolves and
+/// the calls in flight have ended.
+pub async fn serve_grpc(
+    listener: Listener,
+    routes: Routes,
+    shutdown: impl Future<Output = ()>,
+) -> Result<(), TransportError> {
+    let endpoint = listener.local();
+    let (_health, health_service) = tonic_health::server::health_reporter();
+    let routes = routes.add_service(health_service);
+    let routes = match tonic_reflection::server::Builder::configure()
+        .register_encoded_file_descriptor_set(proto::DESCRIPTOR)
+        .build_v1()
+    {
+        Ok(reflection) => routes.add_service(reflection),
+        Err(error) => {
+            tracing::warn!(%error, "serving without gRPC reflection");
+            routes
+        }
+    };
+    let server = Server::builder()
+        .max_concurrent_streams(MAX_STREAMS)
+        .http2_max_header_list_size(MAX_HEADER_BYTES)
+        .initial_stream_window_size(STREAM_WINDOW)
+        .initial_connection_window_size(CONNECTION_WINDOW)
+        .http2_keepalive_interval(Some(KEEP_ALIVE_EVERY))
+        .http2_keepalive_timeout(Some(KEEP_ALIVE_TIMEOUT))
+        .add_routes(routes);
+    let served = match listener {
+        Listener::Tcp(listener) => {
+            let incoming = TcpIncoming::from(listener).with_nodelay(Some(true));
+            server.serve_with_incoming_shutdown(incoming, shutdown).await
+        }
+        Listener::Unix(listener, path) => {
+            let incoming = UnixListenerStream::new(listener);
+            let served = server.serve_with_incoming_shutdown(incoming, shutdown).await;
+            // Best effort: a stale socket file is also replaced by the next bind.
+            let _ = std::fs::remove_file(path);
+            served
+        }
+    };
+    served.map_err(|source| TransportError::Serve { endpoint, source })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn endpoints_parse_as_people_write_them() {
+        for (text, shown) in [
+            ("127.0.0.1:7000", "127.0.0.1:7000"),
+            ("http://node-1:7000/", "node-1:7000"),
+            ("[::1]:7000", "[::1]:7000"),
+            ("unix:/run/moemesh/n0.sock", "unix:/run/moemesh/n0.sock"),
+        ] {
+            assert_eq!(text.parse::<Endpoint>().unwrap().to_string(), shown);
+        }
+        for bad in ["", "localhost", ":7000", "host:port", "host:70000", "unix:", "a/b:1"] {
+            let error = bad.parse::<Endpoint>().unwrap_err().to_string();
+            assert!(error.contains(&format!("`{bad}`")), "{error}");
+        }
+    }
+
+    #[tokio::test]
+    async fn a_port_in_use_is_named() {
+        let first = bind(&"127.0.0.1:0".parse().unwrap()).await.unwrap();
+        let error = bind(&first.local()).await.err().unwrap();
+        assert_eq!(error.to_string(), format!("address {} is in use", first.local()));
+    }
+}

@@ -1,0 +1,230 @@
+//! How fast each rung of the ladder is, beside what this machine could do in the same minute.
+//!
+//! Each line first checks the device against the scalar one, bit for bit, then times a product on one thread
+//! with weights that come from memory, as they do in decoding, and prints the best of several passes. `cargo bench -p
+//! kernels` runs all of it; arguments that name instruction sets, or numbers of rows, choose among them.
+
+use half::bf16;
+use kernels::{Acts, DType, Isa, Kernels, Mat, Out, Packed};
+use std::env;
+use std::hint::black_box;
+use std::time::Instant;
+
+/// A routed expert's projection in DeepSeek-V3.
+const N: usize = 2048;
+const K: usize = 7168;
+/// Edge of its FP8 blocks.
+const BLOCK: usize = 128;
+/// Bytes of weights in turn, more than any cache here holds.
+const FOOTPRINT: usize = 192 << 20;
+const PASSES: usize = 5;
+
+fn main() {
+    let chosen: Vec<String> = env::args().skip(1).filter(|a| !a.starts_with('-')).collect();
+    let wanted = |isa: Isa| {
+        let names = ["scalar", "avx2", "avx512", "avx512bf16"];
+        !chosen.iter().any(|c| names.contains(&c.as_str())) || chosen.contains(&isa.to_string())
+    };
+    let mut rows: Vec<usize> = chosen.iter().filter_map(|c| c.parse().ok()).collect();
+    if rows.is_empty() {
+        rows = vec![1, 2, 4, 16, 256];
+    }
+    let bandwidth = read_bandwidth();
+    println!("memory read, one thread: {bandwidth:.1} GB/s");
+    for isa in Isa::available().into_iter().filter(|isa| wanted(*isa)) {
+        let (f32_peak, bf16_peak) = fma_peak(isa);
+        println!("\n{isa}: fused multiply-add peak {f32_peak:.0} GFLOP/s, bf16 {bf16_peak:.0}");
+        println!("acts  weight  rows      GB/s  of memory    GFLOP/s  of peak");
+        for dtype in [DType::F32, DType::Bf16, DType::Fp8] {
+            for class in ["f32", "bf16"] {
+                let peak = if class == "bf16" { bf16_peak } else { f32_peak };
+                for &rows in rows.iter().filter(|r| isa != Isa::Scalar || **r <= 4) {
+                    let (gb, gflop) = measure(isa, dtype, class == "bf16", rows);
+                    println!(
+                        "{class:5} {:6} {rows:5} {gb:9.2}     {:5.0} % {gflop:10.1}   {:5.0} %",
+                        format!("{dtype:?}").to_lowercase(),
+                        100.0 * gb / bandwidth,
+                        100.0 * gflop / peak,
+                    );
+                }
+            }
+        }
+    }
+}
+
+/// GB/s of weights read and GFLOP/s of one product.
+fn measure(isa: Isa, dtype: DType, bf16_class: bool, rows: usize) -> (f64, f64) {
+    let device = Kernels::new(isa);
+    let size = N * K * dtype.size();
+    let copies = if isa == Isa::Scalar { 1 } else { FOOTPRINT.div_ceil(size) };
+    let bytes: Vec<u8> = (0..copies).flat_map(|_| weight(dtype)).collect();
+    let scales: Vec<u8> = numbers((N / BLOCK) * (K / BLOCK)).flat_map(f32::to_le_bytes).collect();
+    let mats: Vec<Mat<'_>> = bytes
+        .chunks_exact(size)
+        .map(|bytes| match dtype {
+            DType::F32 => Mat::f32(bytes, N, K),
+            DType::Bf16 => Mat::bf16(bytes, N, K),
+            DType::Fp8 => Mat::fp8(bytes, &scales, N, K, (BLOCK, BLOCK)),
+        })
+        .collect::<Result<_, _>>()
+        .unwrap_or_else(|e| panic!("{e}"));
+    let x32: Vec<f32> = numbers(rows * K).collect();
+    let x16: Vec<bf16> = x32.iter().map(|x| bf16::from_f32(*x)).collect();
+    let x = if bf16_class { Acts::Bf16(&x16) } else { Acts::F32(&x32) };
+    let mut y = vec![0.0; rows * N];
+    let mut packed = Packed::new();
+
+    let part = mats[0].rows(100..117);
+    let (mut got, mut want) = (vec![0.0f32; rows * 17], vec![0.0f32; rows * 17]);
+    device.matmul(x, rows, part, &mut got, 17);
+    Kernels::new(Isa::Scalar).matmul(x, rows, part, &mut want, 17);
+    assert!(got.iter().zip(&want).all(|(g, w)| g.to_bits() == w.to_bits()), "bits differ");
+
+    let passes = if isa == Isa::Scalar { 1 } else { PASSES };
+    let best = (0..passes)
+        .map(|_| {
+            let start = Instant::now();
+            // A few products are enough where each takes long.
+            let turns = if rows > 16 { copies.min(2) } else { copies };
+            for mat in &mats[..turns] {
+                device.pack(x, rows, *mat, &mut packed);
+                device.matmul_packed(&packed, *mat, &mut Out::new(&mut y, rows, N, N));
+                black_box(&mut y);
+            }
+            start.elapsed().as_secs_f64() / turns as f64
+        })
+        .fold(f64::INFINITY, f64::min);
+    (size as f64 / best / 1e9, 2.0 * (rows * N * K) as f64 / best / 1e9)
+}
+
+/// A weight's bytes: normal numbers of all signs.
+fn weight(dtype: DType) -> Vec<u8> {
+    match dtype {
+        DType::F32 => numbers(N * K).flat_map(f32::to_le_bytes).collect(),
+        DType::Bf16 => numbers(N * K).flat_map(|x| bf16::from_f32(x).to_le_bytes()).collect(),
+        DType::Fp8 => numbers(N * K).map(|x| (x.to_bits() >> 15) as u8 & 0xf7).collect(),
+    }
+}
+
+/// Repeatable numbers between 0.5 and 1, of either sign.
+fn numbers(n: usize) -> impl Iterator<Item = f32> {
+    let mut state = 1u32;
+    (0..n).map(move |_| {
+        state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+        f32::from_bits((state & 0x8000_0000) | 0x3f00_0000 | (state >> 8 & 0x7f_ffff))
+    })
+}
+
+/// GB/s at which one thread reads memory.
+fn read_bandwidth() -> f64 {
+    let data = vec![1u64; FOOTPRINT / 8];
+    let best = (0..8)
+        .map(|_| {
+            let start = Instant::now();
+            let mut sums = [0u64; 32];
+            for chunk in data.as_chunks::<32>().0 {
+                for (s, x) in sums.iter_mut().zip(chunk) {
+                    *s ^= *x;
+                }
+            }
+            black_box(sums);
+            start.elapsed().as_secs_f64()
+        })
+        .fold(f64::INFINITY, f64::min);
+    FOOTPRINT as f64 / best / 1e9
+}
+
+/// Rounds of a peak measurement.
+const ROUNDS: usize = 4_000_000;
+
+fn best_rate(flops_per_round: usize, f: impl Fn()) -> f64 {
+    let time = |_| {
+        let start = Instant::now();
+        f();
+        start.elapsed().as_secs_f64()
+    };
+    let best = (0..5).map(time).fold(f64::INFINITY, f64::min);
+    (ROUNDS * flops_per_round) as f64 / best / 1e9
+}
+
+/// GFLOP/s of multiply-adds that stay in registers: f32, and bf16 (the same, where there is no instruction for it).
+#[cfg(target_arch = "x86_64")]
+fn fma_peak(isa: Isa) -> (f64, f64) {
+    // SAFETY, of the calls below: `isa` is available.
+    match isa {
+        Isa::Scalar => {
+            let f = best_rate(2 * 10, || {
+                let mut acc = black_box([1.0f32; 10]);
+                for _ in 0..ROUNDS {
+                    acc = acc.map(|a| a.mul_add(0.9, 0.1));
+                }
+                black_box(acc);
+            });
+            (f, f)
+        }
+        Isa::Avx2 => {
+            // SAFETY: as above.
+            let f = best_rate(2 * 8 * 10, || unsafe { peak::avx2() });
+            (f, f)
+        }
+        Isa::Avx512 => {
+            // SAFETY: as above.
+            let f = best_rate(2 * 16 * 20, || unsafe { peak::avx512() });
+            (f, f)
+        }
+        Isa::Avx512Bf16 => {
+            // SAFETY: as above.
+            let f = best_rate(2 * 16 * 20, || unsafe { peak::avx512() });
+            // SAFETY: as above.
+            (f, best_rate(2 * 32 * 20, || unsafe { peak::bf16() }))
+        }
+    }
+}
+
+#[cfg(not(target_arch = "x86_64"))]
+fn fma_peak(_: Isa) -> (f64, f64) {
+    (f64::NAN, f64::NAN)
+}
+
+#[cfg(target_arch = "x86_64")]
+mod peak {
+    use super::{ROUNDS, black_box};
+    use std::arch::x86_64::*;
+
+    #[target_feature(enable = "avx2,fma")]
+    pub unsafe fn avx2() {
+        let (a, b) = (_mm256_set1_ps(black_box(0.9)), _mm256_set1_ps(black_box(0.1)));
+        let mut acc = [_mm256_set1_ps(1.0); 10];
+        for _ in 0..ROUNDS {
+            for acc in &mut acc {
+                *acc = _mm256_fmadd_ps(*acc, a, b);
+            }
+        }
+        black_box(acc);
+    }
+
+    #[target_feature(enable = "avx512f")]
+    pub unsafe fn avx512() {
+        let (a, b) = (_mm512_set1_ps(black_box(0.9)), _mm512_set1_ps(black_box(0.1)));
+        let mut acc = [_mm512_set1_ps(1.0); 20];
+        for _ in 0..ROUNDS {
+            for acc in &mut acc {
+                *acc = _mm512_fmadd_ps(*acc, a, b);
+            }
+        }
+        black_box(acc);
+    }
+
+    #[target_feature(enable = "avx512f,avx512bf16")]
+    pub unsafe fn bf16() {
+        // SAFETY: both are 512 bits, and any bits are bf16 values.
+        let a: __m512bh = unsafe { std::mem::transmute(_mm512_set1_epi16(black_box(0x3f00))) };
+        let mut acc = [_mm512_set1_ps(1.0); 20];
+        for _ in 0..ROUNDS {
+            for acc in &mut acc {
+                *acc = _mm512_dpbf16_ps(*acc, a, a);
+            }
+        }
+        black_box(acc);
+    }
+}

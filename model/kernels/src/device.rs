@@ -1,0 +1,207 @@
+//! The small trait the model computes through, and its one implementation per instruction set.
+//!
+//! Shapes are the caller's promise: a method panics on lengths that do not fit each other, and does not read or write
+//! outside them. Devices of the same numerics class give the same bits (`lib.rs` states the orders).
+
+use crate::dot::{Dot, Registers, Split, Wide};
+use crate::isa::Isa;
+use crate::lanes::{Scalar, Simd, Task};
+use crate::mat::{Acts, Mat};
+use crate::packed::{Out, Packed};
+use crate::product::product;
+use crate::rowwise as row;
+use crate::transposed::Transposed;
+#[cfg(target_arch = "x86_64")]
+use crate::x86::{Avx2, Avx512, HardwarePairs};
+use half::bf16;
+use std::cell::RefCell;
+use std::fmt;
+use std::marker::PhantomData;
+use std::ops::Deref;
+
+thread_local! {
+    /// The packed activations of [`Device::matmul`], kept between calls.
+    static PACKED: RefCell<Packed> = RefCell::new(Packed::new());
+}
+
+/// What a device computes.
+pub trait Device: Sync {
+    /// Packs `x` `[rows, w.k()]` for products with weights laid out as `w` is (its k and k-blocks) into `into`.
+    fn pack(&self, x: Acts<'_>, rows: usize, w: Mat<'_>, into: &mut Packed);
+
+    /// `y[r, n] = sum over k of x[r, k] w[n, k]`, for activations packed by this device for such a weight.
+    fn matmul_packed(&self, x: &Packed, w: Mat<'_>, y: &mut Out<'_>);
+
+    /// `y[r * ldy + n] = sum over k of x[r, k] w[n, k]`; `x` is `[rows, w.k()]`. bf16 activations round f32-stored weights
+    /// to bf16.
+    fn matmul(&self, x: Acts<'_>, rows: usize, w: Mat<'_>, y: &mut [f32], ldy: usize) {
+        let mut packed = PACKED.take();
+        self.pack(x, rows, w, &mut packed);
+        self.matmul_packed(&packed, w, &mut Out::new(y, rows, w.n(), ldy));
+        PACKED.set(packed);
+    }
+
+    /// `y[r * ldy + l] = sum over n of x[r * ldx + n] w[n, l]`, added to what `y` holds if `accumulate`.
+    fn matmul_t(
+        &self,
+        x: Acts<'_>,
+        rows: usize,
+        ldx: usize,
+        w: Mat<'_>,
+        accumulate: bool,
+        y: &mut [f32],
+        ldy: usize,
+    );
+
+    /// `y = x / sqrt(mean(x^2) + eps) * weight` for one row (Zhang and Sennrich 2019, eq. 4).
+    fn rms_norm(&self, x: &[f32], weight: &[f32], eps: f32, y: &mut [f32]);
+
+    /// `y = gate * sigmoid(gate) * up`.
+    fn silu_mul(&self, gate: &[f32], up: &[f32], y: &mut [f32]);
+
+    /// `s = e^(s - max)` in place; returns the sum.
+    fn softmax_weights(&self, s: &mut [f32], max: f32) -> f32;
+
+    /// `x = 1 / (1 + e^-x)` in place.
+    fn sigmoid(&self, x: &mut [f32]);
+
+    /// The largest element; NaN is never larger, and nothing gives minus infinity.
+    fn max(&self, x: &[f32]) -> f32;
+
+    /// `y = a * x + y`, fused.
+    fn axpy(&self, a: f32, x: Acts<'_>, y: &mut [f32]);
+
+    /// `y = a * y`.
+    fn scale(&self, a: f32, y: &mut [f32]);
+
+    /// `y = x` rounded to nearest even.
+    fn to_bf16(&self, x: &[f32], y: &mut [bf16]);
+}
+
+/// A device made of an instruction set and the way it multiplies bf16 activations.
+struct Unit<S, B>(PhantomData<(S, B)>);
+
+impl<S: Simd + Registers, B: Dot<S = S>> Device for Unit<S, B> {
+    fn pack(&self, x: Acts<'_>, rows: usize, w: Mat<'_>, into: &mut Packed) {
+        match x {
+            Acts::F32(_) => into.fill::<Wide<S>>(x, rows, &w),
+            Acts::Bf16(_) => into.fill::<B>(x, rows, &w),
+        }
+    }
+
+    fn matmul_packed(&self, x: &Packed, w: Mat<'_>, y: &mut Out<'_>) {
+        // SAFETY: a unit is handed out only where its instruction set is available (`Kernels::new`).
+        unsafe {
+            if x.is::<B>() {
+                product::<B>(x, &w, y);
+            } else {
+                product::<Wide<S>>(x, &w, y);
+            }
+        }
+    }
+
+    fn matmul_t(
+        &self,
+        x: Acts<'_>,
+        rows: usize,
+        ldx: usize,
+        w: Mat<'_>,
+        accumulate: bool,
+        y: &mut [f32],
+        ldy: usize,
+    ) {
+        run::<S, _>(Transposed { x, rows, ldx, w, accumulate, y, ldy });
+    }
+
+    fn rms_norm(&self, x: &[f32], weight: &[f32], eps: f32, y: &mut [f32]) {
+        assert!(x.len() == weight.len() && x.len() == y.len(), "rms_norm of equal lengths");
+        run::<S, _>(row::RmsNorm { x, weight, eps, y });
+    }
+
+    fn silu_mul(&self, gate: &[f32], up: &[f32], y: &mut [f32]) {
+        assert!(gate.len() == up.len() && gate.len() == y.len(), "silu_mul of equal lengths");
+        run::<S, _>(row::SiluMul { gate, up, y });
+    }
+
+    fn softmax_weights(&self, s: &mut [f32], max: f32) -> f32 {
+        run::<S, _>(row::SoftmaxWeights { s, max })
+    }
+
+    fn sigmoid(&self, x: &mut [f32]) {
+        run::<S, _>(row::Sigmoid { x });
+    }
+
+    fn max(&self, x: &[f32]) -> f32 {
+        run::<S, _>(row::Max { x })
+    }
+
+    fn axpy(&self, a: f32, x: Acts<'_>, y: &mut [f32]) {
+        assert_eq!(x.len(), y.len(), "axpy of equal lengths");
+        run::<S, _>(row::Axpy { a, x, y });
+    }
+
+    fn scale(&self, a: f32, y: &mut [f32]) {
+        run::<S, _>(row::Scale { a, y });
+    }
+
+    fn to_bf16(&self, x: &[f32], y: &mut [bf16]) {
+        assert_eq!(x.len(), y.len(), "to_bf16 of equal lengths");
+        run::<S, _>(row::ToBf16 { x, y });
+    }
+}
+
+/// Runs a task that asks for nothing but the instruction set.
+fn run<S: Simd, T: Task<S>>(task: T) -> T::Out {
+    // SAFETY: called by a `Unit<S, _>`, which is handed out only where `S` is available (`Kernels::new`).
+    unsafe { S::run(task) }
+}
+
+/// A device that this CPU has. Copied freely; dereferences to [`Device`].
+#[derive(Clone, Copy)]
+pub struct Kernels {
+    isa: Isa,
+    device: &'static dyn Device,
+}
+
+impl Kernels {
+    /// The device for `isa`. Panics if this CPU lacks it: take `isa` from [`Isa::detect`] or [`Isa::available`], or ask
+    /// [`Isa::is_available`].
+    pub fn new(isa: Isa) -> Kernels {
+        assert!(isa.is_available(), "this cpu has no {isa}");
+        let device: &'static dyn Device = match isa {
+            Isa::Scalar => &Unit::<Scalar, Split<Scalar>>(PhantomData),
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx2 => &Unit::<Avx2, Split<Avx2>>(PhantomData),
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx512 => &Unit::<Avx512, Split<Avx512>>(PhantomData),
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx512Bf16 => &Unit::<Avx512<true>, HardwarePairs>(PhantomData),
+            #[cfg(not(target_arch = "x86_64"))]
+            other => unreachable!("{other} is not available here"),
+        };
+        Kernels { isa, device }
+    }
+
+    /// The best device of this CPU.
+    pub fn detect() -> Kernels {
+        Kernels::new(Isa::detect())
+    }
+
+    pub fn isa(&self) -> Isa {
+        self.isa
+    }
+}
+
+impl Deref for Kernels {
+    type Target = dyn Device;
+
+    fn deref(&self) -> &Self::Target {
+        self.device
+    }
+}
+
+impl fmt::Debug for Kernels {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("Kernels").field(&self.isa).finish()
+    }
+}

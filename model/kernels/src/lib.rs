@@ -1,0 +1,41 @@
+//! Serial kernels for each instruction set behind one small trait, and a pool of threads to run them on.
+//!
+//! Every result is a function of its own row, and the same bits on every device of a numerics class, whatever the batch,
+//! the number of threads or the tails. The orders that promise fixes:
+//!
+//! - **Product, f32 activations.** Weights widen exactly. A row is padded with zeros to a multiple of 32; lane `j` of
+//!   sixteen takes the elements `k = j (mod 16)` in ascending k, each a fused multiply-add; the lanes are added as a tree
+//!   (`j + (j + 8)`, then 4, 2, 1 apart).
+//! - **Product, bf16 activations.** Sixteen f32 lanes; of each 32 elements lane `j` takes `2j + 1` and then `2j`, each a
+//!   multiply-add rounded to nearest even with subnormal operands and results flushed to zero, which is VDPBF16PS
+//!   as Intel documents it. Weights stored as f32 are rounded to bf16. The tree is the same.
+//! - **FP8 weights** (e4m3, a scale per block). Within a k-block lanes gather the unscaled codes as above, from zero; then
+//!   `sum = fma(block, scale, sum)` in each lane. A NaN code makes its output NaN.
+//! - **Transposed product.** One f32 fused multiply-add per row of the weight, in order; an FP8 element is its code
+//!   times its scale, rounded once.
+//!
+//! NaNs compare as NaN: their payload is unspecified. The crate refuses to know about models, files or queues.
+
+mod compute;
+mod device;
+mod dot;
+mod isa;
+mod lanes;
+mod mat;
+mod packed;
+mod pool;
+mod product;
+mod rowwise;
+mod transposed;
+#[cfg(target_arch = "x86_64")]
+mod x86;
+
+pub use compute::Compute;
+pub use device::{Device, Kernels};
+pub use isa::{Isa, UnknownIsa};
+pub use mat::{Acts, DType, Mat, ShapeError, fp8_to_f32, round_bf16};
+pub use packed::{Out, Packed};
+pub use pool::Pool;
+
+#[cfg(test)]
+mod tests;

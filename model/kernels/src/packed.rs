@@ -1,0 +1,183 @@
+//! Activations laid out for a product, and where a product's results go.
+//!
+//! A row's elements are cut where the weight's k-blocks end and each piece is padded with zeros to whole steps, so
+//! that a block always starts in lane 0; `Segment` says where each piece lies. [`Packed`] is made once and read by
+//! every thread and every weight of the same shape; [`Out`] is a strided output that threads can share by columns.
+//! Nothing here knows an instruction set.
+
+use crate::dot::Dot;
+use crate::lanes::STEP;
+use crate::mat::{Acts, Mat};
+use bytemuck::{Pod, Zeroable};
+use std::any::TypeId;
+use std::marker::PhantomData;
+use std::ops::Range;
+
+/// A stretch of k with one scale.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Segment {
+    /// Its first element in a row of the weight.
+    pub(crate) from: usize,
+    /// Its first element in a packed row.
+    pub(crate) at: usize,
+    /// Whole steps.
+    pub(crate) full: usize,
+    /// Elements after them.
+    pub(crate) tail: usize,
+}
+
+impl Segment {
+    /// Steps, with a padded last one.
+    pub(crate) fn steps(&self) -> usize {
+        self.full + usize::from(self.tail > 0)
+    }
+}
+
+/// A cache line, so that packed rows are aligned.
+#[derive(Clone, Copy)]
+#[repr(C, align(64))]
+pub(crate) struct Line([u8; 64]);
+
+// SAFETY: an array of bytes that fills its 64-byte alignment: no padding, and any bytes are valid.
+unsafe impl Zeroable for Line {}
+// SAFETY: as above.
+unsafe impl Pod for Line {}
+
+/// At least `len` zeroed or stale elements at a cache line's edge, in `buf`.
+pub(crate) fn aligned<T: Pod>(buf: &mut Vec<Line>, len: usize) -> &mut [T] {
+    let lines = (len * size_of::<T>()).div_ceil(size_of::<Line>());
+    if buf.len() < lines {
+        buf.resize(lines, Line::zeroed());
+    }
+    &mut bytemuck::cast_slice_mut(buf)[..len]
+}
+
+/// Activations packed for one device, numerics class and weight layout: see [`crate::Device::pack`].
+#[derive(Clone, Default)]
+pub struct Packed {
+    buf: Vec<Line>,
+    rows: usize,
+    k: usize,
+    /// Elements of a packed row.
+    width: usize,
+    segments: Vec<Segment>,
+    class: Option<TypeId>,
+}
+
+impl Packed {
+    /// An empty buffer; [`crate::Device::pack`] fills it and keeps its memory between uses.
+    pub fn new() -> Packed {
+        Packed::default()
+    }
+
+    /// Packed rows.
+    pub fn rows(&self) -> usize {
+        self.rows
+    }
+
+    pub(crate) fn fill<D: Dot>(&mut self, x: Acts<'_>, rows: usize, w: &Mat<'_>) {
+        let k = w.k();
+        assert_eq!(Some(x.len()), rows.checked_mul(k), "activations of [{rows}, {k}]");
+        self.segments.clear();
+        self.width = 0;
+        for (from, to) in w.segments() {
+            let (full, tail) = ((to - from) / STEP, (to - from) % STEP);
+            let segment = Segment { from, at: self.width, full, tail };
+            self.width += segment.steps() * STEP;
+            self.segments.push(segment);
+        }
+        (self.rows, self.k, self.class) = (rows, k, Some(TypeId::of::<D>()));
+        let out = aligned::<D::Elem>(&mut self.buf, rows * self.width);
+        for r in 0..rows {
+            for s in &self.segments {
+                for i in 0..s.steps() {
+                    let len = if i < s.full { STEP } else { s.tail };
+                    let at = r * self.width + s.at + i * STEP;
+                    D::pack(x, r * k + s.from + i * STEP, len, &mut out[at..at + STEP]);
+                }
+            }
+        }
+    }
+
+    /// Whether these rows were packed for class `D` and a weight laid out like `w`.
+    pub(crate) fn fits<D: Dot>(&self, w: &Mat<'_>) -> bool {
+        self.is::<D>()
+            && self.k == w.k()
+            && self.segments.iter().map(|s| s.from).eq(w.segments().map(|s| s.0))
+    }
+
+    /// Whether these rows were packed for class `D`.
+    pub(crate) fn is<D: Dot>(&self) -> bool {
+        self.class == Some(TypeId::of::<D>())
+    }
+
+    pub(crate) fn data<D: Dot>(&self) -> &[D::Elem] {
+        assert!(self.is::<D>(), "rows packed for this class");
+        &bytemuck::cast_slice(&self.buf)[..self.rows * self.width]
+    }
+
+    pub(crate) fn width(&self) -> usize {
+        self.width
+    }
+
+    pub(crate) fn segments(&self) -> &[Segment] {
+        &self.segments
+    }
+}
+
+/// Where a product `[rows, n]` goes: row `r`, column `j` at `r * ld + j`.
+pub struct Out<'a> {
+    ptr: *mut f32,
+    rows: usize,
+    n: usize,
+    ld: usize,
+    lifetime: PhantomData<&'a mut [f32]>,
+}
+
+// SAFETY: an `Out` stands for the exclusive borrow it was made from, and threads get disjoint columns of it.
+unsafe impl Send for Out<'_> {}
+// SAFETY: as above; a shared reference hands out columns only through an unsafe function.
+unsafe impl Sync for Out<'_> {}
+
+impl<'a> Out<'a> {
+    /// `y` as `[rows, n]` with `ld` elements from row to row. Panics if it is too short, or rows would overlap.
+    pub fn new(y: &'a mut [f32], rows: usize, n: usize, ld: usize) -> Out<'a> {
+        let need = match rows {
+            0 => Some(0),
+            _ => (rows - 1).checked_mul(ld).and_then(|e| e.checked_add(n)),
+        };
+        assert!(rows < 2 || n <= ld, "rows of {n} every {ld} overlap");
+        assert!(
+            need.is_some_and(|need| need <= y.len()),
+            "[{rows}, {n}] every {ld} in {}",
+            y.len()
+        );
+        Out { ptr: y.as_mut_ptr(), rows, n, ld, lifetime: PhantomData }
+    }
+
+    /// Columns `range` of the same rows.
+    ///
+    /// # Safety
+    /// While the result lives, nothing else may touch those columns.
+    pub(crate) unsafe fn cols(&self, range: Range<usize>) -> Out<'a> {
+        assert!(range.start <= range.end && range.end <= self.n, "columns {range:?} of {}", self.n);
+        // SAFETY: inside the borrow, as the assertion says.
+        let ptr = unsafe { self.ptr.add(range.start) };
+        Out { ptr, n: range.len(), ..*self }
+    }
+
+    pub(crate) fn shape(&self) -> (usize, usize) {
+        (self.rows, self.n)
+    }
+
+    pub(crate) fn ld(&self) -> usize {
+        self.ld
+    }
+
+    /// The place of row `r`, column `j`, which must be inside.
+    #[inline(always)]
+    pub(crate) fn at(&mut self, r: usize, j: usize) -> *mut f32 {
+        debug_assert!(r < self.rows && j < self.n, "({r}, {j}) of {:?}", self.shape());
+        self.ptr.wrapping_add(r * self.ld + j)
+    }
+}

@@ -1,0 +1,241 @@
+//! `y = x wᵀ`: every output a sum over k in one order, whatever is computed beside it.
+//!
+//! Up to four rows read the weight as it lies, several outputs at a time, since memory bounds them; more rows decode a
+//! panel of the weight once and pass it over tiles of rows, since arithmetic does. An output's lanes see the same
+//! operations in the same order either way. Results a flush could have changed are computed again exactly
+//! (`dot.rs`), and rows of a weight with an FP8 NaN give NaN.
+
+use crate::dot::{Bf16, Dot, F32, Fp8, Source};
+use crate::lanes::{STEP, Simd, Task};
+use crate::mat::{DType, Mat};
+use crate::packed::{Out, Packed, Segment};
+use std::marker::PhantomData;
+use std::ops::Range;
+
+mod panel;
+
+/// The product into `y`, all of `w`'s outputs for all of `x`'s rows.
+///
+/// # Safety
+/// The CPU has `D`'s instruction set.
+pub(crate) unsafe fn product<D: Dot>(x: &Packed, w: &Mat<'_>, y: &mut Out<'_>) {
+    assert!(x.fits::<D>(w), "activations packed for another weight layout");
+    assert_eq!(y.shape(), (x.rows(), w.n()), "the output of a product [rows, n]");
+    // SAFETY: the caller's, and the shapes agree.
+    unsafe {
+        match w.dtype() {
+            DType::F32 => stored::<D, F32>(x, w, y),
+            DType::Bf16 => stored::<D, Bf16>(x, w, y),
+            DType::Fp8 => stored::<D, Fp8>(x, w, y),
+        }
+    }
+}
+
+unsafe fn stored<D: Dot, S: Source>(x: &Packed, w: &Mat<'_>, y: &mut Out<'_>) {
+    // SAFETY: the caller's.
+    unsafe {
+        if D::FLUSHES {
+            D::S::watch_underflow();
+        }
+        if x.rows() <= D::FEW.len() { few::<D, S>(x, w, y) } else { panel::many::<D, S>(x, w, y) }
+    }
+}
+
+/// Whether a flush may be missing from what was computed since the last call or [`Simd::watch_underflow`].
+unsafe fn underflowed<D: Dot>() -> bool {
+    // SAFETY: the caller's.
+    unsafe {
+        let seen = D::FLUSHES && D::S::underflowed();
+        if seen {
+            D::S::watch_underflow();
+        }
+        seen
+    }
+}
+
+/// NaN for the outputs of those `rows` of `w` that hold an FP8 NaN.
+fn spread_nan(w: &Mat<'_>, rows: Range<usize>, y: &mut Out<'_>) {
+    for n in rows {
+        if w.row_bytes(n).iter().any(|c| c & 0x7f == 0x7f) {
+            for r in 0..y.shape().0 {
+                // SAFETY: inside the output, which is borrowed here alone.
+                unsafe { *y.at(r, n) = f32::NAN };
+            }
+        }
+    }
+}
+
+unsafe fn few<D: Dot, S: Source>(x: &Packed, w: &Mat<'_>, y: &mut Out<'_>) {
+    let rows = x.rows();
+    if rows == 0 {
+        return;
+    }
+    let tile = D::FEW[rows - 1];
+    let mut n = 0;
+    while n < w.n() {
+        let width = if n + tile <= w.n() { tile } else { 1 };
+        // SAFETY: the caller's; rows and outputs are inside their shapes.
+        unsafe {
+            let hit = match (rows, width) {
+                (1, 8) => direct::<D, S, 1, 8, false>(x, w, 0, n, y),
+                (2, 4) => direct::<D, S, 2, 4, false>(x, w, 0, n, y),
+                (3, 4) => direct::<D, S, 3, 4, false>(x, w, 0, n, y),
+                (4, 4) => direct::<D, S, 4, 4, false>(x, w, 0, n, y),
+                (1, 4) => direct::<D, S, 1, 4, false>(x, w, 0, n, y),
+                (2, 2) => direct::<D, S, 2, 2, false>(x, w, 0, n, y),
+                (2, 1) => direct::<D, S, 2, 1, false>(x, w, 0, n, y),
+                (3, 1) => direct::<D, S, 3, 1, false>(x, w, 0, n, y),
+                (4, 1) => direct::<D, S, 4, 1, false>(x, w, 0, n, y),
+                _ => (0..rows).fold(false, |hit, r| {
+                    (n..n + width)
+                        .fold(hit, |hit, n| hit | direct::<D, S, 1, 1, false>(x, w, r, n, y))
+                }),
+            };
+            if underflowed::<D>() {
+                for r in 0..rows {
+                    for n in n..n + width {
+                        direct::<D, S, 1, 1, true>(x, w, r, n, y);
+                    }
+                }
+                D::S::watch_underflow();
+            }
+            if hit {
+                spread_nan(w, n..n + width, y);
+            }
+        }
+        n += width;
+    }
+}
+
+/// `R` rows from `row` against `N` outputs from `n`, read from the weight as stored. Says whether an FP8 NaN was met.
+#[inline(always)]
+unsafe fn direct<D: Dot, S: Source, const R: usize, const N: usize, const EXACT: bool>(
+    x: &Packed,
+    w: &Mat<'_>,
+    row: usize,
+    n: usize,
+    y: &mut Out<'_>,
+) -> bool {
+    let task = Direct::<D, S, R, N, EXACT> {
+        x: x.data::<D>()[row * x.width()..].as_ptr(),
+        width: x.width(),
+        segments: x.segments(),
+        w,
+        n,
+        y: y.at(row, n),
+        ld: y.ld(),
+        source: PhantomData,
+    };
+    // SAFETY: the caller's; the pointers cover R rows and N outputs.
+    unsafe { D::S::run(task) }
+}
+
+struct Direct<'a, D: Dot, S, const R: usize, const N: usize, const EXACT: bool> {
+    x: *const D::Elem,
+    width: usize,
+    segments: &'a [Segment],
+    w: &'a Mat<'a>,
+    n: usize,
+    y: *mut f32,
+    ld: usize,
+    source: PhantomData<S>,
+}
+
+impl<D: Dot, S: Source, const R: usize, const N: usize, const EXACT: bool> Task<D::S>
+    for Direct<'_, D, S, R, N, EXACT>
+{
+    type Out = bool;
+
+    #[inline(always)]
+    unsafe fn call(self) -> bool {
+        let rows: [&[u8]; N] = std::array::from_fn(|n| self.w.row_bytes(self.n + n));
+        // SAFETY: each segment lies inside a row of k elements of the weight and of `width` packed elements; a tail
+        // is copied to a padded buffer first. `y` covers R rows and N outputs.
+        unsafe {
+            let mut total = [[D::S::zero(); N]; R];
+            let mut watch = D::S::watch_new();
+            for (index, s) in self.segments.iter().enumerate() {
+                let mut acc = [[D::S::zero(); N]; R];
+                let x = self.x.add(s.at);
+                let w = rows.map(|row| row.as_ptr().add(s.from * S::SIZE));
+                for i in 0..s.full {
+                    let at = w.map(|w| w.add(i * STEP * S::SIZE));
+                    for p in at {
+                        D::S::prefetch(p.wrapping_add(AHEAD));
+                    }
+                    watch =
+                        step::<D, S, R, N, EXACT>(&mut acc, at, x.add(i * STEP), self.width, watch);
+                }
+                if s.tail > 0 {
+                    let tails = w.map(|w| padded::<S>(w.add(s.full * STEP * S::SIZE), s.tail));
+                    let at = std::array::from_fn(|n| tails[n].as_ptr());
+                    watch = step::<D, S, R, N, EXACT>(
+                        &mut acc,
+                        at,
+                        x.add(s.full * STEP),
+                        self.width,
+                        watch,
+                    );
+                }
+                match self.w.scales() {
+                    None => total = acc,
+                    Some(scales) => {
+                        for n in 0..N {
+                            let scale = D::S::splat(scales.get(self.n + n, index));
+                            for r in 0..R {
+                                total[r][n] = D::S::fma(acc[r][n], scale, total[r][n]);
+                            }
+                        }
+                    }
+                }
+            }
+            for (r, total) in total.iter().enumerate() {
+                for (n, v) in total.iter().enumerate() {
+                    *self.y.add(r * self.ld + n) = D::S::sum(*v);
+                }
+            }
+            S::WATCHED && D::S::watch_hit(watch)
+        }
+    }
+}
+
+/// How far ahead of its use a weight is asked for, in bytes.
+const AHEAD: usize = 1024;
+
+/// One step of an `R` by `N` tile.
+#[inline(always)]
+unsafe fn step<D: Dot, S: Source, const R: usize, const N: usize, const EXACT: bool>(
+    acc: &mut [[<D::S as Simd>::V; N]; R],
+    w: [*const u8; N],
+    x: *const D::Elem,
+    width: usize,
+    mut watch: <D::S as Simd>::Watch,
+) -> <D::S as Simd>::Watch {
+    // SAFETY: the caller gives a step's elements at each pointer.
+    unsafe {
+        for n in 0..N {
+            if S::WATCHED {
+                watch = D::S::watch(watch, w[n]);
+            }
+            let pair = S::load::<D>(w[n]);
+            for (r, acc) in acc.iter_mut().enumerate() {
+                let row = D::load(x.add(r * width));
+                acc[n] = if EXACT {
+                    D::step_exact(acc[n], pair, row)
+                } else {
+                    D::step(acc[n], pair, row)
+                };
+            }
+        }
+    }
+    watch
+}
+
+/// `len < STEP` elements at `p`, and zeros.
+#[inline(always)]
+unsafe fn padded<S: Source>(p: *const u8, len: usize) -> [u8; STEP * 4] {
+    let mut out = [0; STEP * 4];
+    // SAFETY: the caller gives `len` elements at `p`; a step of the widest type fits `out`.
+    unsafe { p.copy_to_nonoverlapping(out.as_mut_ptr(), len * S::SIZE) };
+    out
+}

@@ -1,0 +1,79 @@
+//! Activations in the numerics class's type: rounding into a product, and rows as they travel.
+//!
+//! Rows on the wire are little-endian values of the class, row-major. Frames carry them at any alignment, so a row
+//! is copied where it does not happen to lie well.
+
+use half::bf16;
+use kernels::{Acts, Kernels};
+
+use crate::numerics::Numerics;
+use crate::parallel::grown;
+
+/// `x` as the class takes it into a product: itself, or rounded into `buffer`.
+pub(crate) fn rounded<'a>(
+    kernels: Kernels,
+    numerics: Numerics,
+    x: &'a [f32],
+    buffer: &'a mut Vec<bf16>,
+) -> Acts<'a> {
+    match numerics {
+        Numerics::F32 => Acts::F32(x),
+        Numerics::Bf16 => {
+            let out = grown(buffer, x.len());
+            kernels.to_bf16(x, out);
+            Acts::Bf16(out)
+        }
+    }
+}
+
+/// The bytes of `acts` as rows on the wire.
+pub(crate) fn as_wire(acts: Acts<'_>) -> &[u8] {
+    match acts {
+        Acts::F32(x) => bytemuck::cast_slice(x),
+        Acts::Bf16(x) => bytemuck::cast_slice(x),
+    }
+}
+
+/// Aligned copies of wire rows, where they are needed.
+#[derive(Default)]
+pub(crate) struct WireScratch {
+    f32: Vec<f32>,
+    bf16: Vec<bf16>,
+}
+
+/// Wire rows as activations, without a copy if they are aligned. `bytes` holds whole values.
+pub(crate) fn from_wire<'a>(
+    numerics: Numerics,
+    bytes: &'a [u8],
+    scratch: &'a mut WireScratch,
+) -> Acts<'a> {
+    match numerics {
+        Numerics::F32 => match bytemuck::try_cast_slice(bytes) {
+            Ok(x) => Acts::F32(x),
+            Err(_) => {
+                let out = grown(&mut scratch.f32, bytes.len() / 4);
+                bytemuck::cast_slice_mut(out).copy_from_slice(bytes);
+                Acts::F32(out)
+            }
+        },
+        Numerics::Bf16 => match bytemuck::try_cast_slice(bytes) {
+            Ok(x) => Acts::Bf16(x),
+            Err(_) => {
+                let out = grown(&mut scratch.bf16, bytes.len() / 2);
+                bytemuck::cast_slice_mut(out).copy_from_slice(bytes);
+                Acts::Bf16(out)
+            }
+        },
+    }
+}
+
+/// Writes `x` to `out` as a wire row of the class; `bf16` is working memory.
+pub(crate) fn to_wire(
+    kernels: Kernels,
+    numerics: Numerics,
+    x: &[f32],
+    buffer: &mut Vec<bf16>,
+    out: &mut [u8],
+) {
+    out.copy_from_slice(as_wire(rounded(kernels, numerics, x, buffer)));
+}

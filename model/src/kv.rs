@@ -1,0 +1,203 @@
+//! The latent KV cache: pages of compressed keys and values (DeepSeek-V2 paper, section 2.1).
+//!
+//! A page holds `page_tokens` consecutive positions of one sequence in all layers; a position is `kv_lora`
+//! latent values and `qk_rope` rotated key values, in the class's type. Who owns which page is the caller's
+//! business: the pool only hands pages out and takes them back, and never more than it was made with.
+//! Memory is reserved at once and backed by the system when first written.
+
+use memmap2::MmapMut;
+
+use crate::config::Config;
+use crate::numerics::Numerics;
+
+/// A page of a [`KvPool`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct PageId(pub u32);
+
+/// A pool that cannot be made.
+#[derive(Debug, thiserror::Error)]
+pub enum KvError {
+    /// No pages, no tokens in a page, or more bytes than can be addressed.
+    #[error("kv pool of {pages} pages of {page_tokens} tokens cannot be addressed")]
+    Shape {
+        /// Pages asked for.
+        pages: usize,
+        /// Tokens of a page asked for.
+        page_tokens: usize,
+    },
+    /// The system refused the memory.
+    #[error("kv pool of {bytes} bytes: {source}")]
+    Memory {
+        /// Bytes asked for.
+        bytes: usize,
+        /// What the system said.
+        source: std::io::Error,
+    },
+}
+
+/// All KV pages of one trunk.
+pub struct KvPool {
+    /// `[pages][layers][page_tokens][width]` values.
+    memory: MmapMut,
+    layers: usize,
+    page_tokens: usize,
+    /// Bytes of one position in one layer.
+    row_bytes: usize,
+    /// Pages to hand out; the last one first.
+    free: Vec<PageId>,
+    /// Whether each page is handed out.
+    taken: Vec<bool>,
+    numerics: Numerics,
+}
+
+impl KvPool {
+    /// Bytes of one page of `page_tokens` positions.
+    pub fn page_bytes(config: &Config, numerics: Numerics, page_tokens: usize) -> usize {
+        config.layers * page_tokens * config.kv_width() * numerics.bytes()
+    }
+
+    /// A pool of `pages` pages of `page_tokens` positions each.
+    pub fn new(
+        config: &Config,
+        numerics: Numerics,
+        pages: usize,
+        page_tokens: usize,
+    ) -> Result<KvPool, KvError> {
+        let refuse = || KvError::Shape { pages, page_tokens };
+        let row_bytes = config.kv_width() * numerics.bytes();
+        let bytes = (config.layers * row_bytes)
+            .checked_mul(page_tokens)
+            .and_then(|b| b.checked_mul(pages))
+            .filter(|b| *b > 0 && *b <= isize::MAX as usize)
+            .ok_or_else(refuse)?;
+        let count = u32::try_from(pages).map_err(|_| refuse())?;
+        let memory =
+            MmapMut::map_anon(bytes).map_err(|source| KvError::Memory { bytes, source })?;
+        Ok(KvPool {
+            memory,
+            layers: config.layers,
+            page_tokens,
+            row_bytes,
+            free: (0..count).rev().map(PageId).collect(),
+            taken: vec![false; pages],
+            numerics,
+        })
+    }
+
+    /// Takes a page, if one is left. What it held before is still in it.
+    pub fn alloc(&mut self) -> Option<PageId> {
+        let page = self.free.pop()?;
+        self.taken[page.0 as usize] = true;
+        Some(page)
+    }
+
+    /// Gives a page back. Panics if it is not handed out: two owners of a page would corrupt a sequence.
+    pub fn free(&mut self, page: PageId) {
+        let taken = self.taken.get_mut(page.0 as usize);
+        assert!(taken.as_deref() == Some(&true), "page {} is not handed out", page.0);
+        self.taken[page.0 as usize] = false;
+        self.free.push(page);
+    }
+
+    /// Pages handed out.
+    pub fn used(&self) -> usize {
+        self.taken.len() - self.free.len()
+    }
+
+    /// All pages.
+    pub fn total(&self) -> usize {
+        self.taken.len()
+    }
+
+    /// Positions that a page holds.
+    pub fn page_tokens(&self) -> usize {
+        self.page_tokens
+    }
+
+    /// The class whose values it holds.
+    pub fn numerics(&self) -> Numerics {
+        self.numerics
+    }
+
+    fn start(&self, page: PageId, layer: usize) -> usize {
+        debug_assert!(layer < self.layers);
+        (page.0 as usize * self.layers + layer) * self.page_tokens * self.row_bytes
+    }
+
+    /// The first `count` positions of a page in one layer, `[count, width]` values.
+    pub(crate) fn rows(&self, page: PageId, layer: usize, count: usize) -> &[u8] {
+        let start = self.start(page, layer);
+        &self.memory[start..start + count * self.row_bytes]
+    }
+
+    /// Position `slot` of a page in one layer, `[width]` values.
+    pub(crate) fn row_mut(&mut self, page: PageId, layer: usize, slot: usize) -> &mut [u8] {
+        debug_assert!(slot < self.page_tokens);
+        let start = self.start(page, layer) + slot * self.row_bytes;
+        &mut self.memory[start..start + self.row_bytes]
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn config() -> Config {
+        let dir = concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/fixtures/plain/config.json");
+        Config::from_json(&std::fs::read_to_string(dir).unwrap(), dir).unwrap()
+    }
+
+    #[test]
+    fn hands_out_each_page_once_and_takes_it_back() {
+        let mut pool = KvPool::new(&config(), Numerics::Bf16, 3, 16).unwrap();
+        let pages: Vec<_> = std::iter::from_fn(|| pool.alloc()).collect();
+        assert_eq!(pages, [PageId(0), PageId(1), PageId(2)]);
+        assert_eq!((pool.used(), pool.total()), (3, 3));
+        pool.free(pages[1]);
+        assert_eq!(pool.used(), 2);
+        assert_eq!(pool.alloc(), Some(PageId(1)));
+        assert_eq!(pool.alloc(), None);
+    }
+
+    #[test]
+    #[should_panic(expected = "page 0 is not handed out")]
+    fn a_page_is_not_freed_twice() {
+        let mut pool = KvPool::new(&config(), Numerics::Bf16, 1, 16).unwrap();
+        let page = pool.alloc().unwrap();
+        pool.free(page);
+        pool.free(page);
+    }
+
+    #[test]
+    fn rows_of_pages_and_layers_do_not_overlap() {
+        let config = config();
+        let mut pool = KvPool::new(&config, Numerics::F32, 2, 4).unwrap();
+        let mut stamp = 0u8;
+        for page in [PageId(0), PageId(1)] {
+            for layer in 0..config.layers {
+                for slot in 0..4 {
+                    stamp += 1;
+                    pool.row_mut(page, layer, slot).fill(stamp);
+                }
+            }
+        }
+        let width = config.kv_width() * 4;
+        let mut stamp = 0u8;
+        for page in [PageId(0), PageId(1)] {
+            for layer in 0..config.layers {
+                for row in pool.rows(page, layer, 4).chunks(width) {
+                    stamp += 1;
+                    assert!(row.iter().all(|b| *b == stamp));
+                }
+            }
+        }
+        assert_eq!(KvPool::page_bytes(&config, Numerics::F32, 4), width * 4 * config.layers);
+    }
+
+    #[test]
+    fn absurd_pools_are_refused() {
+        assert!(KvPool::new(&config(), Numerics::F32, 0, 16).is_err());
+        assert!(KvPool::new(&config(), Numerics::F32, 16, 0).is_err());
+        assert!(KvPool::new(&config(), Numerics::F32, usize::MAX, 16).is_err());
+    }
+}

@@ -1,0 +1,296 @@
+//! The trunk: everything of the model but its routed experts.
+//!
+//! A step goes `begin`, then for each layer `attend`, and where that says so: rows to the experts, `shared` meanwhile,
+//! `absorb` with what came back; then `logits`. Nothing here waits, sends or knows where experts live. The
+//! residual stream is f32 in every class.
+
+mod layer;
+
+use std::sync::Arc;
+
+use kernels::Compute;
+
+use crate::activations::rounded;
+use crate::attention::{Context, head_group};
+use crate::checkpoint::Checkpoint;
+use crate::combine::combine;
+use crate::config::Config;
+use crate::error::{LoadError, StepError};
+use crate::gate::Routing;
+use crate::kv::KvPool;
+use crate::numerics::Numerics;
+use crate::parallel::{for_each, grown};
+use crate::step::{Chunk, Step};
+use crate::weight::Weight;
+use layer::{Layer, Mlp, Moe};
+
+/// A model's trunk, ready to run.
+pub struct Trunk {
+    checkpoint: Arc<Checkpoint>,
+    compute: Arc<Compute>,
+    numerics: Numerics,
+    routing: Routing,
+    head_group: usize,
+    layers: Vec<Layer>,
+    /// `[vocab, hidden]`
+    embedding: Weight,
+    /// `[hidden]`
+    final_norm: Vec<f32>,
+    /// `[vocab, hidden]`; the embedding if they are tied.
+    head: Weight,
+}
+
+impl Checkpoint {
+    /// Checks that every tensor of the trunk is there, in the right shape; copies the norms, reads no matrix.
+    pub fn check_trunk(&self) -> Result<(), LoadError> {
+        TrunkWeights::load(self).map(drop)
+    }
+}
+
+struct TrunkWeights {
+    layers: Vec<Layer>,
+    embedding: Weight,
+    final_norm: Vec<f32>,
+    head: Weight,
+}
+
+impl TrunkWeights {
+    fn load(from: &Checkpoint) -> Result<TrunkWeights, LoadError> {
+        let config = from.config();
+        let (vocab, hidden) = (config.vocab, config.hidden);
+        let embedding = from.matrix("model.embed_tokens.weight", vocab, hidden)?;
+        Ok(TrunkWeights {
+            layers: (0..config.layers).map(|l| Layer::load(from, l)).collect::<Result<_, _>>()?,
+            embedding,
+            final_norm: from.vector("model.norm.weight", hidden)?,
+            head: match config.tied {
+                true => embedding,
+                false => from.matrix("lm_head.weight", vocab, hidden)?,
+            },
+        })
+    }
+}
+
+impl Trunk {
+    /// Looks up the trunk's tensors and copies its norms; matrices are read when first used.
+    pub fn load(
+        checkpoint: &Arc<Checkpoint>,
+        numerics: Numerics,
+        compute: Arc<Compute>,
+    ) -> Result<Trunk, LoadError> {
+        let TrunkWeights { layers, embedding, final_norm, head } = TrunkWeights::load(checkpoint)?;
+        let config = checkpoint.config();
+        Ok(Trunk {
+            routing: Routing::of(config),
+            head_group: head_group(config.heads, compute.pool.threads()),
+            checkpoint: checkpoint.clone(),
+            compute,
+            numerics,
+            layers,
+            embedding,
+            final_norm,
+            head,
+        })
+    }
+
+    /// The model's shape and settings.
+    pub fn config(&self) -> &Config {
+        self.checkpoint.config()
+    }
+
+    /// The numerics class.
+    pub fn numerics(&self) -> Numerics {
+        self.numerics
+    }
+
+    /// What it computes with.
+    pub fn compute(&self) -> &Arc<Compute> {
+        &self.compute
+    }
+
+    /// Bytes of its matrices as stored.
+    pub fn bytes(&self) -> usize {
+        let head = if self.config().tied { 0 } else { self.head.bytes() };
+        self.layers.iter().map(Layer::bytes).sum::<usize>() + self.embedding.bytes() + head
+    }
+
+    /// Starts a step on `chunks`: checks them against the model and `kv`, and embeds their tokens. On an error the step holds
+    /// nothing and has to be begun again.
+    pub fn begin(
+        &self,
+        step: &mut Step,
+        chunks: &[Chunk<'_>],
+        kv: &KvPool,
+    ) -> Result<(), StepError> {
+        let config = self.config();
+        let filled = step.batch.fill(config, chunks);
+        let checked = filled.and_then(|()| step.batch.check_pages(kv.page_tokens(), kv.total()));
+        if checked.is_err() {
+            // An empty batch: going on with a refused step computes nothing.
+            step.batch.fill(config, &[])?;
+        }
+        checked?;
+        step.hidden = config.hidden;
+        step.top_k = config.top_k;
+        step.numerics = Some(self.numerics);
+        (step.routed_layer, step.shared_layer) = (None, None);
+        let rows = step.batch.rows();
+        let embedding = self.embedding.mat(&self.checkpoint);
+        let residual = grown(&mut step.residual, rows * config.hidden);
+        let tokens = chunks.iter().flat_map(|c| c.tokens);
+        for (token, row) in tokens.zip(residual.chunks_mut(config.hidden)) {
+            embedding.row_to_f32(*token as usize, row);
+        }
+        Ok(())
+    }
+
+    /// Runs `layer` up to its experts: norm, attention, residual, norm, gate. True means that [`Step::routed`] is to be sent
+    /// out and [`Trunk::absorb`] to be called; false that the layer was dense and is done.
+    ///
+    /// Panics if `kv` is of another class or smaller than the one that the step began with.
+    pub fn attend(&self, layer: usize, step: &mut Step, kv: &mut KvPool) -> bool {
+        assert_eq!(kv.numerics(), self.numerics, "the cache's numerics class");
+        let config = self.config();
+        let weights = &self.layers[layer];
+        let rows = step.batch.rows();
+        let len = rows * config.hidden;
+        let context = Context {
+            config,
+            checkpoint: &self.checkpoint,
+            compute: &self.compute,
+            numerics: self.numerics,
+            head_group: self.head_group,
+        };
+        let kernels = self.compute.kernels;
+
+        self.norm(step, &weights.attention_norm);
+        let x = rounded(kernels, self.numerics, &step.normed[..len], &mut step.rounded);
+        let delta = grown(&mut step.delta, len);
+        let memory = &mut step.attention;
+        weights.attention.run(context, layer, &step.batch, x, kv, memory, delta);
+        add(&mut step.residual[..len], delta);
+
+        self.norm(step, &weights.mlp_norm);
+        let x = rounded(kernels, self.numerics, &step.normed[..len], &mut step.rounded);
+        match &weights.mlp {
+            Mlp::Dense(ffn) => {
+                let delta = &mut step.delta[..len];
+                let (from, compute) = (&self.checkpoint, &*self.compute);
+                ffn.run(from, compute, self.numerics, x, rows, &mut step.ffn, delta);
+                add(&mut step.residual[..len], delta);
+                false
+            }
+            Mlp::Moe(moe) => {
+                self.gate(moe, step);
+                step.routed_layer = Some(layer);
+                true
+            }
+        }
+    }
+
+    /// RMSNorm of the residual stream into `step.normed`.
+    fn norm(&self, step: &mut Step, weight: &[f32]) {
+        let config = self.config();
+        let (rows, hidden) = (step.batch.rows(), config.hidden);
+        let normed = grown(&mut step.normed, rows * hidden);
+        let pieces = step.residual.chunks(hidden).zip(normed.chunks_mut(hidden));
+        let kernels = self.compute.kernels;
+        for (x, y) in pieces {
+            kernels.rms_norm(x, weight, config.rms_eps, y);
+        }
+    }
+
+    /// The gate's choice for every row, in f32.
+    fn gate(&self, moe: &Moe, step: &mut Step) {
+        let config = self.config();
+        let (rows, experts, top_k) = (step.batch.rows(), config.experts, config.top_k);
+        let scores = grown(&mut step.scores, rows * experts);
+        let x = kernels::Acts::F32(&step.normed[..rows * config.hidden]);
+        self.compute.matmul(x, rows, moe.gate.mat(&self.checkpoint), scores);
+        self.compute.kernels.sigmoid(scores);
+        let chosen = grown(&mut step.experts, rows * top_k).chunks_mut(top_k);
+        let weights = grown(&mut step.weights, rows * top_k).chunks_mut(top_k);
+        for ((scores, chosen), weights) in scores.chunks(experts).zip(chosen).zip(weights) {
+            self.routing.choose(scores, &moe.bias, &mut step.gate, chosen, weights);
+        }
+    }
+
+    /// Computes the shared experts of `layer`; meant for the time that the routed ones are away. Without shared
+    /// experts it does nothing.
+    pub fn shared(&self, layer: usize, step: &mut Step) {
+        step.shared_layer = Some(layer);
+        let Mlp::Moe(Moe { shared: Some(ffn), .. }) = &self.layers[layer].mlp else { return };
+        let rows = step.batch.rows();
+        let len = rows * self.config().hidden;
+        let x = match self.numerics {
+            Numerics::F32 => kernels::Acts::F32(&step.normed[..len]),
+            Numerics::Bf16 => kernels::Acts::Bf16(&step.rounded[..len]),
+        };
+        let out = grown(&mut step.shared, len);
+        let (from, compute) = (&self.checkpoint, &*self.compute);
+        ffn.run(from, compute, self.numerics, x, rows, &mut step.ffn, out);
+    }
+
+    /// Finishes `layer` with its experts' results: `result(row * top_k + slot)` is the wire row that the expert of that slot
+    /// gave. Computes the shared experts if that has not been done.
+    ///
+    /// Panics if the layer is not the one that [`Trunk::attend`] last left waiting, or a result is not one row long: replies
+    /// are checked before they come here.
+    pub fn absorb<'r>(
+        &self,
+        layer: usize,
+        step: &mut Step,
+        result: &(dyn Fn(usize) -> &'r [u8] + Sync),
+    ) {
+        assert_eq!(step.routed_layer.take(), Some(layer), "the layer that waits for its experts");
+        if step.shared_layer.take() != Some(layer) {
+            self.shared(layer, step);
+            step.shared_layer = None;
+        }
+        let (hidden, top_k) = (self.config().hidden, self.config().top_k);
+        let rows = step.batch.rows();
+        let has_shared = matches!(&self.layers[layer].mlp, Mlp::Moe(Moe { shared: Some(_), .. }));
+        let shared = if has_shared { &step.shared[..rows * hidden] } else { &[] };
+        let row_bytes = hidden * self.numerics.bytes();
+        let weights = step.weights[..rows * top_k].chunks(top_k);
+        let residual = step.residual[..rows * hidden].chunks_mut(hidden);
+        let (kernels, arena) = (self.compute.kernels, &step.combine);
+        let pieces = residual.zip(weights).enumerate();
+        for_each(&self.compute.pool, rows, pieces, |(row, (residual, weights))| {
+            let results = (row * top_k..(row + 1) * top_k).map(|slot| {
+                let bytes = result(slot);
+                assert_eq!(bytes.len(), row_bytes, "an expert's result is one row");
+                bytes
+            });
+            let shared = if has_shared { &shared[row * hidden..(row + 1) * hidden] } else { &[] };
+            arena.with(|memory| {
+                combine(kernels, self.numerics, results, weights, shared, residual, memory);
+            });
+        });
+    }
+
+    /// Logits of the wanted rows, `[Step::wanted, vocab]`, after the last layer.
+    pub fn logits<'s>(&self, step: &'s mut Step) -> &'s mut [f32] {
+        self.logits_of(step, 0..step.wanted())
+    }
+
+    /// Logits of some of the wanted rows only, so that those of a long prompt need not be held at once.
+    pub fn logits_of<'s>(&self, step: &'s mut Step, rows: std::ops::Range<usize>) -> &'s mut [f32] {
+        let Config { hidden, vocab, rms_eps, .. } = *self.config();
+        let kernels = self.compute.kernels;
+        let count = rows.len();
+        let normed = grown(&mut step.normed, count * hidden);
+        for (row, y) in step.batch.wanted()[rows].iter().zip(normed.chunks_mut(hidden)) {
+            let first = *row as usize * hidden;
+            kernels.rms_norm(&step.residual[first..first + hidden], &self.final_norm, rms_eps, y);
+        }
+        let x = rounded(kernels, self.numerics, normed, &mut step.rounded);
+        let logits = grown(&mut step.logits, count * vocab);
+        self.compute.matmul(x, count, self.head.mat(&self.checkpoint), logits);
+        logits
+    }
+}
+
+fn add(x: &mut [f32], delta: &[f32]) {
+    x.iter_mut().zip(delta).for_each(|(x, d)| *x += d);
+}

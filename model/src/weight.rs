@@ -1,0 +1,88 @@
+//! A weight matrix that stays where it is: in the mapped checkpoint.
+//!
+//! Holds offsets only, so that it can live beside the `Arc` of its checkpoint without borrowing from it.
+//! Lengths and types were checked when it was looked up; making a view of it cannot fail.
+
+use kernels::Mat;
+
+use crate::checkpoint::Checkpoint;
+
+/// Bytes of one mapped file.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Span {
+    /// Index of the file in its checkpoint.
+    pub file: u32,
+    /// First byte.
+    pub start: usize,
+    /// Bytes.
+    pub len: usize,
+}
+
+#[derive(Clone, Copy, Debug)]
+enum Stored {
+    F32,
+    Bf16,
+    Fp8 { scales: Span, block: (usize, usize) },
+}
+
+/// A matrix `[n, k]` of a checkpoint.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Weight {
+    n: usize,
+    k: usize,
+    span: Span,
+    stored: Stored,
+}
+
+impl Weight {
+    pub fn f32(span: Span, n: usize, k: usize) -> Self {
+        Weight { n, k, span, stored: Stored::F32 }
+    }
+
+    pub fn bf16(span: Span, n: usize, k: usize) -> Self {
+        Weight { n, k, span, stored: Stored::Bf16 }
+    }
+
+    pub fn fp8(span: Span, scales: Span, block: (usize, usize), n: usize, k: usize) -> Self {
+        Weight { n, k, span, stored: Stored::Fp8 { scales, block } }
+    }
+
+    /// Rows: outputs of the product.
+    pub fn n(&self) -> usize {
+        self.n
+    }
+
+    /// Columns: inputs of the product.
+    pub fn k(&self) -> usize {
+        self.k
+    }
+
+    /// Bytes as stored, scales included.
+    pub fn bytes(&self) -> usize {
+        match self.stored {
+            Stored::Fp8 { scales, .. } => self.span.len + scales.len,
+            _ => self.span.len,
+        }
+    }
+
+    /// The view that the kernels take; `from` is the checkpoint that it was looked up in.
+    pub fn mat<'a>(&self, from: &'a Checkpoint) -> Mat<'a> {
+        let bytes = from.span(self.span);
+        let mat = match self.stored {
+            Stored::F32 => Mat::f32(bytes, self.n, self.k),
+            Stored::Bf16 => Mat::bf16(bytes, self.n, self.k),
+            Stored::Fp8 { scales, block } => {
+                Mat::fp8(bytes, from.span(scales), self.n, self.k, block)
+            }
+        };
+        mat.expect("lengths were checked against the shape when the checkpoint was opened")
+    }
+
+    /// Starts reading the bytes; only a hint.
+    pub fn prefetch(&self, from: &Checkpoint) {
+        from.prefetch(self.span);
+        if let Stored::Fp8 { scales, .. } = self.stored {
+            from.prefetch(scales);
+        }
+    }
+}

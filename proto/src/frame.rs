@@ -1,0 +1,216 @@
+//! Activation frames: the one place that knows how rows and slots lie in a
+//! [`DispatchFrame`] and a [`DispatchReply`].
+//!
+//! Every length is checked against shape × dtype here, before a receiver
+//! allocates or reads anything on behalf of a peer. What passes is safe to index.
+
+use crate::MAX_MESSAGE_BYTES;
+use crate::v1::{Dtype, DispatchFrame, DispatchReply};
+
+/// Room kept for a frame's header fields beside its rows.
+const HEADER_BYTES: usize = 64 << 10;
+/// Worst case of one slot's packed integers on the wire (expert + version + share of counts).
+const SLOT_BYTES: usize = 15;
+
+/// Why a frame or reply was refused.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum FrameError {
+    #[error("dtype {0} is not known")]
+    DType(i32),
+    #[error("hidden is {got}, the model's is {want}")]
+    Hidden { got: u32, want: u32 },
+    #[error("a frame carries at least one row")]
+    Empty,
+    #[error("{what} holds {got} entries, {want} expected")]
+    Count { what: &'static str, got: usize, want: usize },
+    #[error("row {row} has {got} expert slots, 1 to {max} expected")]
+    Slots { row: usize, got: u32, max: u32 },
+    #[error("rows hold {got} bytes, {want} expected")]
+    Bytes { got: usize, want: usize },
+    #[error("row {row} names expert {expert} of {experts}")]
+    Expert { row: usize, expert: u32, experts: u32 },
+    #[error("row {row} names expert {expert} twice or out of order")]
+    Order { row: usize, expert: u32 },
+}
+
+/// The sizes a receiver checks a frame against.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Shape {
+    pub hidden: u32,
+    /// Routed experts of a layer.
+    pub experts: u32,
+    /// Most experts a row may name.
+    pub top_k: u32,
+}
+
+impl Dtype {
+    /// Bytes of one value.
+    pub fn size(self) -> usize {
+        match self {
+            Dtype::Bf16 => 2,
+            Dtype::F32 | Dtype::Unspecified => 4,
+        }
+    }
+}
+
+fn dtype(raw: i32) -> Result<Dtype, FrameError> {
+    match Dtype::try_from(raw) {
+        Ok(Dtype::Unspecified) | Err(_) => Err(FrameError::DType(raw)),
+        Ok(known) => Ok(known),
+    }
+}
+
+/// How many rows fit one message when every row and every one of its `slots`
+/// results must travel: at least one.
+pub fn max_rows(hidden: u32, dtype: Dtype, slots: u32) -> usize {
+    let row = hidden as usize * dtype.size();
+    let out = row * slots.max(1) as usize + SLOT_BYTES * slots as usize;
+    ((MAX_MESSAGE_BYTES - HEADER_BYTES) / row.max(out).max(1)).max(1)
+}
+
+/// Checks a frame against the model's shape; returns its dtype and slot count.
+///
+/// # Errors
+/// The first contradiction found. Nothing was allocated for it.
+pub fn check(frame: &DispatchFrame, shape: Shape) -> Result<(Dtype, usize), FrameError> {
+    let dtype = dtype(frame.dtype)?;
+    if frame.hidden != shape.hidden {
+        return Err(FrameError::Hidden { got: frame.hidden, want: shape.hidden });
+    }
+    let rows = frame.slot_counts.len();
+    if rows == 0 {
+        return Err(FrameError::Empty);
+    }
+    let mut slots = 0usize;
+    for (row, &got) in frame.slot_counts.iter().enumerate() {
+        if got == 0 || got > shape.top_k {
+            return Err(FrameError::Slots { row, got, max: shape.top_k });
+        }
+        slots += got as usize;
+    }
+    if frame.experts.len() != slots {
+        return Err(FrameError::Count { what: "experts", got: frame.experts.len(), want: slots });
+    }
+    if !frame.versions.is_empty() && frame.versions.len() != slots {
+        return Err(FrameError::Count { what: "versions", got: frame.versions.len(), want: slots });
+    }
+    let want = rows.saturating_mul(shape.hidden as usize).saturating_mul(dtype.size());
+    if frame.rows.len() != want {
+        return Err(FrameError::Bytes { got: frame.rows.len(), want });
+    }
+    let mut experts = frame.experts.iter();
+    for (row, &count) in frame.slot_counts.iter().enumerate() {
+        let mut last = None;
+        for &expert in experts.by_ref().take(count as usize) {
+            if expert >= shape.experts {
+                return Err(FrameError::Expert { row, expert, experts: shape.experts });
+            }
+            if last.is_some_and(|l| l >= expert) {
+                return Err(FrameError::Order { row, expert });
+            }
+            last = Some(expert);
+        }
+    }
+    Ok((dtype, slots))
+}
+
+/// Checks a reply that carries results: `slots` rows of `hidden` values.
+pub fn check_reply(
+    reply: &DispatchReply,
+    hidden: u32,
+    want_dtype: Dtype,
+    slots: usize,
+) -> Result<(), FrameError> {
+    if dtype(reply.dtype)? != want_dtype {
+        return Err(FrameError::DType(reply.dtype));
+    }
+    if reply.hidden != hidden {
+        return Err(FrameError::Hidden { got: reply.hidden, want: hidden });
+    }
+    let want = slots * hidden as usize * want_dtype.size();
+    if reply.rows.len() != want {
+        return Err(FrameError::Bytes { got: reply.rows.len(), want });
+    }
+    Ok(())
+}
+
+/// True when every value of `rows` is finite.
+pub fn all_finite(rows: &[u8], dtype: Dtype) -> bool {
+    // A value is NaN or infinite exactly when its exponent bits are all ones.
+    match dtype {
+        Dtype::Bf16 => rows
+            .chunks_exact(2)
+            .all(|b| u16::from_le_bytes([b[0], b[1]]) & 0x7f80 != 0x7f80),
+        Dtype::F32 | Dtype::Unspecified => rows
+            .chunks_exact(4)
+            .all(|b| u32::from_le_bytes([b[0], b[1], b[2], b[3]]) & 0x7f80_0000 != 0x7f80_0000),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SHAPE: Shape = Shape { hidden: 4, experts: 8, top_k: 2 };
+
+    fn frame() -> DispatchFrame {
+        DispatchFrame {
+            dtype: Dtype::Bf16 as i32,
+            hidden: 4,
+            slot_counts: vec![2, 1],
+            experts: vec![1, 5, 0],
+            rows: vec![0; 16].into(),
+            ..Default::default()
+        }
+    }
+
+    #[test]
+    fn a_sound_frame_passes() {
+        assert_eq!(check(&frame(), SHAPE), Ok((Dtype::Bf16, 3)));
+    }
+
+    #[test]
+    fn every_contradiction_is_named() {
+        type Edit = fn(&mut DispatchFrame);
+        let cases: &[(Edit, FrameError)] = &[
+            (|f| f.dtype = 9, FrameError::DType(9)),
+            (|f| f.dtype = 0, FrameError::DType(0)),
+            (|f| f.hidden = 1 << 31, FrameError::Hidden { got: 1 << 31, want: 4 }),
+            (|f| f.slot_counts.clear(), FrameError::Empty),
+            (|f| f.slot_counts[1] = 0, FrameError::Slots { row: 1, got: 0, max: 2 }),
+            (|f| f.slot_counts[0] = u32::MAX, FrameError::Slots { row: 0, got: u32::MAX, max: 2 }),
+            (|f| f.experts.push(1), FrameError::Count { what: "experts", got: 4, want: 3 }),
+            (|f| f.versions = vec![1], FrameError::Count { what: "versions", got: 1, want: 3 }),
+            (|f| f.rows = vec![0; 15].into(), FrameError::Bytes { got: 15, want: 16 }),
+            (|f| f.experts[2] = 8, FrameError::Expert { row: 1, expert: 8, experts: 8 }),
+            (|f| f.experts[1] = 1, FrameError::Order { row: 0, expert: 1 }),
+        ];
+        for (edit, want) in cases {
+            let mut bad = frame();
+            edit(&mut bad);
+            assert_eq!(check(&bad, SHAPE), Err(want.clone()));
+        }
+    }
+
+    #[test]
+    fn rows_and_results_stay_under_the_message_limit() {
+        for (hidden, slots) in [(7168u32, 8u32), (256, 4), (1 << 20, 8)] {
+            let rows = max_rows(hidden, Dtype::F32, slots);
+            assert!(rows >= 1);
+            if rows > 1 {
+                assert!(rows * hidden as usize * 4 * slots as usize <= MAX_MESSAGE_BYTES);
+            }
+        }
+    }
+
+    #[test]
+    fn non_finite_values_are_found() {
+        let mut rows = [1.0f32, -0.0, f32::MIN_POSITIVE].map(f32::to_le_bytes).concat();
+        assert!(all_finite(&rows, Dtype::F32));
+        rows[8..12].copy_from_slice(&f32::NAN.to_le_bytes());
+        assert!(!all_finite(&rows, Dtype::F32));
+        let bf = |x: f32| ((x.to_bits() >> 16) as u16).to_le_bytes();
+        assert!(all_finite(&bf(3.0), Dtype::Bf16));
+        assert!(!all_finite(&bf(f32::NEG_INFINITY), Dtype::Bf16));
+    }
+}

@@ -1,0 +1,296 @@
+//! The loop: plan a step, run it through the layers, sample, answer. The only
+//! file that alternates maths and network, on its own OS thread. It owns the
+//! trunk, the KV pool and every sequence; others reach it through one bounded
+//! channel of jobs and read its [`Gauges`].
+
+mod job;
+mod stream;
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use crossbeam_channel::{Receiver, RecvTimeoutError};
+use model::sample::Scratch;
+use model::{Chunk, KvPool, LogitRows, Step, StepError, Trunk};
+use proto::LayerId;
+use tracing::Span;
+
+use crate::exchange::ExchangeError;
+use crate::experts::Experts;
+use crate::metrics::RouterMetrics;
+use crate::scheduler::{Pages, Part, Scheduler, SeqId};
+pub use job::Job;
+use stream::{Next, Stream};
+
+/// How long an engine with nothing to compute waits before it looks for
+/// clients that went away or caught up.
+const IDLE: Duration = Duration::from_millis(5);
+
+/// What the engine tells others about itself; plain counters.
+#[derive(Debug, Default)]
+pub struct Gauges {
+    pub running: AtomicU64,
+    pub waiting: AtomicU64,
+    pub kv_pages_used: AtomicU64,
+    pub generated: AtomicU64,
+    pub prefilled: AtomicU64,
+    pub in_flight: AtomicU64,
+    /// Set by whoever drains: no new jobs are sent after it.
+    pub draining: AtomicBool,
+}
+
+/// Why a step failed.
+#[derive(Debug, thiserror::Error)]
+enum Failure {
+    #[error(transparent)]
+    Exchange(#[from] ExchangeError),
+    /// A plan that the trunk refuses is our own mistake, but costs only its step.
+    #[error("step refused: {0}")]
+    Step(#[from] StepError),
+}
+
+/// What an engine is made of.
+pub struct Parts {
+    pub trunk: Trunk,
+    pub kv: KvPool,
+    pub experts: Experts,
+    pub scheduler: Scheduler,
+    pub sampling: Scratch,
+    pub jobs: Receiver<Job>,
+    pub gauges: Arc<Gauges>,
+    pub metrics: RouterMetrics,
+}
+
+/// See the module's text.
+pub struct Engine {
+    parts: Parts,
+    streams: HashMap<SeqId, Stream>,
+    step: Step,
+}
+
+impl Pages for KvPool {
+    fn alloc(&mut self) -> Option<model::PageId> {
+        KvPool::alloc(self)
+    }
+
+    fn free(&mut self, page: model::PageId) {
+        KvPool::free(self, page);
+    }
+}
+
+impl Engine {
+    pub fn new(parts: Parts) -> Self {
+        Self { parts, streams: HashMap::new(), step: Step::default() }
+    }
+
+    /// Runs until every sender of jobs is gone and every sequence has ended.
+    pub fn run(&mut self) {
+        let mut open = true;
+        while open || !self.parts.scheduler.is_empty() {
+            open = self.take_jobs();
+            self.drop_cancelled();
+            let streams = &self.streams;
+            let paused = |id| streams.get(&id).is_some_and(Stream::is_full);
+            let plan = self.parts.scheduler.plan(&mut self.parts.kv, &paused);
+            if plan.is_empty() {
+                self.publish();
+                open = self.idle(open);
+                continue;
+            }
+            let start = Instant::now();
+            match self.forward(&plan) {
+                Ok(()) => self.answer(&plan, start),
+                Err(error) => self.fail(&plan, &error),
+            }
+            self.publish();
+        }
+    }
+
+    /// Takes what has been submitted; false when nobody can submit any more.
+    fn take_jobs(&mut self) -> bool {
+        loop {
+            match self.parts.jobs.try_recv() {
+                Ok(job) => self.accept(job),
+                Err(crossbeam_channel::TryRecvError::Empty) => return true,
+                Err(crossbeam_channel::TryRecvError::Disconnected) => return false,
+            }
+        }
+    }
+
+    /// Waits for a job, or a moment when sequences are paused or have left.
+    fn idle(&mut self, open: bool) -> bool {
+        if !open {
+            std::thread::sleep(IDLE);
+            return false;
+        }
+        let job = if self.parts.scheduler.is_empty() {
+            self.parts.jobs.recv().map_err(|_| RecvTimeoutError::Disconnected)
+        } else {
+            self.parts.jobs.recv_timeout(IDLE)
+        };
+        match job {
+            Ok(job) => self.accept(job),
+            Err(RecvTimeoutError::Timeout) => {}
+            Err(RecvTimeoutError::Disconnected) => return false,
+        }
+        true
+    }
+
+    fn accept(&mut self, mut job: Job) {
+        self.parts.metrics.requests.inc();
+        let id = self.parts.scheduler.push(std::mem::take(&mut job.tokens));
+        let tokens = self.parts.scheduler.get(id).map_or(&[][..], |sequence| &sequence.tokens);
+        self.streams.insert(id, Stream::new(job, tokens));
+    }
+
+    fn drop_cancelled(&mut self) {
+        let now = Instant::now();
+        let metrics = &self.parts.metrics;
+        let ended: Vec<SeqId> = self
+            .streams
+            .iter_mut()
+            .filter_map(|(&id, stream)| {
+                if stream.is_closed() {
+                    metrics.cancelled.inc();
+                    return Some(id);
+                }
+                stream.expire(now).then(|| {
+                    metrics.failed.inc();
+                    id
+                })
+            })
+            .collect();
+        for id in ended {
+            self.end(id);
+        }
+    }
+
+    fn end(&mut self, id: SeqId) {
+        self.streams.remove(&id);
+        self.parts.scheduler.remove(id, &mut self.parts.kv);
+    }
+
+    /// One step through all layers. What it leaves is the logits of the wanted rows.
+    fn forward(&mut self, plan: &[Part]) -> Result<(), Failure> {
+        let rows: usize = plan.iter().map(|part| part.len).sum();
+        let span = self.step_span(plan, rows);
+        let _in_step = span.enter();
+        self.parts.metrics.step_rows.observe(rows as f64);
+        let chunks: Vec<Chunk<'_>> = plan
+            .iter()
+            .filter_map(|part| {
+                let sequence = self.parts.scheduler.get(part.id)?;
+                let logits = self.streams.get(&part.id)?.wanted_logits(part);
+                Some(Chunk {
+                    tokens: &sequence.tokens[part.start..part.start + part.len],
+                    start: part.start,
+                    pages: &sequence.pages,
+                    logits,
+                })
+            })
+            .collect();
+        self.parts.trunk.begin(&mut self.step, &chunks, &self.parts.kv)?;
+        for layer in 0..self.parts.trunk.config().layers {
+            let span = tracing::debug_span!("layer", layer);
+            let _in_layer = span.enter();
+            if self.parts.trunk.attend(layer, &mut self.step, &mut self.parts.kv) {
+                self.parts.experts.send(LayerId(layer as u32), &self.step.routed(), &span);
+                self.parts.trunk.shared(layer, &mut self.step);
+                self.parts.experts.wait()?;
+                let experts = &self.parts.experts;
+                self.parts.trunk.absorb(layer, &mut self.step, &|slot| experts.row(slot));
+            }
+        }
+        Ok(())
+    }
+
+    /// The step's span hangs under the first traced request it serves; the
+    /// others are linked, since one step works for many.
+    fn step_span(&self, plan: &[Part], rows: usize) -> Span {
+        let mut traced = plan
+            .iter()
+            .filter_map(|part| self.streams.get(&part.id))
+            .map(|stream| &stream.span)
+            .filter(|span| !span.is_disabled());
+        let Some(first) = traced.next() else { return Span::none() };
+        let span = tracing::debug_span!(parent: first, "step", rows, sequences = plan.len());
+        for other in traced {
+            span.follows_from(other);
+        }
+        span
+    }
+
+    /// Samples every finished row and sends what the streams are owed.
+    fn answer(&mut self, plan: &[Part], start: Instant) {
+        let Parts { trunk, scheduler, sampling, gauges, metrics, .. } = &mut self.parts;
+        let vocab = trunk.config().vocab;
+        let mut logits = trunk.logits(&mut self.step);
+        let mut ended = Vec::new();
+        for &part in plan {
+            let Some(stream) = self.streams.get_mut(&part.id) else { continue };
+            let wanted = match stream.wanted_logits(&part) {
+                LogitRows::None => 0,
+                LogitRows::Last => 1,
+                LogitRows::All => part.len,
+            };
+            let (mine, others) = logits.split_at_mut(wanted * vocab);
+            logits = others;
+            scheduler.computed(part);
+            if stream.is_prefill(&part) {
+                gauges.prefilled.fetch_add(part.len as u64, Ordering::Relaxed);
+                metrics.prefilled.inc_by(part.len as u64);
+            }
+            let tokens = scheduler.get(part.id).map_or(&[][..], |s| s.tokens.as_slice());
+            if wanted == part.len {
+                stream.score_prompt(&part, tokens, mine, sampling);
+            }
+            if !part.last {
+                continue;
+            }
+            let row = &mut mine[(wanted - 1) * vocab..];
+            match stream.next_token(row, tokens, sampling, metrics) {
+                Next::Token { id, finished } => {
+                    gauges.generated.fetch_add(1, Ordering::Relaxed);
+                    scheduler.append(part.id, id);
+                    if finished {
+                        ended.push(part.id);
+                    }
+                }
+                Next::Failed => {
+                    metrics.failed.inc();
+                    ended.push(part.id);
+                }
+            }
+        }
+        self.parts.metrics.step.observe(start.elapsed().as_secs_f64());
+        for id in ended {
+            self.end(id);
+        }
+    }
+
+    /// The step's results cannot be had: its sequences end, the others go on.
+    fn fail(&mut self, plan: &[Part], error: &Failure) {
+        tracing::error!(%error, sequences = plan.len(), "step failed");
+        for part in plan {
+            if let Some(stream) = self.streams.get_mut(&part.id) {
+                self.parts.metrics.failed.inc();
+                stream.fail(tonic::Status::unavailable(error.to_string()));
+            }
+            self.end(part.id);
+        }
+    }
+
+    fn publish(&self) {
+        let (running, waiting) = (self.parts.scheduler.running(), self.parts.scheduler.waiting());
+        let used = self.parts.kv.used();
+        self.parts.gauges.running.store(running as u64, Ordering::Relaxed);
+        self.parts.gauges.waiting.store(waiting as u64, Ordering::Relaxed);
+        self.parts.gauges.kv_pages_used.store(used as u64, Ordering::Relaxed);
+        self.parts.gauges.in_flight.store(self.parts.experts.in_flight() as u64, Ordering::Relaxed);
+        self.parts.metrics.running.set(running as i64);
+        self.parts.metrics.waiting.set(waiting as i64);
+        self.parts.metrics.kv_pages_used.set(used as i64);
+    }
+}

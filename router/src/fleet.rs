@@ -1,0 +1,74 @@
+//! The actor that turns what links report into the placement that the engine
+//! reads. It is the only writer of placements in this process; every change of
+//! ownership is a new table with a higher epoch.
+
+use std::sync::Arc;
+
+use actix::{Actor, Context, Handler};
+use arc_swap::ArcSwap;
+use mesh::lifecycle::Readiness;
+use mesh::link::{LinkHandle, LinksChanged};
+use mesh::placement::Placement;
+use mesh::supervise::Pulse;
+use proto::LayerId;
+
+/// What the fleet reads and publishes; cloned by its factory.
+#[derive(Clone)]
+pub struct FleetParts {
+    pub links: Arc<[Arc<LinkHandle>]>,
+    pub placement: Arc<ArcSwap<Placement>>,
+    pub readiness: Readiness,
+}
+
+/// See the module's text.
+pub struct Fleet {
+    parts: FleetParts,
+    _pulse: Pulse,
+}
+
+impl Fleet {
+    pub fn new(parts: FleetParts, pulse: Pulse) -> Self {
+        Self { parts, _pulse: pulse }
+    }
+
+    fn refresh(&self) {
+        let FleetParts { links, placement, readiness } = &self.parts;
+        let live: Vec<_> = links
+            .iter()
+            .filter_map(|link| link.description().map(|about| (link.node, about)))
+            .collect();
+        let owned = live.iter().flat_map(|(node, about)| {
+            about.owned.iter().map(|owned| (*node, LayerId(owned.layer), owned.experts.as_slice()))
+        });
+        let next = placement.load().next(owned);
+        let state = match next.missing() {
+            None => Ok(()),
+            Some((count, layer, expert)) => Err(format!(
+                "{count} experts have no live owner, first layer {layer} expert {expert}"
+            )),
+        };
+        match &state {
+            Ok(()) => tracing::info!(epoch = %next.epoch(), nodes = live.len(), "placement is whole"),
+            Err(missing) => tracing::warn!(epoch = %next.epoch(), nodes = live.len(), missing),
+        }
+        placement.store(Arc::new(next));
+        readiness.set(state);
+    }
+}
+
+impl Actor for Fleet {
+    type Context = Context<Self>;
+
+    fn started(&mut self, _: &mut Self::Context) {
+        // A rebuilt fleet may have missed a change.
+        self.refresh();
+    }
+}
+
+impl Handler<LinksChanged> for Fleet {
+    type Result = ();
+
+    fn handle(&mut self, _: LinksChanged, _: &mut Self::Context) {
+        self.refresh();
+    }
+}

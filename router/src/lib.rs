@@ -1,0 +1,267 @@
+//! The router: drives sequences through the trunk and sends each token's rows
+//! to the nodes that own its experts. Rooms, in the order a request meets them:
+//!
+//! - [`service`]: gRPC in, checked; events out
+//! - [`intake`]: the engine's actor: admission
+//! - [`scheduler`]: who computes what in the next step (pure)
+//! - [`engine`]: the loop over steps and layers, on its own thread
+//! - [`experts`]: the seam to the experts, local or remote
+//! - [`exchange`]: one layer's dispatch, retry and gather (sans-IO)
+//! - [`fleet`]: the actor that publishes placements
+
+#![forbid(unsafe_code)]
+
+mod actors;
+pub mod engine;
+pub mod exchange;
+pub mod experts;
+pub mod fleet;
+pub mod intake;
+pub mod metrics;
+pub mod scheduler;
+pub mod service;
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use arc_swap::{ArcSwap, ArcSwapOption};
+use kernels::{Compute, Isa};
+use mesh::lifecycle::{Readiness, Shutdown};
+use mesh::link::{Identity, LinkHandle};
+use mesh::metrics::Metrics;
+use mesh::placement::{ExpertGrid, NodeIndex, Placement};
+use mesh::transport::{self, Endpoint, TransportError};
+use mesh::admin;
+use model::sample::Scratch;
+use model::{Checkpoint, KvError, KvPool, LoadError, Numerics, Trunk};
+use proto::v1::inference_server::InferenceServer;
+use proto::v1::Dtype;
+use proto::{Epoch, LayerId, MAX_MESSAGE_BYTES};
+use tokio::sync::watch;
+use tonic::service::Routes;
+
+use crate::engine::{Engine, Gauges};
+use crate::exchange::{Exchange, Patience, Shape};
+use crate::experts::Experts;
+use crate::experts::local::Local;
+use crate::experts::remote::Remote;
+use crate::metrics::RouterMetrics;
+use crate::scheduler::{Limits, Scheduler};
+use crate::service::{Facts, Service, View};
+
+/// Pause before a frame is offered again to a node that was busy.
+const BUSY_PAUSE: Duration = Duration::from_millis(5);
+/// Replies and link notices that may wait for the engine.
+const LINK_EVENTS: usize = 4096;
+
+/// What a router is told.
+#[derive(Clone, Debug)]
+pub struct Config {
+    /// The router's name in the mesh.
+    pub id: String,
+    pub listen: Endpoint,
+    /// Where `/metrics`, `/healthz` and `/readyz` are served, if anywhere.
+    pub admin: Option<Endpoint>,
+    pub model_dir: PathBuf,
+    pub numerics: Numerics,
+    /// The expert nodes; empty keeps the experts inside the router.
+    pub nodes: Vec<Endpoint>,
+    pub threads: usize,
+    /// `None` takes the best the CPU has.
+    pub isa: Option<Isa>,
+    /// Tokens the KV cache holds, over all sequences.
+    pub kv_tokens: usize,
+    pub page_tokens: usize,
+    /// Tokens computed in one step.
+    pub step_tokens: usize,
+    /// Tokens of one prompt computed in one step.
+    pub prefill_chunk: usize,
+    pub max_running: usize,
+    pub max_waiting: usize,
+    /// How long a step waits for an expert without a live owner.
+    pub expert_wait: Duration,
+    /// How long a frame waits for its reply before another owner is asked.
+    pub attempt_timeout: Duration,
+    pub request_timeout: Duration,
+}
+
+/// Why a router did not start or had to stop.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    #[error(transparent)]
+    Load(#[from] LoadError),
+    #[error(transparent)]
+    Kv(#[from] KvError),
+    #[error(transparent)]
+    Transport(#[from] TransportError),
+    #[error("cannot serve metrics: {0}")]
+    Admin(std::io::Error),
+    #[error("cannot start a thread: {0}")]
+    Thread(#[from] std::io::Error),
+    #[error("the engine panicked; the router cannot compute any more")]
+    Engine,
+}
+
+/// Loads, binds, serves, and drains when `shutdown` is triggered: new requests
+/// are refused, running ones finish.
+pub async fn serve(config: Config, shutdown: Shutdown) -> Result<(), Error> {
+    let readiness = Readiness::starting("loading the trunk");
+    let registry = Metrics::default();
+    let metrics = registry.register(RouterMetrics::new);
+    let listener = transport::bind(&config.listen).await?;
+    let side = match &config.admin {
+        Some(endpoint) => Some(transport::bind(endpoint).await?),
+        None => None,
+    };
+
+    let checkpoint = Checkpoint::open(&config.model_dir)?;
+    let model = checkpoint.config();
+    tracing::info!(model = model.summary(), numerics = %config.numerics, "checkpoint opened");
+    let isa = config.isa.unwrap_or_else(Isa::detect);
+    let compute = Arc::new(Compute::new(isa, config.threads));
+    let sampling = Scratch::new(compute.kernels);
+    let trunk = Trunk::load(&checkpoint, config.numerics, compute.clone())?;
+    let pages = config.kv_tokens.div_ceil(config.page_tokens.max(1));
+    let kv = KvPool::new(model, config.numerics, pages, config.page_tokens)?;
+
+    let links: Arc<[Arc<LinkHandle>]> = (0..)
+        .zip(&config.nodes)
+        .map(|(index, endpoint)| LinkHandle::new(NodeIndex(index), endpoint.clone()))
+        .collect();
+    let grid = ExpertGrid {
+        layers: model.moe_layers().map(|layer| LayerId(layer as u32)).collect(),
+        experts: model.experts as u32,
+    };
+    let placement = Arc::new(ArcSwap::from_pointee(Placement::empty(grid)));
+    let (link_events, events) = crossbeam_channel::bounded(LINK_EVENTS);
+    let experts = if links.is_empty() {
+        readiness.set(Ok(()));
+        Experts::Local(Box::new(Local::load(&checkpoint, config.numerics, compute)?))
+    } else {
+        readiness.set(Err("no expert node has answered yet".to_owned()));
+        let shape = Shape {
+            hidden: model.hidden as u32,
+            dtype: match config.numerics {
+                Numerics::F32 => Dtype::F32,
+                Numerics::Bf16 => Dtype::Bf16,
+            },
+            top_k: model.top_k as u32,
+        };
+        let patience = Patience {
+            attempt: config.attempt_timeout,
+            expert_wait: config.expert_wait,
+            busy: BUSY_PAUSE,
+        };
+        Experts::Remote(Box::new(Remote {
+            exchange: Exchange::new(shape, patience, Instant::now()),
+            links: links.clone(),
+            events,
+            placement: placement.clone(),
+            metrics: metrics.clone(),
+            epoch: Epoch(0),
+            sent: Instant::now(),
+        }))
+    };
+
+    let gauges = Arc::new(Gauges::default());
+    let (jobs, inbox) = crossbeam_channel::bounded(config.max_waiting.max(1));
+    let engine = Engine::new(engine::Parts {
+        trunk,
+        kv,
+        experts,
+        scheduler: Scheduler::new(Limits {
+            step_tokens: config.step_tokens,
+            prefill_chunk: config.prefill_chunk,
+            max_running: config.max_running,
+            page_tokens: config.page_tokens,
+        }),
+        sampling,
+        jobs: inbox,
+        gauges: gauges.clone(),
+        metrics: metrics.clone(),
+    });
+    let engine_ended = run_engine(engine)?;
+
+    let view = Arc::new(View {
+        intake: ArcSwapOption::empty(),
+        gauges: gauges.clone(),
+        links: links.clone(),
+        placement: placement.clone(),
+        readiness: readiness.clone(),
+        metrics,
+        shutdown: shutdown.clone(),
+    });
+    let facts = Facts {
+        router_id: config.id.clone(),
+        model_digest: checkpoint.digest(),
+        numerics: config.numerics.to_string(),
+        device: format!("cpu/{isa}"),
+        vocab: model.vocab,
+        max_context: model.max_positions,
+        kv_pages: pages,
+        page_tokens: config.page_tokens,
+        max_waiting: config.max_waiting,
+        request_timeout: config.request_timeout,
+    };
+    let actors = actors::start(actors::Cast {
+        fleet: fleet::FleetParts { links, placement, readiness: readiness.clone() },
+        intake: intake::IntakeParts {
+            jobs,
+            gauges,
+            max_waiting: config.max_waiting,
+            shutdown: shutdown.clone(),
+            engine_ended: engine_ended.clone(),
+        },
+        identity: Identity {
+            model_digest: facts.model_digest.to_vec(),
+            numerics: facts.numerics.clone(),
+            hidden: model.hidden as u32,
+        },
+        link_events,
+        view: view.clone(),
+    })?;
+
+    let service = InferenceServer::new(Service::new(facts, view.clone()))
+        .max_decoding_message_size(MAX_MESSAGE_BYTES)
+        .max_encoding_message_size(MAX_MESSAGE_BYTES);
+    tracing::info!(endpoint = %listener.local(), nodes = config.nodes.len(), "router serves");
+    let side = side.map(|listener| {
+        let stop = shutdown.clone();
+        let ready = readiness.clone();
+        tokio::spawn(async move {
+            admin::serve(listener, registry, ready, async move { stop.wait().await }).await
+        })
+    });
+    // Draining: the server refuses new connections and calls, and returns when
+    // the running ones have ended.
+    let stop = shutdown.clone();
+    transport::serve_grpc(listener, Routes::new(service), async move { stop.wait().await }).await?;
+    let died = *engine_ended.borrow();
+    actors.stop();
+    if let Some(side) = side
+        && let Ok(served) = side.await
+    {
+        served.map_err(Error::Admin)?;
+    }
+    if died { Err(Error::Engine) } else { Ok(()) }
+}
+
+/// Runs the engine on its own thread; the receiver turns true when it has ended.
+fn run_engine(mut engine: Engine) -> std::io::Result<watch::Receiver<bool>> {
+    let (ended, end) = watch::channel(false);
+    std::thread::Builder::new().name("engine".into()).spawn(move || {
+        // Dropped on a panic too, which is when somebody must hear of it.
+        let _ended = SetOnDrop(ended);
+        engine.run();
+    })?;
+    Ok(end)
+}
+
+struct SetOnDrop(watch::Sender<bool>);
+
+impl Drop for SetOnDrop {
+    fn drop(&mut self) {
+        self.0.send_replace(true);
+    }
+}

@@ -1,0 +1,83 @@
+//! The router's Prometheus series: what users feel (time to first token, time
+//! per output token), what the engine does, what the network costs.
+
+use prometheus_client::metrics::counter::Counter;
+use prometheus_client::metrics::gauge::Gauge;
+use prometheus_client::metrics::histogram::Histogram;
+use prometheus_client::registry::{Registry, Unit};
+use mesh::metrics::{rows, step_seconds, user_seconds};
+
+/// Typed handles; cheap to clone.
+#[derive(Clone)]
+pub struct RouterMetrics {
+    pub requests: Counter,
+    pub rejected: Counter,
+    pub failed: Counter,
+    pub cancelled: Counter,
+    pub generated: Counter,
+    pub prefilled: Counter,
+    pub waiting: Gauge,
+    pub running: Gauge,
+    pub kv_pages_used: Gauge,
+    pub ttft: Histogram,
+    pub tpot: Histogram,
+    pub step: Histogram,
+    pub step_rows: Histogram,
+    /// From the layer's frames being written to its last result.
+    pub exchange: Histogram,
+    /// The part of it in which the engine had nothing left to compute.
+    pub exchange_wait: Histogram,
+    pub round_trip: Histogram,
+    pub retries: Counter,
+    pub stale_replies: Counter,
+}
+
+impl RouterMetrics {
+    pub fn new(registry: &mut Registry) -> Self {
+        let new = Self {
+            requests: Counter::default(),
+            rejected: Counter::default(),
+            failed: Counter::default(),
+            cancelled: Counter::default(),
+            generated: Counter::default(),
+            prefilled: Counter::default(),
+            waiting: Gauge::default(),
+            running: Gauge::default(),
+            kv_pages_used: Gauge::default(),
+            ttft: Histogram::new(user_seconds()),
+            tpot: Histogram::new(user_seconds()),
+            step: Histogram::new(step_seconds()),
+            step_rows: Histogram::new(rows()),
+            exchange: Histogram::new(step_seconds()),
+            exchange_wait: Histogram::new(step_seconds()),
+            round_trip: Histogram::new(step_seconds()),
+            retries: Counter::default(),
+            stale_replies: Counter::default(),
+        };
+        let registry = registry.sub_registry_with_prefix("router");
+        let mut counter = |name, help, metric: &Counter| registry.register(name, help, metric.clone());
+        counter("requests", "Sequences accepted", &new.requests);
+        counter("rejected", "Sequences refused because the queue was full", &new.rejected);
+        counter("failed", "Sequences ended by an error", &new.failed);
+        counter("cancelled", "Sequences whose client went away", &new.cancelled);
+        counter("generated_tokens", "Tokens sampled", &new.generated);
+        counter("prefilled_tokens", "Prompt tokens computed", &new.prefilled);
+        counter("dispatch_retries", "Frames sent again elsewhere", &new.retries);
+        counter("stale_replies", "Replies that answered nothing open", &new.stale_replies);
+        let mut gauge = |name, help, metric: &Gauge| registry.register(name, help, metric.clone());
+        gauge("waiting", "Sequences without KV pages", &new.waiting);
+        gauge("running", "Sequences that hold KV pages", &new.running);
+        gauge("kv_pages_used", "KV pages in use", &new.kv_pages_used);
+        let mut seconds = |name, help, metric: &Histogram| {
+            registry.register_with_unit(name, help, Unit::Seconds, metric.clone());
+        };
+        seconds("ttft", "Arrival of a request to its first token", &new.ttft);
+        seconds("tpot", "Time between two tokens of a request", &new.tpot);
+        seconds("step", "One step over all layers", &new.step);
+        seconds("exchange", "One layer's dispatch to its last result", &new.exchange);
+        seconds("exchange_wait", "The exchange not covered by computing", &new.exchange_wait);
+        seconds("dispatch_round_trip", "One frame to its reply", &new.round_trip);
+        registry.register("step_rows", "Tokens computed in one step", new.step_rows.clone());
+        new
+    }
+}

@@ -1,0 +1,88 @@
+//! What a person types, and what the process says and exits with.
+
+use std::process::Stdio;
+
+use crate::support::sandbox::{free_port, moemesh, run};
+use crate::support::{Fixture, tiny};
+
+fn refused(arguments: &[&str]) -> String {
+    let (success, _, stderr) = run(moemesh().args(arguments));
+    assert!(!success, "{arguments:?} succeeded");
+    let complaints: Vec<&str> = stderr.lines().filter(|line| line.contains("error")).collect();
+    assert_eq!(complaints.len(), 1, "one clear line, not:\n{stderr}");
+    complaints[0].to_owned()
+}
+
+#[test]
+fn generate_streams_text_and_exits_with_0() {
+    let (success, stdout, stderr) =
+        run(moemesh().args(["generate", "Once upon a time", "--max-tokens", "24"]).current_dir(tiny()));
+    assert!(success, "{stderr}");
+    assert!(stdout.split_whitespace().count() > 5, "{stdout}");
+}
+
+#[test]
+fn the_same_seed_gives_the_same_text() {
+    let generate = |seed: &str| {
+        let arguments =
+            ["generate", "The old man", "--max-tokens", "24", "--temperature", "1", "--seed", seed];
+        let (success, stdout, stderr) = run(moemesh().args(arguments));
+        assert!(success, "{stderr}");
+        stdout
+    };
+    let first = generate("7");
+    assert_eq!(generate("7"), first);
+    assert_ne!(generate("8"), first);
+}
+
+#[test]
+fn a_missing_model_is_one_clear_line() {
+    let line = refused(&["up", "--model", "/nowhere/at/all"]);
+    assert!(line.contains("/nowhere/at/all"), "{line}");
+}
+
+#[test]
+fn a_port_in_use_is_one_clear_line() {
+    let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = taken.local_addr().unwrap().to_string();
+    let line = refused(&["up", "--http", &address, "--no-demo"]);
+    assert!(line.contains(&address) && line.contains("in use"), "{line}");
+}
+
+#[test]
+fn a_broken_checkpoint_is_one_clear_line() {
+    let broken = std::env::temp_dir().join(format!("moemesh-broken-{}", std::process::id()));
+    std::fs::create_dir_all(&broken).unwrap();
+    let fixture = Fixture::load("plain");
+    for entry in std::fs::read_dir(&fixture.dir).unwrap() {
+        let entry = entry.unwrap();
+        std::fs::copy(entry.path(), broken.join(entry.file_name())).unwrap();
+    }
+    let weights = broken.join("model.safetensors");
+    let bytes = std::fs::read(&weights).unwrap();
+    std::fs::write(&weights, &bytes[..bytes.len() / 2]).unwrap();
+    let http = format!("127.0.0.1:{}", free_port());
+    let line = refused(&["up", "--model", broken.to_str().unwrap(), "--http", &http, "--no-demo"]);
+    assert!(line.contains("model.safetensors"), "{line}");
+    std::fs::remove_dir_all(broken).unwrap();
+}
+
+#[test]
+fn a_bad_setting_names_file_line_and_key() {
+    let path = std::env::temp_dir().join(format!("moemesh-bad-{}.toml", std::process::id()));
+    std::fs::write(&path, "listen = \"127.0.0.1:7000\"\nkv_tokenz = 5\n").unwrap();
+    let output =
+        moemesh().args(["router", "--config"]).arg(&path).stdin(Stdio::null()).output().unwrap();
+    assert_eq!(output.status.code(), Some(64));
+    let stderr = String::from_utf8(output.stderr).unwrap();
+    assert!(stderr.contains(":2") && stderr.contains("kv_tokenz"), "{stderr}");
+    std::fs::remove_file(path).unwrap();
+}
+
+#[test]
+fn completion_scripts_are_printed() {
+    for shell in ["bash", "zsh", "fish"] {
+        let (success, stdout, _) = run(moemesh().args(["completions", shell]));
+        assert!(success && stdout.contains("expert-node"), "{shell}");
+    }
+}
