@@ -12,13 +12,13 @@ check:
 
 # What needs Rust only
 test *args:
-    cargo test --release --workspace {{args}}
+    cargo test --workspace {{args}}
 
 fmt:
     cargo fmt --all
 
 lint:
-    cargo clippy --release --workspace --all-targets -- -D warnings
+    cargo clippy --workspace --all-targets -- -D warnings
 
 # Licences, duplicates, sources (needs cargo-deny)
 deny:

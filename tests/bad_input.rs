@@ -72,3 +72,28 @@ fn every_bad_request_is_refused_by_name() {
         mesh.stop();
     });
 }
+
+#[test]
+fn a_checkpoint_without_tokenizer_serves_token_ids() {
+    block_on(async {
+        let fixture = Fixture::load("tied");
+        let bare = std::env::temp_dir().join(format!("moemesh-bare-{}", std::process::id()));
+        std::fs::create_dir_all(&bare).unwrap();
+        for file in ["config.json", "model.safetensors"] {
+            std::fs::copy(fixture.dir.join(file), bare.join(file)).unwrap();
+        }
+        let mesh = Sandbox::of(&bare).numerics("f32").expert_nodes(1).start().await;
+        let prompt = &fixture.prompts[2];
+        let extra = json!({ "max_tokens": 4, "ignore_eos": true, "return_token_ids": true });
+        let choice = mesh.complete(&prompt.tokens, extra).await;
+        assert_eq!(choice["token_ids"], json!(prompt.continuation[..4]));
+        assert_eq!(choice["text"], "");
+        let body = json!({ "model": "test", "prompt": "some text", "max_tokens": 4 });
+        let (status, answer) = post(&mesh.http, "/v1/completions", &body).await;
+        assert_eq!(status, 400, "{answer}");
+        let message = answer["error"]["message"].as_str().unwrap();
+        assert!(message.contains("tokenizer.json"), "{message}");
+        mesh.stop();
+        std::fs::remove_dir_all(bare).unwrap();
+    });
+}

@@ -15,8 +15,9 @@ fn refused(arguments: &[&str]) -> String {
 
 #[test]
 fn generate_streams_text_and_exits_with_0() {
-    let (success, stdout, stderr) =
-        run(moemesh().args(["generate", "Once upon a time", "--max-tokens", "24"]).current_dir(tiny()));
+    let (success, stdout, stderr) = run(moemesh()
+        .args(["generate", "Once upon a time", "--max-tokens", "24"])
+        .current_dir(tiny()));
     assert!(success, "{stderr}");
     assert!(stdout.split_whitespace().count() > 5, "{stdout}");
 }

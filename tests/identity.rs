@@ -43,9 +43,11 @@ fn the_number_of_nodes_changes_no_bit() {
     block_on(async {
         for (name, numerics) in [("plain", "bf16"), ("fp8", "f32"), ("tied", "bf16")] {
             let fixture = Fixture::load(name);
-            let alone = all_scores(plan(&fixture, numerics).expert_nodes(0).start().await, &fixture).await;
+            let alone =
+                all_scores(plan(&fixture, numerics).expert_nodes(0).start().await, &fixture).await;
             for (nodes, replicas) in [(1, 1), (3, 1), (5, 2)] {
-                let mesh = plan(&fixture, numerics).expert_nodes(nodes).replicas(replicas).start().await;
+                let mesh =
+                    plan(&fixture, numerics).expert_nodes(nodes).replicas(replicas).start().await;
                 let got = all_scores(mesh, &fixture).await;
                 assert_same(&format!("{name} {numerics}, {nodes} nodes"), &fixture, &alone, &got);
             }
@@ -58,7 +60,8 @@ fn the_cut_of_the_prompt_changes_no_bit() {
     block_on(async {
         for numerics in ["bf16", "f32"] {
             let fixture = Fixture::load("yarn");
-            let whole = plan(&fixture, numerics).router("prefill_chunk", 512).router("step_tokens", 512);
+            let whole =
+                plan(&fixture, numerics).router("prefill_chunk", 512).router("step_tokens", 512);
             let want = all_scores(whole.start().await, &fixture).await;
             for (chunk, pages) in [(7, 64), (64, 16)] {
                 let cut = plan(&fixture, numerics)

@@ -101,8 +101,10 @@ fn up_restarts_what_dies_and_drains_on_a_signal() {
             assert!(served, "a killed {role} was not replaced");
             assert!(!up.children(role).contains(&victim));
         }
-        let children: Vec<u32> =
-            ["expert-node", "router", "gateway"].iter().flat_map(|role| up.children(role)).collect();
+        let children: Vec<u32> = ["expert-node", "router", "gateway"]
+            .iter()
+            .flat_map(|role| up.children(role))
+            .collect();
         assert_eq!(children.len(), 4);
         let status = up.end("INT");
         assert!(status.success(), "drained with {status}");
@@ -116,8 +118,10 @@ fn up_restarts_what_dies_and_drains_on_a_signal() {
 fn children_do_not_outlive_a_killed_up() {
     block_on(async {
         let up = Up::start(&["--expert-nodes", "1"]).await;
-        let children: Vec<u32> =
-            ["expert-node", "router", "gateway"].iter().flat_map(|role| up.children(role)).collect();
+        let children: Vec<u32> = ["expert-node", "router", "gateway"]
+            .iter()
+            .flat_map(|role| up.children(role))
+            .collect();
         assert_eq!(children.len(), 3);
         up.end("KILL");
         for child in children {

@@ -115,9 +115,11 @@ fn a_node_of_another_model_is_refused_with_the_reason() {
             }
             let status = mesh.router_status().await;
             if status.nodes[0].detail.contains("another model") {
-                let (code, body) = http::get(&mesh.http, "/readyz").await.unwrap();
-                assert_eq!(code, 503, "{body}");
-                return;
+                // The gateway may still be starting.
+                match http::get(&mesh.http, "/readyz").await {
+                    Ok((code, body)) => return assert_eq!(code, 503, "{body}"),
+                    Err(_) => continue,
+                }
             }
         }
         panic!("the router never said why: {:?}", mesh.router_status().await);
@@ -142,9 +144,9 @@ fn losing_a_node_under_load_changes_no_token() {
             let (address, tokens) = (address.clone(), prompt.tokens.clone());
             let mut body = json!({ "model": "test", "prompt": tokens, "temperature": 0 });
             body.as_object_mut().unwrap().extend(extra().as_object().unwrap().clone());
-            streams.spawn(async move {
-                (index, http::post(&address, "/v1/completions", &body).await)
-            });
+            streams.spawn(
+                async move { (index, http::post(&address, "/v1/completions", &body).await) },
+            );
         }
         // Every node is lost once and comes back, while the streams run.
         for node in 0..3 {
@@ -203,7 +205,8 @@ fn a_node_counts_the_rows_of_each_expert() {
     block_on(async {
         let fixture = Fixture::load("plain");
         let mesh = Sandbox::of(&fixture.dir).expert_nodes(1).start().await;
-        mesh.complete(&fixture.prompts[4].tokens, json!({ "max_tokens": 4, "ignore_eos": true })).await;
+        mesh.complete(&fixture.prompts[4].tokens, json!({ "max_tokens": 4, "ignore_eos": true }))
+            .await;
         let status = ExpertControlClient::new(node(&mesh, 0))
             .status(NodeStatusRequest {})
             .await
@@ -212,12 +215,13 @@ fn a_node_counts_the_rows_of_each_expert() {
         let counted: u64 = status.loads.iter().map(|load| load.rows).sum();
         assert_eq!(counted, status.rows);
         assert!(counted > 0 && status.queued_rows == 0);
-        let (_, metrics) = http::get(
-            &http::Address::Unix(mesh.socket("expert-node-0-admin")),
-            "/metrics",
-        )
-        .await
-        .unwrap();
-        assert!(metrics.contains(&format!("moemesh_expert_node_rows_total {counted}")), "{metrics}");
+        let (_, metrics) =
+            http::get(&http::Address::Unix(mesh.socket("expert-node-0-admin")), "/metrics")
+                .await
+                .unwrap();
+        assert!(
+            metrics.contains(&format!("moemesh_expert_node_rows_total {counted}")),
+            "{metrics}"
+        );
     });
 }

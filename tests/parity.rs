@@ -24,11 +24,20 @@ fn f32_equals_the_reference_up_to_near_ties() {
                 let choice = mesh.complete(&prompt.tokens, extra).await;
                 let tokens = choice["token_ids"].as_array().unwrap();
                 let logprobs = choice["logprobs"]["token_logprobs"].as_array().unwrap();
-                assert_eq!((tokens.len(), logprobs.len()), (wanted, wanted), "{name} {}", prompt.name);
+                assert_eq!(
+                    (tokens.len(), logprobs.len()),
+                    (wanted, wanted),
+                    "{name} {}",
+                    prompt.name
+                );
                 for at in 0..wanted {
                     if tokens[at] != prompt.continuation[at] {
                         let margin = prompt.margins[at];
-                        assert!(margin < NEAR_TIE, "{name} {} token {at}: margin {margin}", prompt.name);
+                        assert!(
+                            margin < NEAR_TIE,
+                            "{name} {} token {at}: margin {margin}",
+                            prompt.name
+                        );
                         break;
                     }
                     let error = (logprobs[at].as_f64().unwrap() - prompt.logprobs[at]).abs();

@@ -17,7 +17,7 @@ enum Fault {
     Swap,
 }
 
-/// A prompt's last logits, with the results of `expert` in `layer` falsified.
+/// The logits of a whole prompt, with the results of `expert` in `layer` falsified.
 struct Model {
     checkpoint: Arc<Checkpoint>,
     compute: Arc<Compute>,
@@ -32,7 +32,7 @@ impl Model {
         Self { checkpoint, compute, trunk }
     }
 
-    /// Returns the last logits and which (layer, expert) were used.
+    /// Returns the logits of all positions, and which (layer, expert) were used.
     fn run(
         &self,
         tokens: &[u32],
@@ -42,7 +42,7 @@ impl Model {
         let pages = tokens.len().div_ceil(64);
         let mut kv = KvPool::new(config, Numerics::F32, pages, 64).unwrap();
         let table: Vec<_> = (0..pages).map(|_| kv.alloc().unwrap()).collect();
-        let chunk = Chunk { tokens, start: 0, pages: &table, logits: LogitRows::Last };
+        let chunk = Chunk { tokens, start: 0, pages: &table, logits: LogitRows::All };
         let mut step = Step::default();
         self.trunk.begin(&mut step, &[chunk], &kv).unwrap();
         let mut used = Vec::new();

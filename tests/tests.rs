@@ -6,6 +6,7 @@
 
 mod bad_input;
 mod command_line;
+mod docs;
 mod identity;
 mod lifecycle;
 mod nodes;

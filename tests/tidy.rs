@@ -13,8 +13,7 @@ fn root() -> &'static Path {
 /// Every Rust file of the project, without what is generated.
 fn sources() -> Vec<(PathBuf, String)> {
     let mut found = Vec::new();
-    let folders =
-        ["src", "proto", "model", "mesh", "router", "expert-node", "gateway", "tests"];
+    let folders = ["src", "proto", "model", "mesh", "router", "expert-node", "gateway", "tests"];
     let mut open: Vec<PathBuf> = folders.iter().map(|folder| root().join(folder)).collect();
     while let Some(folder) = open.pop() {
         for entry in std::fs::read_dir(folder).unwrap() {
@@ -90,7 +89,10 @@ fn dependencies_point_one_way() {
             let ours = allowed.contains_key(other);
             assert!(!ours || allowed[name].contains(&other), "{name} depends on {other}");
             let maths = name == "model" || name == "kernels";
-            assert!(!maths || !["tokio", "tonic", "prost", "actix"].contains(&other), "{name}: {other}");
+            assert!(
+                !maths || !["tokio", "tonic", "prost", "actix"].contains(&other),
+                "{name}: {other}"
+            );
         }
     }
 }

@@ -93,7 +93,8 @@ impl Executor {
             }
         }
         // Computed under the first traced frame's span; a batch serves many.
-        let span = tracing::debug_span!("expert", frames = jobs.len(), rows = tracing::field::Empty);
+        let span =
+            tracing::debug_span!("expert", frames = jobs.len(), rows = tracing::field::Empty);
         if let Some(job) = jobs.iter().find(|job| !job.frame.traceparent.is_empty()) {
             propagate::set_parent(&span, &job.frame.traceparent);
         }

@@ -2,13 +2,13 @@
 //! `ExpertControl.Status`; here their number would grow with the model, so
 //! only the distribution of rows per expert and batch is kept.
 
+use mesh::metrics::{rows, step_seconds};
 use prometheus_client::encoding::EncodeLabelSet;
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::metrics::histogram::Histogram;
 use prometheus_client::registry::Registry;
-use mesh::metrics::{rows, step_seconds};
 use proto::v1::ErrorCode;
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]

@@ -45,8 +45,7 @@ impl Admission {
 
     fn enter(&self, rows: usize) -> bool {
         let fits = |queued: usize| (queued + rows <= self.limit).then_some(queued + rows);
-        let entered =
-            self.queued.fetch_update(Ordering::AcqRel, Ordering::Acquire, fits).is_ok();
+        let entered = self.queued.fetch_update(Ordering::AcqRel, Ordering::Acquire, fits).is_ok();
         if !entered {
             self.refused.fetch_add(1, Ordering::Relaxed);
         }
@@ -82,7 +81,6 @@ struct Inner {
 }
 
 impl Service {
-    #[expect(clippy::too_many_arguments, reason = "called once, by serve, with what it just built")]
     pub fn new(
         config: &Config,
         isa: kernels::Isa,

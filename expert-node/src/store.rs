@@ -32,8 +32,7 @@ impl Store {
     /// Maps the shard's experts of every MoE layer and checks their tensors.
     pub fn load(checkpoint: &Arc<Checkpoint>, shard: Shard) -> Result<Self, LoadError> {
         let config = checkpoint.config();
-        let owned =
-            plan::shard(shard.index, shard.count, shard.replicas, config.experts as u32);
+        let owned = plan::shard(shard.index, shard.count, shard.replicas, config.experts as u32);
         let experts = DashMap::new();
         let mut bytes = 0;
         for layer in config.moe_layers() {

@@ -132,3 +132,50 @@ fn check_content_type(headers: &HeaderMap) -> Result<(), ApiError> {
     let message = "content type must be application/json";
     Err(ApiError::request(StatusCode::UNSUPPORTED_MEDIA_TYPE, message))
 }
+
+#[cfg(test)]
+mod tests {
+    use futures::stream;
+
+    use super::*;
+
+    fn body(chunks: Vec<&'static [u8]>) -> Body {
+        Body::from_stream(stream::iter(chunks.into_iter().map(Ok::<_, std::io::Error>)))
+    }
+
+    #[tokio::test]
+    async fn bodies_share_a_budget_and_give_it_back() {
+        let admission = Admission::new(1, 4);
+        let headers = HeaderMap::new();
+        let mut held = Vec::new();
+        for _ in 0..BODIES {
+            let received = admission.body(&headers, body(vec![b"ab", b"cd"])).await.unwrap();
+            assert_eq!(received.bytes, b"abcd");
+            held.push(received);
+        }
+        let full = admission.body(&headers, body(vec![b"a"])).await.err().unwrap();
+        assert_eq!(full.status, StatusCode::TOO_MANY_REQUESTS);
+        held.pop();
+        assert!(admission.body(&headers, body(vec![b"a"])).await.is_ok());
+        let large = admission.body(&headers, body(vec![b"abc", b"de"])).await.err().unwrap();
+        assert_eq!(large.status, StatusCode::PAYLOAD_TOO_LARGE);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_body_that_does_not_come_is_given_up() {
+        let admission = Admission::new(1, 4);
+        let never = Body::from_stream(stream::pending::<Result<Bytes, std::io::Error>>());
+        let slow = admission.body(&HeaderMap::new(), never).await.err().unwrap();
+        assert_eq!(slow.status, StatusCode::REQUEST_TIMEOUT);
+    }
+
+    #[test]
+    fn permits_come_back() {
+        let admission = Admission::new(2, 4);
+        let held = admission.enter(2).unwrap();
+        assert_eq!(admission.enter(1).err().unwrap().status, StatusCode::TOO_MANY_REQUESTS);
+        drop(held);
+        assert!(admission.enter(1).is_ok());
+        assert!(admission.enter(3).is_err());
+    }
+}

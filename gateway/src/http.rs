@@ -31,10 +31,11 @@ use serde::Serialize;
 use tokio::sync::OwnedSemaphorePermit;
 
 use crate::App;
-use crate::job::{Job, Order, Usage};
+use crate::job::{Job, Kind, Order, Prompts, Usage};
+use crate::text::Text;
 use error::ApiError;
 use observe::Context;
-use types::Common;
+use types::{Common, Limits};
 
 /// Every route of the gateway.
 pub fn routes(app: Arc<App>) -> Router {
@@ -63,23 +64,31 @@ async fn wrong_method(method: Method, uri: Uri) -> ApiError {
     ApiError::request(StatusCode::METHOD_NOT_ALLOWED, message)
 }
 
+/// A request body of one of the two completion endpoints.
+trait Ask: Sized + Send + 'static {
+    fn parse(body: &[u8], limits: &Limits) -> Result<Self, ApiError>;
+    fn common(&self) -> &Common;
+    /// How many prompts it has.
+    fn prompts(&self) -> usize;
+    /// Token ids of each prompt.
+    fn tokenise(&self, text: &Text) -> Result<Prompts, ApiError>;
+    /// How its sequences run.
+    fn kind(&self) -> Kind;
+}
+
 /// A request that was let in: checked and tokenised.
 struct Entered<R> {
     request: R,
-    /// Token ids of each prompt.
-    prompts: Vec<Vec<u32>>,
+    prompts: Prompts,
     permit: OwnedSemaphorePermit,
 }
 
 /// What the two completion endpoints do alike before their sequences start:
 /// read the body, then parse, check, admit and tokenise off the async pool.
-async fn enter<R: Send + 'static>(
+async fn enter<R: Ask>(
     app: &Arc<App>,
     headers: &HeaderMap,
     body: Body,
-    parse: fn(&App, &[u8]) -> Result<R, ApiError>,
-    size: fn(&R) -> (&Common, usize),
-    tokenise: fn(&App, &R) -> Result<Vec<Vec<u32>>, ApiError>,
 ) -> Result<Entered<R>, ApiError> {
     if app.shutdown.is_triggered() {
         return Err(ApiError::unavailable("the gateway is shutting down"));
@@ -88,42 +97,33 @@ async fn enter<R: Send + 'static>(
     let mut permit = app.admission.enter(1)?;
     let inner = Arc::clone(app);
     let work = move || {
-        let request = parse(&inner, &received.bytes)?;
+        let request = R::parse(&received.bytes, &inner.limits())?;
         drop(received);
-        let (common, prompts) = size(&request);
+        let common = request.common();
         if let Some(model) = common.model.as_deref().filter(|model| *model != inner.model_name) {
             return Err(ApiError::unknown_model(model, &inner.model_name));
         }
-        let sequences = prompts.saturating_mul(common.n as usize);
+        let sequences = request.prompts().saturating_mul(common.n as usize);
         permit.merge(inner.admission.enter(sequences.saturating_sub(1))?);
-        let prompts = tokenise(&inner, &request)?;
+        let prompts = request.tokenise(&inner.text)?;
         Ok(Entered { request, prompts, permit })
     };
     app.text.run(work).await.unwrap_or_else(|error| Err(error::of_text(error, "body")))
 }
 
 /// Starts the sequences of a request.
-fn start(
-    app: &App,
-    context: &Context,
-    entered: (Vec<Vec<u32>>, OwnedSemaphorePermit),
-    common: &Common,
-    completion: Option<bool>,
-) -> Result<Job, ApiError> {
-    let (prompts, permit) = entered;
-    Job::start(
-        app,
-        Order {
-            request_id: context.request_id.clone(),
-            traceparent: context.traceparent.clone(),
-            arrived: context.arrived,
-            prompts,
-            common: common.clone(),
-            completion: completion.is_some(),
-            echo: completion.unwrap_or(false),
-            permit,
-        },
-    )
+fn start<R: Ask>(app: &App, context: &Context, entered: Entered<R>) -> Result<(R, Job), ApiError> {
+    let Entered { request, prompts, permit } = entered;
+    let order = Order {
+        request_id: context.request_id.clone(),
+        traceparent: context.traceparent.clone(),
+        arrived: context.arrived,
+        prompts,
+        common: request.common().clone(),
+        kind: request.kind(),
+        permit,
+    };
+    Ok((request, Job::start(app, order)?))
 }
 
 /// What every part of one answer repeats.

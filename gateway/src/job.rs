@@ -26,17 +26,40 @@ use choice::{Choice, Delta, Rules};
 /// OpenAI's default for `/v1/completions`.
 const COMPLETION_TOKENS: u32 = 16;
 
+/// Token ids of each prompt of a request.
+pub type Prompts = Vec<Vec<u32>>;
+
+/// What a prompt becomes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// A raw prompt goes on; `echo` shows it, too.
+    Completion { echo: bool },
+    /// A conversation gets an answer.
+    Chat,
+}
+
+impl Kind {
+    /// The field that holds the prompt.
+    fn param(self) -> &'static str {
+        match self {
+            Self::Completion { .. } => "prompt",
+            Self::Chat => "messages",
+        }
+    }
+
+    fn echo(self) -> bool {
+        self == Self::Completion { echo: true }
+    }
+}
+
 /// What a handler asks for, already checked and tokenised.
 pub struct Order {
     pub request_id: String,
     pub traceparent: String,
     pub arrived: Instant,
-    /// Token ids of each prompt.
-    pub prompts: Vec<Vec<u32>>,
+    pub prompts: Prompts,
     pub common: Common,
-    /// Only `/v1/completions` has both.
-    pub completion: bool,
-    pub echo: bool,
+    pub kind: Kind,
     /// Held until the last sequence has ended.
     pub permit: OwnedSemaphorePermit,
 }
@@ -68,20 +91,21 @@ impl Job {
     /// 400 when a prompt and what it asks for do not fit the context.
     pub fn start(app: &App, order: Order) -> Result<Self, ApiError> {
         let context = app.context();
-        let param = if order.completion { "prompt" } else { "messages" };
         let deadline = order.arrived + app.request_timeout;
         let common = &order.common;
         let rules = Arc::new(rules(app, &order));
         let seed = common.sampling.seed.map_or_else(|| rand::rng().random(), |seed| seed as u64);
+        // Clients may use one id twice; routers must not mistake one sequence for another.
+        let own: u32 = rand::rng().random();
         let mut usage = Usage::default();
         let mut deltas: Vec<Deltas> = Vec::new();
         for prompt in &order.prompts {
-            let wanted = wanted_tokens(&order, &app.profile.defaults, prompt.len(), context, param)?;
+            let wanted = wanted_tokens(&order, &app.profile.defaults, prompt.len(), context)?;
             usage.prompt_tokens += prompt.len() as u64;
             for copy in 0..common.n {
                 let index = deltas.len() as u32;
                 let request = GenerateRequest {
-                    request_id: format!("{}-{index}", order.request_id),
+                    request_id: format!("{}-{own:08x}-{index}", order.request_id),
                     tokens: prompt.clone(),
                     emitted: 0,
                     // A scored prompt without a completion still needs one step.
@@ -192,7 +216,7 @@ fn rules(app: &App, order: &Order) -> Rules {
 
 /// Log-probabilities of an echoed prompt are asked for like those of its completion.
 fn prompt_logprobs(order: &Order) -> Option<u32> {
-    let echoed = order.common.logprobs.filter(|_| order.echo);
+    let echoed = order.common.logprobs.filter(|_| order.kind.echo());
     order.common.prompt_logprobs.max(echoed)
 }
 
@@ -202,8 +226,8 @@ fn wanted_tokens(
     defaults: &SamplingDefaults,
     prompt: usize,
     context: u32,
-    param: &'static str,
 ) -> Result<u32, ApiError> {
+    let param = order.kind.param();
     if prompt == 0 {
         return Err(ApiError::field(param, format!("`{param}` has no tokens")));
     }
@@ -225,8 +249,10 @@ fn wanted_tokens(
             Err(ApiError::context(param, message))
         }
         Some(asked) => Ok(asked),
-        None if order.completion => Ok(COMPLETION_TOKENS.min(room)),
-        None => Ok(defaults.max_new_tokens.unwrap_or(room).min(room)),
+        None => Ok(match order.kind {
+            Kind::Completion { .. } => COMPLETION_TOKENS.min(room),
+            Kind::Chat => defaults.max_new_tokens.unwrap_or(room).min(room),
+        }),
     }
 }
 
@@ -239,10 +265,7 @@ fn sampling(asked: &Sampling, defaults: &SamplingDefaults, seed: u64) -> WireSam
         min_p: asked.min_p.or(defaults.min_p).unwrap_or(0.0),
         presence_penalty: asked.presence_penalty,
         frequency_penalty: asked.frequency_penalty,
-        repetition_penalty: asked
-            .repetition_penalty
-            .or(defaults.repetition_penalty)
-            .unwrap_or(1.0),
+        repetition_penalty: asked.repetition_penalty.or(defaults.repetition_penalty).unwrap_or(1.0),
         seed,
         logit_bias: asked.logit_bias.iter().map(|(&id, &bias)| (id, bias)).collect(),
     }

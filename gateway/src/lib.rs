@@ -158,9 +158,7 @@ impl Gateway {
     pub async fn bind(config: &Config, shutdown: Shutdown) -> Result<Self, Error> {
         let app = Arc::new(App::build(config, shutdown)?);
         let listener = http::server::bind(&config.listen).await?;
-        let address = listener
-            .local_addr()
-            .map_err(|_| Error::Listen(config.listen.clone()))?;
+        let address = listener.local_addr().map_err(|_| Error::Listen(config.listen.clone()))?;
         Ok(Self { app, listener, address })
     }
 

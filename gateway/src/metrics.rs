@@ -2,7 +2,7 @@
 //! the number of series does not depend on what clients send.
 
 use mesh::metrics::user_seconds;
-use prometheus_client::encoding::{EncodeLabelSet, EncodeLabelValue};
+use prometheus_client::encoding::EncodeLabelSet;
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
@@ -10,7 +10,7 @@ use prometheus_client::metrics::histogram::Histogram;
 use prometheus_client::registry::Registry;
 
 /// What a request asked for; everything unknown is one route.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, EncodeLabelValue)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Route {
     Completions,
     Chat,
@@ -31,16 +31,28 @@ impl Route {
             _ => Self::Other,
         }
     }
+
+    /// As in the label `route`.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Completions => "completions",
+            Self::Chat => "chat",
+            Self::Models => "models",
+            Self::Health => "health",
+            Self::Metrics => "metrics",
+            Self::Other => "other",
+        }
+    }
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 pub struct Answer {
-    pub route: Route,
+    pub route: &'static str,
     pub status: u16,
 }
 
 /// How one call of a router ended.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, EncodeLabelValue)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Outcome {
     Finished,
     Refused,
@@ -50,7 +62,7 @@ pub enum Outcome {
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 pub struct Attempt {
-    pub outcome: Outcome,
+    pub outcome: &'static str,
 }
 
 /// Cheap to clone; all clones count together.
@@ -121,7 +133,11 @@ impl Metrics {
         registry.register("queue_seconds", "until a router accepts", m.accept.clone());
         registry.register("prompt_tokens", "tokens of prompts", m.prompt_tokens.clone());
         registry.register("completion_tokens", "tokens generated", m.completion_tokens.clone());
-        registry.register("router_calls", "calls of routers, by how they ended", m.attempts.clone());
+        registry.register(
+            "router_calls",
+            "calls of routers, by how they ended",
+            m.attempts.clone(),
+        );
         registry.register("resumed", "sequences resumed on a router", m.resumed.clone());
         registry.register("cancelled", "requests whose client went away", m.cancelled.clone());
         registry.register("broken_streams", "streams ended by an error", m.broken_streams.clone());
@@ -130,6 +146,12 @@ impl Metrics {
     }
 
     pub fn attempt(&self, outcome: Outcome) {
+        let outcome = match outcome {
+            Outcome::Finished => "finished",
+            Outcome::Refused => "refused",
+            Outcome::Busy => "busy",
+            Outcome::Failed => "failed",
+        };
         self.attempts.get_or_create(&Attempt { outcome }).inc();
     }
 }

@@ -32,11 +32,8 @@ impl Drop for Scratch {
 
 pub fn scratch() -> Scratch {
     static NEXT: AtomicU32 = AtomicU32::new(0);
-    let name = format!(
-        "moemesh-gateway-{}-{}",
-        std::process::id(),
-        NEXT.fetch_add(1, Ordering::Relaxed)
-    );
+    let name =
+        format!("moemesh-gateway-{}-{}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed));
     let path = std::env::temp_dir().join(name);
     std::fs::create_dir_all(&path).unwrap();
     Scratch(path)

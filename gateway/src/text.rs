@@ -61,12 +61,7 @@ impl Text {
         let shield = Shield::new(&tokenizer);
         let template = ChatTemplate::load(dir, config.as_ref(), &tokenizer)?;
         let turns = std::thread::available_parallelism().map_or(1, |n| n.get());
-        Ok(Self {
-            tokenizer: Arc::new(tokenizer),
-            shield,
-            template,
-            turns: Semaphore::new(turns),
-        })
+        Ok(Self { tokenizer: Arc::new(tokenizer), shield, template, turns: Semaphore::new(turns) })
     }
 
     /// Ids of a raw prompt; control tokens written in it are meant as such.
@@ -90,9 +85,8 @@ impl Text {
             .iter()
             .map(|message| {
                 let trust = Trust::of_role(message.role);
-                message.map(|text| {
-                    self.shield.guard(&self.tokenizer, text, trust, mark).into_owned()
-                })
+                message
+                    .map(|text| self.shield.guard(&self.tokenizer, text, trust, mark).into_owned())
             })
             .collect();
         let rendered = template.render(&guarded, add_generation_prompt)?;

@@ -80,7 +80,10 @@ fn describe_status(status: &tonic::Status) -> String {
     while let Some(next) = cause.source() {
         cause = next;
     }
-    match std::ptr::eq(cause as *const dyn std::error::Error as *const (), status as *const _ as *const ()) {
+    match std::ptr::eq(
+        cause as *const dyn std::error::Error as *const (),
+        status as *const _ as *const (),
+    ) {
         true => format!("{}: {}", status.code(), status.message()),
         false => cause.to_string(),
     }

@@ -57,12 +57,16 @@ impl Placement {
 
     fn cell(&self, layer: LayerId, expert: ExpertId) -> Option<usize> {
         let row = self.grid.layers.binary_search(&layer).ok()?;
-        (expert.0 < self.grid.experts)
-            .then(|| row * self.grid.experts as usize + expert.0 as usize)
+        (expert.0 < self.grid.experts).then(|| row * self.grid.experts as usize + expert.0 as usize)
     }
 
     pub fn epoch(&self) -> Epoch {
         self.epoch
+    }
+
+    /// Both tables name the same owners, under whatever epochs.
+    pub fn same_owners(&self, other: &Self) -> bool {
+        self.owners == other.owners
     }
 
     /// Live owners of an expert, in node order; empty when it has none.

@@ -1,4 +1,5 @@
-//! Greedy generation in one process: `cargo run -p model --example generate -- DIR [--bf16] [--tokens N] ids...`
+//! Greedy generation in one process: `cargo run -p model --example generate -- DIR [--bf16]
+//! [--tokens N] ids...`
 //!
 //! Prints the ids that follow the given ones, and how long prefill and decode took.
 

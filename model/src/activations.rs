@@ -1,7 +1,7 @@
 //! Activations in the numerics class's type: rounding into a product, and rows as they travel.
 //!
-//! Rows on the wire are little-endian values of the class, row-major. Frames carry them at any alignment, so a row
-//! is copied where it does not happen to lie well.
+//! Rows on the wire are little-endian values of the class, row-major. Frames carry them at any
+//! alignment, so a row is copied where it does not happen to lie well.
 
 use half::bf16;
 use kernels::{Acts, Kernels};

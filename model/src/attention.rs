@@ -1,10 +1,12 @@
-//! Multi-head latent attention over the paged cache, in absorbed form (DeepSeek-V2 paper, section 2.1.2).
+//! Multi-head latent attention over the paged cache, in absorbed form (DeepSeek-V2 paper, section
+//! 2.1.2).
 //!
-//! The up-projection of keys is applied to the query instead, and that of values to the attention's result, so that all heads
-//! read the same cached row of `kv_lora + qk_rope` values. A token's scores are taken page by page, its softmax over
-//! all positions at once, its weighted sum in ascending position: an order fixed by the absolute positions, whatever
-//! else is in the step and however the prompt was cut. Tokens are cut into tiles only to share a page's values while
-//! they are in cache. Later positions are never read, not even to be masked.
+//! The up-projection of keys is applied to the query instead, and that of values to the attention's
+//! result, so that all heads read the same cached row of `kv_lora + qk_rope` values. A token's
+//! scores are taken page by page, its softmax over all positions at once, its weighted sum in
+//! ascending position: an order fixed by the absolute positions, whatever else is in the step and
+//! however the prompt was cut. Tokens are cut into tiles only to share a page's values while they
+//! are in cache. Later positions are never read, not even to be masked.
 
 mod heads;
 mod weights;
@@ -70,8 +72,8 @@ pub(crate) struct AttentionScratch {
 }
 
 impl Attention {
-    /// Adds to the cache what the step's tokens contribute in `layer`, and computes `out` `[rows, hidden]` from the
-    /// normed `x` `[rows, hidden]`.
+    /// Adds to the cache what the step's tokens contribute in `layer`, and computes `out` `[rows,
+    /// hidden]` from the normed `x` `[rows, hidden]`.
     pub fn run(
         &self,
         context: Context<'_>,

@@ -1,9 +1,10 @@
 //! A checkpoint directory: `config.json` and safetensors, mapped and not read until used.
 //!
-//! Opening reads the configuration, the index and the headers, nothing else. A tensor is looked up with the
-//! shape it has to have; what is missing, of another shape or of a type that is not computed with is
-//! refused, naming file and tensor. Pickled weights are refused. The mapped files have to stay as they are
-//! while they are used: shortening one under a running process kills it, as with any mapping.
+//! Opening reads the configuration, the index and the headers, nothing else. A tensor is looked up
+//! with the shape it has to have; what is missing, of another shape or of a type that is not
+//! computed with is refused, naming file and tensor. Pickled weights are refused. The mapped files
+//! have to stay as they are while they are used: shortening one under a running process kills it,
+//! as with any mapping.
 
 mod header;
 #[cfg(test)]
@@ -98,9 +99,9 @@ impl Checkpoint {
         &self.config
     }
 
-    /// SHA-256 over the text of `config.json`, then each tensor's name, type and shape in the order of
-    /// names, then the sizes of the files. It tells checkpoints of different make apart without reading
-    /// the weights; it does not tell two trainings of one shape apart.
+    /// SHA-256 over the text of `config.json`, then each tensor's name, type and shape in the order
+    /// of names, then the sizes of the files. It tells checkpoints of different make apart without
+    /// reading the weights; it does not tell two trainings of one shape apart.
     pub fn digest(&self) -> [u8; 32] {
         self.digest
     }
@@ -269,8 +270,8 @@ fn map_shard(path: &Path) -> Result<(Shard, Vec<header::Item>), LoadError> {
     if !meta.is_file() {
         return Err(LoadError::file(path, "not a regular file"));
     }
-    // SAFETY: the mapping is private and read-only. That nobody changes the file meanwhile is asked for
-    // in this module's documentation, as with every mapped checkpoint; bytes are read as plain
+    // SAFETY: the mapping is private and read-only. That nobody changes the file meanwhile is asked
+    // for in this module's documentation, as with every mapped checkpoint; bytes are read as plain
     // numbers, so a change of content cannot break an invariant of a type.
     let map = unsafe { Mmap::map(&file) }.map_err(|e| LoadError::io(path, e))?;
     let items = header::parse(path, &map)?;
@@ -324,7 +325,8 @@ fn open_sharded(dir: &Path, index: &Path) -> Result<Opened, LoadError> {
     for name in &names {
         let (shard, items) = map_shard(&dir.join(name))?;
         for item in items {
-            // The index decides: a tensor that it places in another file is not taken from this one.
+            // The index decides: a tensor that it places in another file is not taken from this
+            // one.
             if weight_map.get(&item.name).and_then(Value::as_str) == Some(name) {
                 let (tensor, entry) = entry_of(item, shards.len());
                 tensors.insert(tensor, entry);

@@ -1,7 +1,8 @@
 //! Putting an MoE layer together again: routed results in slot order, shared experts, residual.
 //!
-//! `x += (Σ_slot w_slot · r_slot) + shared`, the sum in f32 by fused multiply-add in slot order (DeepSeek-V3 report,
-//! eq. 12). The order is the row's own; in which order results arrived, and from where, cannot show.
+//! `x += (Σ_slot w_slot · r_slot) + shared`, the sum in f32 by fused multiply-add in slot order
+//! (DeepSeek-V3 report, eq. 12). The order is the row's own; in which order results arrived, and
+//! from where, cannot show.
 
 use kernels::Kernels;
 
@@ -16,8 +17,8 @@ pub(crate) struct CombineScratch {
     wire: WireScratch,
 }
 
-/// Adds to `residual` `[hidden]` the results of one row: `results` gives the wire row of each slot, `weights`
-/// its weight; `shared` is empty if there are no shared experts.
+/// Adds to `residual` `[hidden]` the results of one row: `results` gives the wire row of each slot,
+/// `weights` its weight; `shared` is empty if there are no shared experts.
 pub(crate) fn combine<'a>(
     kernels: Kernels,
     numerics: Numerics,

@@ -1,9 +1,10 @@
 //! The model's shape and settings, from a Hugging Face `config.json` of the `deepseek_v3` family.
 //!
 //! Sizes that decide the shape of tensors have to be there; settings that files leave out get the
-//! defaults that transformers gives them. Every field is bounded and checked against the others, and a
-//! refusal names file and field. What would compute something else silently (another activation, scoring,
-//! model type or quantisation) is refused. Multi-token-prediction layers are ignored.
+//! defaults that transformers gives them. Every field is bounded and checked against the others,
+//! and a refusal names file and field. What would compute something else silently (another
+//! activation, scoring, model type or quantisation) is refused. Multi-token-prediction layers are
+//! ignored.
 
 mod fields;
 mod rope;

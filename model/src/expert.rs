@@ -1,8 +1,11 @@
 //! Routed experts: many small networks, each over the few rows that chose it.
 //!
-//! Rows come and go in wire form. All experts of a call share the threads: the work is cut by expert and by
-//! columns into tiles, first for the inner layer, then for the outer one. How it is cut changes no bit, as
-//! every value is computed from its own row by one kernel call.
+//! Rows come and go in wire form. All experts of a call share the threads: the work is cut by
+//! expert and by columns into tiles, first for the inner layer, then for the outer one. How it is
+//! cut changes no bit, as every value is computed from its own row by one kernel call.
+
+#[cfg(test)]
+mod tests;
 
 use std::sync::Arc;
 
@@ -71,8 +74,8 @@ impl Expert {
 }
 
 impl Checkpoint {
-    /// The weights of one routed expert, from the published layout (three matrices an expert) or the fused one
-    /// (two stacks a layer).
+    /// The weights of one routed expert, from the published layout (three matrices an expert) or
+    /// the fused one (two stacks a layer).
     fn expert(&self, layer: usize, index: usize) -> Result<Ffn, LoadError> {
         let config = self.config();
         let (hidden, inner, count) = (config.hidden, config.moe_intermediate, config.experts);
@@ -95,7 +98,8 @@ impl Checkpoint {
         })
     }
 
-    /// Checks that experts `ids` of MoE layer `layer` are all there, in the right shape; reads no weights.
+    /// Checks that experts `ids` of MoE layer `layer` are all there, in the right shape; reads no
+    /// weights.
     pub fn check_experts(
         &self,
         layer: usize,
@@ -167,9 +171,9 @@ fn tile_columns(n: usize, groups: usize, threads: usize, work: usize) -> usize {
 
 /// Computes every group's rows with its expert.
 ///
-/// `x` holds the groups' rows one after the other, `[rows, hidden]` little-endian values of the class; `out` receives as
-/// many result rows of the same form, in the same order. Panics if `x` is not that long, or if experts
-/// differ in width: frames are checked before they come here.
+/// `x` holds the groups' rows one after the other, `[rows, hidden]` little-endian values of the
+/// class; `out` receives as many result rows of the same form, in the same order. Panics if `x` is
+/// not that long, or if experts differ in width: frames are checked before they come here.
 pub fn forward_experts(
     compute: &Compute,
     numerics: Numerics,
@@ -178,9 +182,9 @@ pub fn forward_experts(
     out: &mut Vec<u8>,
     scratch: &mut ExpertScratch,
 ) {
-    out.clear();
     let Some(first) = groups.iter().find(|g| g.rows > 0) else {
         assert!(x.is_empty(), "rows without a group");
+        out.clear();
         return;
     };
     let hidden = first.expert.hidden();
@@ -194,7 +198,8 @@ pub fn forward_experts(
     let weights =
         |span: &Span| (&groups[span.group].expert.weights, &*groups[span.group].expert.checkpoint);
 
-    // Inner layer: gate and up for the same columns in one task, so that their product is formed in cache.
+    // Inner layer: gate and up for the same columns in one task, so that their product is formed in
+    // cache.
     let work = 2 * inner_len * hidden;
     let columns = |n| tile_columns(n, spans.len(), threads, work);
     let count = |n: &dyn Fn(&Span) -> usize| -> usize {
@@ -266,7 +271,8 @@ fn lay_out(groups: &[ExpertGroup<'_>], hidden: usize, spans: &mut Vec<Span>) -> 
     (row, inner)
 }
 
-/// The tiles of all spans in order: span, first and last column, and the tile's `[rows, columns]` of `rest`.
+/// The tiles of all spans in order: span, first and last column, and the tile's `[rows, columns]`
+/// of `rest`.
 struct Tiles<'a, N, C> {
     spans: std::slice::Iter<'a, Span>,
     width: &'a N,
@@ -301,7 +307,8 @@ impl<'a, N: Fn(&Span) -> usize, C: Fn(usize) -> usize> Iterator for Tiles<'a, N,
     }
 }
 
-/// Calls `put` with every row piece of every tile and the place of its first value in row-major order.
+/// Calls `put` with every row piece of every tile and the place of its first value in row-major
+/// order.
 fn by_rows(
     spans: &[Span],
     width: &impl Fn(&Span) -> usize,

@@ -1,7 +1,7 @@
 //! The gated feed-forward network of dense layers and shared experts: `down(silu(gate x) · up x)`.
 //!
-//! One network over all rows of a step; routed experts, where many small networks share the threads, are in
-//! `expert.rs`. Both compute the same function with the same rounding.
+//! One network over all rows of a step; routed experts, where many small networks share the
+//! threads, are in `expert.rs`. Both compute the same function with the same rounding.
 
 use half::bf16;
 use kernels::{Acts, Compute};

@@ -1,9 +1,9 @@
 //! The gate of an MoE layer: which experts a token goes to, and with what weight.
 //!
-//! DeepSeek-V3 report, section 2.1.2: sigmoid affinities; the correction bias counts for the choice only;
-//! groups are ranked by the sum of their two best choices, and experts are taken from the best groups.
-//! Everything is f32 in every numerics class. Ties go to the lower index. Pure: no product is
-//! computed here, no state kept.
+//! DeepSeek-V3 report, section 2.1.2: sigmoid affinities; the correction bias counts for the choice
+//! only; groups are ranked by the sum of their two best choices, and experts are taken from the
+//! best groups. Everything is f32 in every numerics class. Ties go to the lower index. Pure: no
+//! product is computed here, no state kept.
 
 use crate::config::Config;
 
@@ -36,8 +36,9 @@ impl Routing {
         }
     }
 
-    /// Chooses for one token. `scores` `[experts]` are the sigmoid affinities, `bias` `[experts]` the
-    /// correction; `experts` and `weights` `[top_k]` receive the choice in ascending order of experts.
+    /// Chooses for one token. `scores` `[experts]` are the sigmoid affinities, `bias` `[experts]`
+    /// the correction; `experts` and `weights` `[top_k]` receive the choice in ascending order of
+    /// experts.
     pub fn choose(
         &self,
         scores: &[f32],

@@ -1,9 +1,9 @@
 //! The latent KV cache: pages of compressed keys and values (DeepSeek-V2 paper, section 2.1).
 //!
-//! A page holds `page_tokens` consecutive positions of one sequence in all layers; a position is `kv_lora`
-//! latent values and `qk_rope` rotated key values, in the class's type. Who owns which page is the caller's
-//! business: the pool only hands pages out and takes them back, and never more than it was made with.
-//! Memory is reserved at once and backed by the system when first written.
+//! A page holds `page_tokens` consecutive positions of one sequence in all layers; a position is
+//! `kv_lora` latent values and `qk_rope` rotated key values, in the class's type. Who owns which
+//! page is the caller's business: the pool only hands pages out and takes them back, and never more
+//! than it was made with. Memory is reserved at once and backed by the system when first written.
 
 use memmap2::MmapMut;
 
@@ -91,7 +91,8 @@ impl KvPool {
         Some(page)
     }
 
-    /// Gives a page back. Panics if it is not handed out: two owners of a page would corrupt a sequence.
+    /// Gives a page back. Panics if it is not handed out: two owners of a page would corrupt a
+    /// sequence.
     pub fn free(&mut self, page: PageId) {
         let taken = self.taken.get_mut(page.0 as usize);
         assert!(taken.as_deref() == Some(&true), "page {} is not handed out", page.0);

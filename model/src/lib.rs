@@ -1,13 +1,15 @@
-//! The maths of DeepSeek-V3 models: from a checkpoint and tokens to logits and a sample. No network, no async.
+//! The maths of DeepSeek-V3 models: from a checkpoint and tokens to logits and a sample. No
+//! network, no async.
 //!
 //! - [`Config`], [`Checkpoint`]: a Hugging Face directory, checked and mapped;
-//! - [`Trunk`], [`Step`], [`KvPool`]: embedding, attention over the paged latent cache, gate, shared experts, head;
+//! - [`Trunk`], [`Step`], [`KvPool`]: embedding, attention over the paged latent cache, gate,
+//!   shared experts, head;
 //! - [`Expert`], [`forward_experts`]: routed experts, wherever they run;
 //! - [`sample`]: logits to a token;
 //! - [`Numerics`]: what activations are rounded to.
 //!
-//! A token's logits depend on its own sequence, the weights and the numerics class, and on nothing else: not on what shares
-//! the step, the threads, the instruction set, or how the prompt was cut.
+//! A token's logits depend on its own sequence, the weights and the numerics class, and on nothing
+//! else: not on what shares the step, the threads, the instruction set, or how the prompt was cut.
 
 #![deny(unsafe_code)]
 #[cfg(target_endian = "big")]

@@ -1,7 +1,7 @@
 //! The whole model in one process: a trunk and all experts, called one after the other.
 //!
-//! What tests and the example drive the crate with; also the shortest account of how its parts go together. A mesh does
-//! the same with the experts elsewhere.
+//! What tests and the example drive the crate with; also the shortest account of how its parts go
+//! together. A mesh does the same with the experts elsewhere.
 
 use std::sync::Arc;
 
@@ -57,8 +57,8 @@ impl Local {
         &self.trunk
     }
 
-    /// Runs one step and gives the logits of its wanted rows, `[wanted, vocab]`. `see` is shown what every MoE layer's gate
-    /// decided.
+    /// Runs one step and gives the logits of its wanted rows, `[wanted, vocab]`. `see` is shown
+    /// what every MoE layer's gate decided.
     pub fn run(
         &mut self,
         chunks: &[Chunk<'_>],

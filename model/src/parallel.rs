@@ -1,8 +1,8 @@
 //! Sharing work between the pool's threads without unsafe code.
 //!
-//! Tasks take their pieces (disjoint slices, from iterators such as `chunks_mut`) one after the other under a short
-//! lock. Which thread gets which piece is left to chance; results cannot depend on it, as a
-//! piece is computed from shared inputs only. Nothing is allocated.
+//! Tasks take their pieces (disjoint slices, from iterators such as `chunks_mut`) one after the
+//! other under a short lock. Which thread gets which piece is left to chance; results cannot depend
+//! on it, as a piece is computed from shared inputs only. Nothing is allocated.
 
 use kernels::Pool;
 use parking_lot::Mutex;

@@ -1,7 +1,9 @@
-//! The whole model, naively, as the papers write it: the oracle that tests compare the real thing with.
+//! The whole model, naively, as the papers write it: the oracle that tests compare the real thing
+//! with.
 //!
-//! One token after the other, keys and values of every head spelled out, no pages, no absorbed products, no
-//! kernels: f64 throughout, over the weights as stored. Slow, and meant to be read. Nothing but tests calls this.
+//! One token after the other, keys and values of every head spelled out, no pages, no absorbed
+//! products, no kernels: f64 throughout, over the weights as stored. Slow, and meant to be read.
+//! Nothing but tests calls this.
 
 use std::sync::Arc;
 

@@ -1,13 +1,15 @@
-//! Rotary position embedding of the decoupled key and query parts (DeepSeek-V2 paper, section 2.1.3).
+//! Rotary position embedding of the decoupled key and query parts (DeepSeek-V2 paper, section
+//! 2.1.3).
 //!
-//! Angles are f32 as in the reference; their cosine and sine are computed in f64 and rounded once. The result stays
-//! in the places of the pairs it came from: the reference moves interleaved pairs apart, for queries and
-//! keys alike, which no product of the two can tell.
+//! Angles are f32 as in the reference; their cosine and sine are computed in f64 and rounded once.
+//! The result stays in the places of the pairs it came from: the reference moves interleaved pairs
+//! apart, for queries and keys alike, which no product of the two can tell.
 
 use crate::config::Rope;
 
 impl Rope {
-    /// Cosine and sine of every pair at `position`: `out` `[qk_rope]` receives all cosines, then all sines.
+    /// Cosine and sine of every pair at `position`: `out` `[qk_rope]` receives all cosines, then
+    /// all sines.
     pub(crate) fn table(&self, position: usize, out: &mut [f32]) {
         let (cos, sin) = out.split_at_mut(self.inv_freq.len());
         for ((cos, sin), frequency) in cos.iter_mut().zip(sin).zip(&self.inv_freq) {

@@ -1,9 +1,10 @@
 //! From logits to a token: penalties, temperature, top-k, min-p, top-p, and a seeded draw.
 //!
-//! The order is vLLM's: log-probabilities of the raw logits; logit bias; repetition, frequency and presence
-//! penalties; then greedy choice, or temperature, min-p, top-k, top-p and a draw. The draw is a function of
-//! (seed, position), so a replay on another machine repeats it: every sum is in a fixed order, every
-//! exponential the kernels' own. Ties go to the lower id. Logits that are not finite are refused.
+//! The order is vLLM's: log-probabilities of the raw logits; logit bias; repetition, frequency and
+//! presence penalties; then greedy choice, or temperature, min-p, top-k, top-p and a draw. The draw
+//! is a function of (seed, position), so a replay on another machine repeats it: every sum is in a
+//! fixed order, every exponential the kernels' own. Ties go to the lower id. Logits that are not
+//! finite are refused.
 
 mod philox;
 #[cfg(test)]
@@ -87,7 +88,8 @@ impl Params {
         self.presence != 0.0 || self.frequency != 0.0 || self.repetition != 1.0
     }
 
-    /// Checks every setting against its bounds. Values that are not numbers are outside all of them.
+    /// Checks every setting against its bounds. Values that are not numbers are outside all of
+    /// them.
     pub fn check(&self) -> Result<(), ParamError> {
         let within = |field, value: f32, low: f32, high: f32, expected| match value {
             v if v >= low && v <= high => Ok(()),
@@ -173,7 +175,8 @@ impl Scratch {
     }
 }
 
-/// Chooses the token at `position` of a sequence from `logits` `[vocab]`, which bias and penalties change.
+/// Chooses the token at `position` of a sequence from `logits` `[vocab]`, which bias and penalties
+/// change.
 ///
 /// `history` is only read if [`Params::needs_history`].
 pub fn sample(
@@ -206,8 +209,8 @@ pub fn sample(
     Ok(Choice { token, logprob, top })
 }
 
-/// The log-probability of `token` under `logits` `[vocab]`, and of the `top` most probable ones (for
-/// log-probabilities of a prompt). `token` is below the vocabulary size.
+/// The log-probability of `token` under `logits` `[vocab]`, and of the `top` most probable ones
+/// (for log-probabilities of a prompt). `token` is below the vocabulary size.
 pub fn score(
     logits: &[f32],
     token: u32,

@@ -1,8 +1,9 @@
-//! One step: the tokens of a micro-batch on their way through the layers, and every buffer they need.
+//! One step: the tokens of a micro-batch on their way through the layers, and every buffer they
+//! need.
 //!
-//! A step mixes prefill chunks and single decode tokens of many sequences. Buffers grow to the largest step seen
-//! and stay, so a steady stream of steps allocates nothing. What the caller composed is checked once, when the
-//! step begins; it refuses what does not fit the model.
+//! A step mixes prefill chunks and single decode tokens of many sequences. Buffers grow to the
+//! largest step seen and stay, so a steady stream of steps allocates nothing. What the caller
+//! composed is checked once, when the step begins; it refuses what does not fit the model.
 
 use std::ops::Range;
 
@@ -192,7 +193,8 @@ impl Batch {
         &self.rotations[row * self.rope_width..(row + 1) * self.rope_width]
     }
 
-    /// Checks that every chunk's pages cover its positions, for pages of `tokens` positions of a pool of `total`.
+    /// Checks that every chunk's pages cover its positions, for pages of `tokens` positions of a
+    /// pool of `total`.
     pub fn check_pages(&self, tokens: usize, total: usize) -> Result<(), StepError> {
         for (chunk, span) in self.spans.iter().enumerate() {
             let positions = span.start + span.rows.len();

@@ -6,12 +6,47 @@
 
 use std::fs;
 use std::io;
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU32, Ordering};
 
 use half::bf16;
 use serde_json::{Map, Value, json};
 
 use crate::config::Config;
+
+/// A directory of its own in the system's temporary one, removed when dropped.
+pub struct TempDir(PathBuf);
+
+impl TempDir {
+    /// An empty directory.
+    pub fn new() -> io::Result<TempDir> {
+        static NEXT: AtomicU32 = AtomicU32::new(0);
+        let number = NEXT.fetch_add(1, Ordering::Relaxed);
+        let name = format!("moemesh-{}-{number}", std::process::id());
+        let dir = std::env::temp_dir().join(name);
+        fs::create_dir_all(&dir)?;
+        Ok(TempDir(dir))
+    }
+
+    /// A directory with a checkpoint in it.
+    pub fn with(recipe: &Recipe) -> io::Result<TempDir> {
+        let dir = TempDir::new()?;
+        recipe.write(&dir.0)?;
+        Ok(dir)
+    }
+
+    /// Where it is.
+    pub fn path(&self) -> &Path {
+        &self.0
+    }
+}
+
+impl Drop for TempDir {
+    fn drop(&mut self) {
+        // A directory that stays behind harms nothing.
+        let _ = fs::remove_dir_all(&self.0);
+    }
+}
 
 /// How matrices are stored; norms and biases follow, FP8 apart.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -20,7 +55,8 @@ pub enum Storage {
     F32,
     /// bfloat16.
     Bf16,
-    /// e4m3 with scales in the configuration's blocks, where published checkpoints have it; else bfloat16.
+    /// e4m3 with scales in the configuration's blocks, where published checkpoints have it; else
+    /// bfloat16.
     Fp8,
 }
 

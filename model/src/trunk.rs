@@ -1,10 +1,12 @@
 //! The trunk: everything of the model but its routed experts.
 //!
-//! A step goes `begin`, then for each layer `attend`, and where that says so: rows to the experts, `shared` meanwhile,
-//! `absorb` with what came back; then `logits`. Nothing here waits, sends or knows where experts live. The
-//! residual stream is f32 in every class.
+//! A step goes `begin`, then for each layer `attend`, and where that says so: rows to the experts,
+//! `shared` meanwhile, `absorb` with what came back; then `logits`. Nothing here waits, sends or
+//! knows where experts live. The residual stream is f32 in every class.
 
 mod layer;
+#[cfg(test)]
+mod tests;
 
 use std::sync::Arc;
 
@@ -41,7 +43,8 @@ pub struct Trunk {
 }
 
 impl Checkpoint {
-    /// Checks that every tensor of the trunk is there, in the right shape; copies the norms, reads no matrix.
+    /// Checks that every tensor of the trunk is there, in the right shape; copies the norms, reads
+    /// no matrix.
     pub fn check_trunk(&self) -> Result<(), LoadError> {
         TrunkWeights::load(self).map(drop)
     }
@@ -114,8 +117,8 @@ impl Trunk {
         self.layers.iter().map(Layer::bytes).sum::<usize>() + self.embedding.bytes() + head
     }
 
-    /// Starts a step on `chunks`: checks them against the model and `kv`, and embeds their tokens. On an error the step holds
-    /// nothing and has to be begun again.
+    /// Starts a step on `chunks`: checks them against the model and `kv`, and embeds their tokens.
+    /// On an error the step holds nothing and has to be begun again.
     pub fn begin(
         &self,
         step: &mut Step,
@@ -144,8 +147,9 @@ impl Trunk {
         Ok(())
     }
 
-    /// Runs `layer` up to its experts: norm, attention, residual, norm, gate. True means that [`Step::routed`] is to be sent
-    /// out and [`Trunk::absorb`] to be called; false that the layer was dense and is done.
+    /// Runs `layer` up to its experts: norm, attention, residual, norm, gate. True means that
+    /// [`Step::routed`] is to be sent out and [`Trunk::absorb`] to be called; false that the layer
+    /// was dense and is done.
     ///
     /// Panics if `kv` is of another class or smaller than the one that the step began with.
     pub fn attend(&self, layer: usize, step: &mut Step, kv: &mut KvPool) -> bool {
@@ -215,8 +219,8 @@ impl Trunk {
         }
     }
 
-    /// Computes the shared experts of `layer`; meant for the time that the routed ones are away. Without shared
-    /// experts it does nothing.
+    /// Computes the shared experts of `layer`; meant for the time that the routed ones are away.
+    /// Without shared experts it does nothing.
     pub fn shared(&self, layer: usize, step: &mut Step) {
         step.shared_layer = Some(layer);
         let Mlp::Moe(Moe { shared: Some(ffn), .. }) = &self.layers[layer].mlp else { return };
@@ -231,11 +235,11 @@ impl Trunk {
         ffn.run(from, compute, self.numerics, x, rows, &mut step.ffn, out);
     }
 
-    /// Finishes `layer` with its experts' results: `result(row * top_k + slot)` is the wire row that the expert of that slot
-    /// gave. Computes the shared experts if that has not been done.
+    /// Finishes `layer` with its experts' results: `result(row * top_k + slot)` is the wire row
+    /// that the expert of that slot gave. Computes the shared experts if that has not been done.
     ///
-    /// Panics if the layer is not the one that [`Trunk::attend`] last left waiting, or a result is not one row long: replies
-    /// are checked before they come here.
+    /// Panics if the layer is not the one that [`Trunk::attend`] last left waiting, or a result is
+    /// not one row long: replies are checked before they come here.
     pub fn absorb<'r>(
         &self,
         layer: usize,
@@ -274,7 +278,8 @@ impl Trunk {
         self.logits_of(step, 0..step.wanted())
     }
 
-    /// Logits of some of the wanted rows only, so that those of a long prompt need not be held at once.
+    /// Logits of some of the wanted rows only, so that those of a long prompt need not be held at
+    /// once.
     pub fn logits_of<'s>(&self, step: &'s mut Step, rows: std::ops::Range<usize>) -> &'s mut [f32] {
         let Config { hidden, vocab, rms_eps, .. } = *self.config();
         let kernels = self.compute.kernels;

@@ -1,7 +1,7 @@
 //! A weight matrix that stays where it is: in the mapped checkpoint.
 //!
-//! Holds offsets only, so that it can live beside the `Arc` of its checkpoint without borrowing from it.
-//! Lengths and types were checked when it was looked up; making a view of it cannot fail.
+//! Holds offsets only, so that it can live beside the `Arc` of its checkpoint without borrowing
+//! from it. Lengths and types were checked when it was looked up; making a view of it cannot fail.
 
 use kernels::Mat;
 

@@ -1,15 +1,12 @@
-//! A token's logits are the same bits however its sequence was computed: in one chunk or in many, alone or among others,
-//! on however many threads, with whatever instruction set and page size.
-
-mod support;
+//! A token's logits are the same bits however its sequence was computed: in one chunk or in many,
+//! alone or among others, on however many threads, with whatever instruction set and page size.
 
 use std::sync::Arc;
 
 use model::local::{Local, pages};
-use model::synthetic::{Recipe, Storage};
+use model::synthetic::{Recipe, Storage, TempDir};
 use model::{Checkpoint, Chunk, Compute, Isa, KvPool, LogitRows, Numerics};
 use serde_json::json;
-use support::Written;
 
 #[derive(Clone, Copy)]
 struct How {
@@ -39,7 +36,8 @@ impl Runner {
         }
     }
 
-    /// Bits of the logits of every token, computed in chunks of the given sizes, the last one repeated.
+    /// Bits of the logits of every token, computed in chunks of the given sizes, the last one
+    /// repeated.
     fn chunked(&mut self, tokens: &[u32], sizes: &[usize]) -> Vec<u32> {
         let pages = pages(&mut self.kv, tokens.len()).unwrap();
         let mut sizes = sizes.iter().copied().chain(std::iter::repeat(*sizes.last().unwrap()));
@@ -94,7 +92,7 @@ fn tokens(seed: u32, count: usize) -> Vec<u32> {
     (0..count as u32).map(|i| (i * i * 7 + i * 13 + seed * 31) % 97).collect()
 }
 
-fn models() -> Vec<(&'static str, Recipe)> {
+fn models() -> [Recipe; 3] {
     let fp8 = json!({
         "quantization_config": {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [32, 16]},
     });
@@ -106,26 +104,26 @@ fn models() -> Vec<(&'static str, Recipe)> {
     quantised.storage = Storage::Fp8;
     let mut single = Recipe::small().with(plain);
     single.storage = Storage::F32;
-    vec![("bf16", Recipe::small()), ("fp8", quantised), ("f32", single)]
+    [Recipe::small(), quantised, single]
 }
 
 /// Runs `check` for every model and class, with the bits of one sequence in one chunk.
-fn each(name: &str, check: impl Fn(&Arc<Checkpoint>, Numerics, &[u32], &[u32])) {
-    for (kind, recipe) in models() {
-        let written = Written::new(&format!("{name}-{kind}"), &recipe);
+fn each(check: impl Fn(&Arc<Checkpoint>, Numerics, &[u32], &[u32])) {
+    for recipe in models() {
+        let dir = TempDir::with(&recipe).unwrap();
+        let checkpoint = Checkpoint::open(dir.path()).unwrap();
         for numerics in [Numerics::F32, Numerics::Bf16] {
             let tokens = tokens(1, 75);
-            let expected =
-                Runner::new(&written.checkpoint, numerics, plain()).chunked(&tokens, &[75]);
+            let expected = Runner::new(&checkpoint, numerics, plain()).chunked(&tokens, &[75]);
             assert!(expected.iter().all(|b| f32::from_bits(*b).is_finite()));
-            check(&written.checkpoint, numerics, &tokens, &expected);
+            check(&checkpoint, numerics, &tokens, &expected);
         }
     }
 }
 
 #[test]
 fn one_chunk_is_many_chunks_is_token_by_token() {
-    each("chunks", |checkpoint, numerics, tokens, expected| {
+    each(|checkpoint, numerics, tokens, expected| {
         let mut runner = Runner::new(checkpoint, numerics, plain());
         for sizes in [&[1][..], &[7], &[16], &[17], &[1, 40, 3, 20, 2], &[50, 1]] {
             assert!(runner.chunked(tokens, sizes) == expected, "{numerics} in chunks of {sizes:?}");
@@ -135,7 +133,7 @@ fn one_chunk_is_many_chunks_is_token_by_token() {
 
 #[test]
 fn batch_mates_do_not_show() {
-    each("mates", |checkpoint, numerics, first, expected| {
+    each(|checkpoint, numerics, first, expected| {
         let mut runner = Runner::new(checkpoint, numerics, plain());
         let mut sequences: Vec<_> = (2..9).map(|i| tokens(i, 9 * i as usize + 3)).collect();
         sequences.insert(3, first.to_vec());
@@ -152,7 +150,7 @@ fn batch_mates_do_not_show() {
 
 #[test]
 fn threads_instruction_sets_and_page_sizes_do_not_show() {
-    each("isa", |checkpoint, numerics, tokens, expected| {
+    each(|checkpoint, numerics, tokens, expected| {
         let all = [(1, 16), (2, 16), (5, 16), (2, 64), (1, 5)];
         for isa in Isa::available() {
             // The scalar kernels are slow, and threads and pages are not their business.

@@ -1,26 +1,24 @@
-//! The trunk and the experts against the naive f64 model, over every variation of the configuration that changes what is
-//! computed or where it is stored.
-
-mod support;
+//! The trunk and the experts against the naive f64 model, over every variation of the configuration
+//! that changes what is computed or where it is stored.
 
 use std::sync::Arc;
 
 use model::local::{Local, pages};
 use model::reference::evaluate;
-use model::synthetic::{Recipe, Storage};
-use model::{Chunk, Compute, Isa, KvPool, LogitRows, Numerics};
+use model::synthetic::{Recipe, Storage, TempDir};
+use model::{Checkpoint, Chunk, Compute, Isa, KvPool, LogitRows, Numerics};
 use serde_json::{Value, json};
-use support::Written;
 
 /// Compares all logits and choices of a sequence of 70 tokens.
 fn check(name: &str, recipe: &Recipe) {
-    let written = Written::new(name, recipe);
-    let config = written.checkpoint.config();
+    let dir = TempDir::with(recipe).unwrap();
+    let checkpoint = Checkpoint::open(dir.path()).unwrap();
+    let config = checkpoint.config();
     let tokens: Vec<u32> = (0..70).map(|i| (i * 37 + i * i * 5) % config.vocab as u32).collect();
-    let expected = evaluate(&written.checkpoint, &tokens).unwrap();
+    let expected = evaluate(&checkpoint, &tokens).unwrap();
 
     let compute = Arc::new(Compute::new(Isa::detect(), 2));
-    let mut model = Local::load(&written.checkpoint, Numerics::F32, compute).unwrap();
+    let mut model = Local::load(&checkpoint, Numerics::F32, compute).unwrap();
     let mut kv = KvPool::new(config, Numerics::F32, 5, 16).unwrap();
     let pages = pages(&mut kv, tokens.len()).unwrap();
     let chunk = Chunk { tokens: &tokens, start: 0, pages: &pages, logits: LogitRows::All };

@@ -1,8 +1,9 @@
-//! Parity with transformers: the recorded random checkpoints of `tests/fixtures`, and whatever directory of the same
-//! kind `MOEMESH_PARITY_DIR` names.
+//! Parity with transformers: the recorded random checkpoints of `tests/fixtures`, and whatever
+//! directory of the same kind `MOEMESH_PARITY_DIR` names.
 //!
-//! The f32 class has to give the reference's tokens up to the first near-tie, its log-probabilities and its chosen experts;
-//! the bf16 class has to be at least as near to the float32 reference as transformers in bf16 is.
+//! The f32 class has to give the reference's tokens up to the first near-tie, its log-probabilities
+//! and its chosen experts; the bf16 class has to be at least as near to the float32 reference as
+//! transformers in bf16 is.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;

@@ -5,7 +5,7 @@
 //! allocates or reads anything on behalf of a peer. What passes is safe to index.
 
 use crate::MAX_MESSAGE_BYTES;
-use crate::v1::{Dtype, DispatchFrame, DispatchReply};
+use crate::v1::{DispatchFrame, DispatchReply, Dtype};
 
 /// Room kept for a frame's header fields beside its rows.
 const HEADER_BYTES: usize = 64 << 10;
@@ -138,9 +138,9 @@ pub fn check_reply(
 pub fn all_finite(rows: &[u8], dtype: Dtype) -> bool {
     // A value is NaN or infinite exactly when its exponent bits are all ones.
     match dtype {
-        Dtype::Bf16 => rows
-            .chunks_exact(2)
-            .all(|b| u16::from_le_bytes([b[0], b[1]]) & 0x7f80 != 0x7f80),
+        Dtype::Bf16 => {
+            rows.chunks_exact(2).all(|b| u16::from_le_bytes([b[0], b[1]]) & 0x7f80 != 0x7f80)
+        }
         Dtype::F32 | Dtype::Unspecified => rows
             .chunks_exact(4)
             .all(|b| u32::from_le_bytes([b[0], b[1], b[2], b[3]]) & 0x7f80_0000 != 0x7f80_0000),

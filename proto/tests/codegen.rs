@@ -9,14 +9,16 @@ fn generated_code_is_current() {
     let out = std::env::temp_dir().join(format!("moemesh-codegen-{}", std::process::id()));
     std::fs::create_dir_all(&out).unwrap();
 
-    let files = protox::compile(["mesh/v1/expert.proto", "mesh/v1/inference.proto"], [root]).unwrap();
+    let files =
+        protox::compile(["mesh/v1/expert.proto", "mesh/v1/inference.proto"], [root]).unwrap();
     tonic_prost_build::configure()
         .out_dir(&out)
         .bytes(".")
         .file_descriptor_set_path(out.join("moemesh.v1.descriptor.bin"))
         .compile_fds(files.clone())
         .unwrap();
-    std::fs::write(out.join("moemesh.v1.descriptor.bin"), prost::Message::encode_to_vec(&files)).unwrap();
+    std::fs::write(out.join("moemesh.v1.descriptor.bin"), prost::Message::encode_to_vec(&files))
+        .unwrap();
 
     for name in ["moemesh.v1.rs", "moemesh.v1.descriptor.bin"] {
         let fresh = std::fs::read(out.join(name)).unwrap();

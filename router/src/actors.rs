@@ -56,6 +56,10 @@ fn play(cast: Cast) {
     ));
 
     let links = fleet.links.clone();
+    if links.is_empty() {
+        // Experts inside the router: nobody to talk to, nothing to place.
+        return;
+    }
     let current = FleetAddress::default();
     let publish = current.clone();
     actix::spawn(supervise::keep(

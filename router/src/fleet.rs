@@ -10,7 +10,7 @@ use mesh::lifecycle::Readiness;
 use mesh::link::{LinkHandle, LinksChanged};
 use mesh::placement::Placement;
 use mesh::supervise::Pulse;
-use proto::LayerId;
+use proto::{Epoch, LayerId};
 
 /// What the fleet reads and publishes; cloned by its factory.
 #[derive(Clone)]
@@ -41,6 +41,9 @@ impl Fleet {
             about.owned.iter().map(|owned| (*node, LayerId(owned.layer), owned.experts.as_slice()))
         });
         let next = placement.load().next(owned);
+        if next.same_owners(&placement.load()) && next.epoch() != Epoch(1) {
+            return;
+        }
         let state = match next.missing() {
             None => Ok(()),
             Some((count, layer, expert)) => Err(format!(
@@ -48,7 +51,9 @@ impl Fleet {
             )),
         };
         match &state {
-            Ok(()) => tracing::info!(epoch = %next.epoch(), nodes = live.len(), "placement is whole"),
+            Ok(()) => {
+                tracing::info!(epoch = %next.epoch(), nodes = live.len(), "placement is whole")
+            }
             Err(missing) => tracing::warn!(epoch = %next.epoch(), nodes = live.len(), missing),
         }
         placement.store(Arc::new(next));

@@ -27,16 +27,16 @@ use std::time::{Duration, Instant};
 
 use arc_swap::{ArcSwap, ArcSwapOption};
 use kernels::{Compute, Isa};
+use mesh::admin;
 use mesh::lifecycle::{Readiness, Shutdown};
 use mesh::link::{Identity, LinkHandle};
 use mesh::metrics::Metrics;
 use mesh::placement::{ExpertGrid, NodeIndex, Placement};
 use mesh::transport::{self, Endpoint, TransportError};
-use mesh::admin;
 use model::sample::Scratch;
 use model::{Checkpoint, KvError, KvPool, LoadError, Numerics, Trunk};
-use proto::v1::inference_server::InferenceServer;
 use proto::v1::Dtype;
+use proto::v1::inference_server::InferenceServer;
 use proto::{Epoch, LayerId, MAX_MESSAGE_BYTES};
 use tokio::sync::watch;
 use tonic::service::Routes;

@@ -1,11 +1,11 @@
 //! The router's Prometheus series: what users feel (time to first token, time
 //! per output token), what the engine does, what the network costs.
 
+use mesh::metrics::{rows, step_seconds, user_seconds};
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::metrics::histogram::Histogram;
 use prometheus_client::registry::{Registry, Unit};
-use mesh::metrics::{rows, step_seconds, user_seconds};
 
 /// Typed handles; cheap to clone.
 #[derive(Clone)]
@@ -55,7 +55,8 @@ impl RouterMetrics {
             stale_replies: Counter::default(),
         };
         let registry = registry.sub_registry_with_prefix("router");
-        let mut counter = |name, help, metric: &Counter| registry.register(name, help, metric.clone());
+        let mut counter =
+            |name, help, metric: &Counter| registry.register(name, help, metric.clone());
         counter("requests", "Sequences accepted", &new.requests);
         counter("rejected", "Sequences refused because the queue was full", &new.rejected);
         counter("failed", "Sequences ended by an error", &new.failed);

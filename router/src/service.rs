@@ -102,7 +102,9 @@ impl Service {
         }
         if let Some(at) = request.tokens.iter().position(|&id| id as usize >= vocab) {
             let id = request.tokens[at];
-            return invalid(format!("tokens[{at}]: id {id} is not below the vocabulary of {vocab}"));
+            return invalid(format!(
+                "tokens[{at}]: id {id} is not below the vocabulary of {vocab}"
+            ));
         }
         for (name, asked) in
             [("logprobs", request.logprobs), ("prompt_logprobs", request.prompt_logprobs)]

@@ -19,6 +19,8 @@ use crate::client::ClientError;
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 /// Largest plain answer that is read.
 const MOST_BODY: usize = 4 << 20;
+/// Longest reason for not being ready, in characters.
+const MOST_REASON: usize = 200;
 /// Largest single event of a stream.
 const MOST_EVENT: usize = 1 << 20;
 
@@ -59,6 +61,12 @@ impl Server {
         let answer = self.send("GET", path, Bytes::new()).await?;
         let status = answer.status();
         Ok((status, self.text(answer).await?))
+    }
+
+    /// What `/readyz` says: ready, or the reason why not.
+    pub async fn readiness(&self) -> Result<Result<(), String>, ClientError> {
+        let (status, body) = self.get("/readyz").await?;
+        Ok(if status.is_success() { Ok(()) } else { Err(reason(&body)) })
     }
 
     /// Posts JSON and reads the answer as server-sent events.
@@ -143,6 +151,14 @@ impl Server {
 trait Stream: AsyncRead + AsyncWrite + Unpin + Send {}
 impl<T: AsyncRead + AsyncWrite + Unpin + Send> Stream for T {}
 
+/// The reason in a refusal of `/readyz`: JSON of a gateway, a line of the others.
+fn reason(body: &str) -> String {
+    let parsed: Option<serde_json::Value> = serde_json::from_str(body).ok();
+    let detail = parsed.as_ref().and_then(|body| body.get("detail")?.as_str());
+    let text = detail.unwrap_or(body.trim()).trim_start_matches("not ready: ");
+    text.chars().take(MOST_REASON).collect()
+}
+
 /// The `message` of an error in OpenAI's shape.
 fn openai_message(text: &str) -> Option<String> {
     let body: serde_json::Value = serde_json::from_str(text).ok()?;
@@ -192,6 +208,18 @@ impl Events {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_reason_is_found_in_either_shape() {
+        for (body, want) in [
+            ("not ready: loading the trunk\n", "loading the trunk"),
+            (r#"{"ready":false,"detail":"no router"}"#, "no router"),
+            (r#"{"ready":false}"#, r#"{"ready":false}"#),
+            ("", ""),
+        ] {
+            assert_eq!(reason(body), want);
+        }
+    }
 
     #[test]
     fn urls_are_taken_as_people_write_them() {

@@ -210,9 +210,8 @@ fn hex(bytes: &[u8]) -> String {
 async fn gateway(id: String, server: Server) -> Seen<GatewayStatus> {
     let endpoint = format!("http://{}", server.endpoint);
     let asked = async {
-        let (status, body) = server.get("/readyz").await.map_err(|error| error.to_string())?;
-        let reason = body.trim().trim_start_matches("not ready: ").to_owned();
-        let unready = (!status.is_success()).then_some(reason);
+        let ready = server.readiness().await.map_err(|error| error.to_string())?;
+        let unready = ready.err();
         // A gateway lists its model whether or not it is ready.
         let model = first_model(&server).await.unwrap_or_else(|_| "?".to_owned());
         Ok(GatewayStatus { model, unready })

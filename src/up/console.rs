@@ -87,10 +87,7 @@ impl Console {
 
     /// One line that a process wrote. `place` picks its colour.
     pub fn log(&self, name: &str, place: usize, line: &str) {
-        let text = match self.0.format {
-            LogFormat::Json => named_json(name, line),
-            LogFormat::Text => self.prefixed(name, COLOURS[place % COLOURS.len()], line),
-        };
+        let text = self.format(name, place, line);
         let mut lines = self.0.lines.lock();
         match lines.mode {
             Mode::Show => self.write(&text),
@@ -115,6 +112,11 @@ impl Console {
         self.log("up", COLOURS.len() - 1, line);
     }
 
+    /// One line of the mesh's own that is shown whatever else is kept back.
+    pub fn notice(&self, line: &str) {
+        self.write(&self.format("up", COLOURS.len() - 1, line));
+    }
+
     /// Keeps log lines back, or shows what was kept and all that follows.
     pub fn set_mode(&self, mode: Mode) {
         let mut lines = self.0.lines.lock();
@@ -123,6 +125,13 @@ impl Console {
             for line in std::mem::take(&mut lines.kept) {
                 self.write(&line);
             }
+        }
+    }
+
+    fn format(&self, name: &str, place: usize, line: &str) -> String {
+        match self.0.format {
+            LogFormat::Json => named_json(name, line),
+            LogFormat::Text => self.prefixed(name, COLOURS[place % COLOURS.len()], line),
         }
     }
 

@@ -5,7 +5,7 @@ use std::net::TcpListener;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context as _, anyhow, bail};
+use anyhow::{Context as _, anyhow};
 use mesh::transport::Endpoint;
 use tokio::sync::mpsc;
 
@@ -21,6 +21,9 @@ use crate::up::runtime_dir::{Member, RuntimeDir, State};
 
 /// How often readiness is asked for while the mesh comes up.
 const ASK_EVERY: Duration = Duration::from_millis(50);
+/// How often somebody who waits is told for what.
+const REMIND_EVERY: Duration = Duration::from_secs(10);
+const ANSWER_WITHIN: Duration = Duration::from_secs(1);
 /// How long a process may go on with what it has begun when it is told to end.
 const GRACE: Duration = Duration::from_secs(20);
 const SHORT_GRACE: Duration = Duration::from_secs(2);
@@ -67,7 +70,9 @@ impl LocalMesh {
     /// # Errors
     /// The reason why a process was given up on.
     pub async fn ready(&mut self) -> anyhow::Result<()> {
-        let mut progress = Progress::new(&self.console, self.keepers.len());
+        let mut progress =
+            Progress::new(&self.console, self.keepers.iter().map(|k| k.planned.id.clone()));
+        let mut patience = Instant::now();
         let mut waiting: Vec<usize> = (0..self.keepers.len()).collect();
         while !waiting.is_empty() {
             let mut still = Vec::new();
@@ -79,12 +84,16 @@ impl LocalMesh {
                 } else {
                     still.push(place);
                 }
-                progress.show(place, &keeper.planned.id, stage);
+                progress.show(place, stage);
+            }
+            if let Some(&place) = still.first().filter(|_| patience.elapsed() > REMIND_EVERY) {
+                progress.remind(place);
+                patience = Instant::now();
             }
             waiting = still;
             tokio::select! {
                 () = tokio::time::sleep(ASK_EVERY) => {}
-                reason = self.given_up.recv() => bail!(reason.unwrap_or_default()),
+                error = self.failed() => return Err(error),
             }
         }
         Ok(())
@@ -203,12 +212,11 @@ fn state(model: &Path, planned: &[Planned]) -> State {
 }
 
 async fn ask(process: &Planned) -> Stage {
-    match Server::at(process.admin.clone()).get("/readyz").await {
-        Ok((status, _)) if status.is_success() => Stage::Ready,
-        Ok((_, body)) => {
-            let reason = body.trim().trim_start_matches("not ready: ");
-            Stage::NotReady(reason.chars().take(120).collect())
-        }
-        Err(_) => Stage::Starting,
+    let server = Server::at(process.admin.clone());
+    match tokio::time::timeout(ANSWER_WITHIN, server.readiness()).await {
+        Ok(Ok(Ok(()))) => Stage::Ready,
+        Ok(Ok(Err(reason))) => Stage::NotReady(reason),
+        Ok(Err(_)) => Stage::Starting,
+        Err(_) => Stage::NotReady("it does not answer".to_owned()),
     }
 }

@@ -1,6 +1,7 @@
 //! How far each process is while a mesh comes up: a spinner each on a terminal,
 //! one line per change anywhere else.
 
+use std::fmt;
 use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressStyle};
@@ -21,6 +22,16 @@ pub enum Stage {
     Ready,
 }
 
+impl fmt::Display for Stage {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Starting => "starting",
+            Self::NotReady(reason) => reason,
+            Self::Ready => "ready",
+        })
+    }
+}
+
 /// The progress of all processes. Bars vanish with it.
 pub struct Progress {
     console: Console,
@@ -29,54 +40,54 @@ pub struct Progress {
 }
 
 struct Row {
+    id: String,
     bar: Option<ProgressBar>,
-    stage: Option<Stage>,
+    stage: Stage,
     shown: Option<Instant>,
 }
 
 impl Progress {
-    pub fn new(console: &Console, processes: usize) -> Self {
-        let row = || Row {
-            bar: console.has_bars().then(|| console.bars().add(bar())),
-            stage: None,
-            shown: None,
+    /// Of the processes called `ids`, which are known by their places from here on.
+    pub fn new(console: &Console, ids: impl Iterator<Item = String>) -> Self {
+        let row = |id: String| {
+            let bar = console.has_bars().then(|| console.bars().add(bar(&id)));
+            Row { id, bar, stage: Stage::Starting, shown: None }
         };
-        let rows = (0..processes).map(|_| row()).collect();
-        Self { console: console.clone(), began: Instant::now(), rows }
+        Self { console: console.clone(), began: Instant::now(), rows: ids.map(row).collect() }
     }
 
-    /// Process number `place`, called `id`, is at `stage`.
-    pub fn show(&mut self, place: usize, id: &str, stage: Stage) {
+    /// The process at `place` is at `stage`.
+    pub fn show(&mut self, place: usize, stage: Stage) {
         let row = &mut self.rows[place];
-        if row.stage.as_ref() == Some(&stage) {
+        if row.stage == stage {
             return;
         }
-        let text = match &stage {
-            Stage::Starting => "starting".to_owned(),
-            Stage::NotReady(reason) => reason.clone(),
-            Stage::Ready => format!("ready after {:.1} s", self.began.elapsed().as_secs_f64()),
-        };
-        match &row.bar {
-            Some(bar) => {
-                bar.set_prefix(id.to_owned());
-                bar.set_message(text.clone());
-                if stage == Stage::Ready {
-                    // One name less in the picture; the line stays above the bars.
+        row.stage = stage;
+        let took = self.began.elapsed().as_secs_f64();
+        match (&row.stage, &row.bar) {
+            (Stage::Ready, bar) => {
+                if let Some(bar) = bar {
                     bar.finish_and_clear();
-                    self.console.say(&format!("{id} is {text}"));
                 }
+                self.console.say(&format!("{} is ready after {took:.1} s", row.id));
             }
-            None if stage == Stage::Starting => {}
-            None => {
-                let recently = row.shown.is_some_and(|at| at.elapsed() < LINE_EVERY);
-                if recently && stage != Stage::Ready {
-                    return;
+            (stage, Some(bar)) => bar.set_message(stage.to_string()),
+            (Stage::Starting, None) => {}
+            (Stage::NotReady(reason), None) => {
+                if row.shown.is_none_or(|at| at.elapsed() >= LINE_EVERY) {
+                    self.console.say(&format!("{}: {reason}", row.id));
+                    row.shown = Some(Instant::now());
                 }
-                self.console.say(&format!("{id}: {text}"));
-                row.shown = Some(Instant::now());
             }
         }
-        row.stage = Some(stage);
+    }
+
+    /// Says what the process at `place` is still waited for; bars say it anyway.
+    pub fn remind(&self, place: usize) {
+        if !self.console.has_bars() {
+            let Row { id, stage, .. } = &self.rows[place];
+            self.console.notice(&format!("still waiting for {id}: {stage}"));
+        }
     }
 }
 
@@ -88,15 +99,14 @@ impl Drop for Progress {
     }
 }
 
-fn bar() -> ProgressBar {
-    let bar = ProgressBar::new_spinner();
-    // Not reached: the template is fixed and parses.
-    let plain = ProgressStyle::default_spinner();
-    bar.set_style(
-        plain
-            .template("{spinner} {prefix:<13} {msg}")
-            .unwrap_or_else(|_| ProgressStyle::default_spinner()),
-    );
+fn bar(id: &str) -> ProgressBar {
+    let style = ProgressStyle::default_spinner();
+    // The template is fixed and parses; the other style would do as well.
+    let style = style
+        .template("{spinner} {prefix:<13} {msg}")
+        .unwrap_or_else(|_| ProgressStyle::default_spinner());
+    let bar = ProgressBar::new_spinner().with_style(style).with_prefix(id.to_owned());
+    bar.set_message(Stage::Starting.to_string());
     bar.enable_steady_tick(TICK);
     bar
 }

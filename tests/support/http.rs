@@ -14,12 +14,17 @@ pub enum Address {
     Unix(std::path::PathBuf),
 }
 
-pub async fn send(address: &Address, request: Request<Full<Bytes>>) -> std::io::Result<Response<Incoming>> {
+pub async fn send(
+    address: &Address,
+    request: Request<Full<Bytes>>,
+) -> std::io::Result<Response<Incoming>> {
     let other = |error: hyper::Error| std::io::Error::other(error);
     macro_rules! over {
         ($stream:expr) => {{
             let (mut sender, connection) =
-                hyper::client::conn::http1::handshake(TokioIo::new($stream)).await.map_err(other)?;
+                hyper::client::conn::http1::handshake(TokioIo::new($stream))
+                    .await
+                    .map_err(other)?;
             tokio::spawn(connection);
             sender.send_request(request).await.map_err(other)
         }};

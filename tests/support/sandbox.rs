@@ -26,7 +26,6 @@ pub struct Plan {
     /// Nodes of another mesh, in place of its own.
     foreign: Option<String>,
     router: Vec<(String, String)>,
-    gateway: Vec<(String, String)>,
 }
 
 pub struct Sandbox {
@@ -53,7 +52,6 @@ impl Sandbox {
             replicas: 1,
             foreign: None,
             router: Vec::new(),
-            gateway: Vec::new(),
         }
     }
 }
@@ -80,11 +78,6 @@ impl Plan {
         self
     }
 
-    pub fn gateway(mut self, key: &str, value: impl ToString) -> Self {
-        self.gateway.push((key.to_owned(), value.to_string()));
-        self
-    }
-
     /// Has the router talk to these nodes (a TOML array), and starts none.
     pub fn router_nodes(mut self, nodes: String) -> Self {
         (self.foreign, self.expert_nodes) = (Some(nodes), 0);
@@ -106,7 +99,8 @@ impl Plan {
         std::fs::create_dir_all(&dir).unwrap();
         let socket = |name: &str| format!("unix:{}", dir.join(format!("{name}.sock")).display());
         let model = format!("model_dir = {:?}\n", self.model);
-        let class = format!("numerics = \"{}\"\nthreads = 1\nlog_filter = \"warn\"\n", self.numerics);
+        let class =
+            format!("numerics = \"{}\"\nthreads = 1\nlog_filter = \"warn\"\n", self.numerics);
 
         let mut endpoints = Vec::new();
         let mut nodes = Vec::new();
@@ -134,12 +128,11 @@ impl Plan {
         let router = Process::start(&dir, "router", "router-0", &config);
 
         let port = free_port();
-        let mut config = format!(
+        let config = format!(
             "id = \"gateway-0\"\nlisten = \"127.0.0.1:{port}\"\nrouters = [\"{}\"]\n{model}\
              model_name = \"test\"\nlog_filter = \"warn\"\n",
             socket("router-0"),
         );
-        extend(&mut config, &self.gateway);
         let gateway = Process::start(&dir, "gateway", "gateway-0", &config);
         Sandbox {
             http: Address::Tcp(format!("127.0.0.1:{port}")),
@@ -221,10 +214,6 @@ impl Sandbox {
         for process in first.into_iter().flatten().chain(self.nodes.drain(..)) {
             process.terminate();
         }
-    }
-
-    pub fn router_pid(&self) -> u32 {
-        self.router.as_ref().unwrap().child.id()
     }
 }
 

@@ -290,7 +290,7 @@ def main():
     ap = argparse.ArgumentParser()
     ap.add_argument("--data", required=True)
     ap.add_argument("--out", required=True, help="where the checkpoint and recipe/ files are written")
-    ap.add_argument("--work", default="/tmp/tiny-train", help="where log.jsonl and last.pt are kept")
+    ap.add_argument("--work", default="work", help="where log.jsonl and last.pt are kept")
     ap.add_argument("--minutes", type=float, default=45)
     ap.add_argument("--resume", type=float, help="continue work/last.pt from this share of the schedule (0..1)")
     ap.add_argument("--tokens_per_step", type=int, default=2048)

@@ -13,11 +13,12 @@ use super::error::{self, ApiError};
 use super::logprobs::{self, ChatLogprobs, PromptEntry};
 use super::observe::Context;
 use super::sse::{self, Events, Shape};
-use super::types::ChatRequest;
-use super::{Entered, Head, UsageBody};
+use super::types::{ChatRequest, Common, Limits};
+use super::{Ask, Head, UsageBody};
 use crate::App;
-use crate::job::Usage;
 use crate::job::choice::{Delta, StopReason};
+use crate::job::{Kind, Prompts, Usage};
+use crate::text::Text;
 use crate::text::tokenizer::Tokenizer;
 
 pub async fn handle(
@@ -26,17 +27,17 @@ pub async fn handle(
     headers: HeaderMap,
     body: Body,
 ) -> Result<Response, ApiError> {
-    let Entered { request, prompts, permit } =
-        super::enter(&app, &headers, body, parse, size, tokenise).await?;
+    let entered = super::enter::<ChatRequest>(&app, &headers, body).await?;
+    let ids = entered.request.common.return_token_ids;
+    let prompt_ids = ids.then(|| entered.prompts.concat());
+    let (request, mut job) = super::start(&app, &context, entered)?;
     let common = &request.common;
-    let prompt_ids = common.return_token_ids.then(|| prompts.concat());
-    let mut job = super::start(&app, &context, (prompts, permit), common, None)?;
     let object = if common.stream { "chat.completion.chunk" } else { "chat.completion" };
     let writer = Writer {
         head: Head::new(&app, &context, "chatcmpl", object),
         tokenizer: Arc::clone(&app.text.tokenizer),
         logprobs: common.logprobs.is_some(),
-        ids: common.return_token_ids,
+        ids,
         include_usage: common.include_usage,
         started: vec![false; job.choices()],
         prompt_ids,
@@ -61,19 +62,28 @@ pub async fn handle(
     Ok(Json(answer).into_response())
 }
 
-fn parse(app: &App, body: &[u8]) -> Result<ChatRequest, ApiError> {
-    ChatRequest::parse(body, &app.limits())
-}
+impl Ask for ChatRequest {
+    fn parse(body: &[u8], limits: &Limits) -> Result<Self, ApiError> {
+        Self::parse(body, limits)
+    }
 
-fn size(request: &ChatRequest) -> (&super::Common, usize) {
-    (&request.common, 1)
-}
+    fn common(&self) -> &Common {
+        &self.common
+    }
 
-fn tokenise(app: &App, request: &ChatRequest) -> Result<Vec<Vec<u32>>, ApiError> {
-    app.text
-        .chat(&request.messages, request.add_generation_prompt, request.common.add_special)
-        .map(|ids| vec![ids])
-        .map_err(|error| error::of_text(error, "messages"))
+    fn prompts(&self) -> usize {
+        1
+    }
+
+    fn tokenise(&self, text: &Text) -> Result<Prompts, ApiError> {
+        text.chat(&self.messages, self.add_generation_prompt, self.common.add_special)
+            .map(|ids| vec![ids])
+            .map_err(|error| error::of_text(error, "messages"))
+    }
+
+    fn kind(&self) -> Kind {
+        Kind::Chat
+    }
 }
 
 #[derive(Serialize)]
@@ -190,8 +200,7 @@ impl Shape for Writer {
     fn delta(&mut self, delta: Delta, events: &mut Events) {
         let index = delta.index;
         if !std::mem::replace(&mut self.started[index as usize], true) {
-            let delta =
-                ChunkDelta { role: Some("assistant"), content: Some(String::new()) };
+            let delta = ChunkDelta { role: Some("assistant"), content: Some(String::new()) };
             let choice = ChunkChoice { index, delta, ..ChunkChoice::default() };
             self.push(choice, self.prompt_ids.as_deref(), events);
         }

@@ -14,11 +14,12 @@ use super::error::{self, ApiError};
 use super::logprobs::{self, CompletionLogprobs, PromptEntry};
 use super::observe::Context;
 use super::sse::{self, Events, Shape};
-use super::types::{CompletionRequest, Prompt};
-use super::{Entered, Head, UsageBody};
+use super::types::{Common, CompletionRequest, Limits, Prompt};
+use super::{Ask, Head, UsageBody};
 use crate::App;
-use crate::job::Usage;
 use crate::job::choice::{Delta, StopReason};
+use crate::job::{Kind, Prompts, Usage};
+use crate::text::Text;
 use crate::text::detokenizer::Detokenizer;
 use crate::text::tokenizer::Tokenizer;
 
@@ -28,12 +29,10 @@ pub async fn handle(
     headers: HeaderMap,
     body: Body,
 ) -> Result<Response, ApiError> {
-    let Entered { request, prompts, permit } =
-        super::enter(&app, &headers, body, parse, size, tokenise).await?;
-    let echoes = echoes(&app, &request, &prompts)?;
+    let entered = super::enter::<CompletionRequest>(&app, &headers, body).await?;
+    let echoes = echoes(&app.text.tokenizer, &entered.request, &entered.prompts);
+    let (request, mut job) = super::start(&app, &context, entered)?;
     let common = &request.common;
-    let mut job =
-        super::start(&app, &context, (prompts, permit), common, Some(request.echo))?;
     let mut writer = Writer {
         head: Head::new(&app, &context, "cmpl", "text_completion"),
         tokenizer: Arc::clone(&app.text.tokenizer),
@@ -64,23 +63,32 @@ pub async fn handle(
     Ok(Json(Answer { head: &writer.head, choices, usage }).into_response())
 }
 
-fn parse(app: &App, body: &[u8]) -> Result<CompletionRequest, ApiError> {
-    CompletionRequest::parse(body, &app.limits())
-}
+impl Ask for CompletionRequest {
+    fn parse(body: &[u8], limits: &Limits) -> Result<Self, ApiError> {
+        Self::parse(body, limits)
+    }
 
-fn size(request: &CompletionRequest) -> (&super::Common, usize) {
-    (&request.common, request.prompts.len())
-}
+    fn common(&self) -> &Common {
+        &self.common
+    }
 
-fn tokenise(app: &App, request: &CompletionRequest) -> Result<Vec<Vec<u32>>, ApiError> {
-    let ids = |prompt: &Prompt| match prompt {
-        Prompt::Ids(ids) => Ok(ids.clone()),
-        Prompt::Text(text) => app
-            .text
-            .prompt(text, request.common.add_special)
-            .map_err(|error| error::of_text(error, "prompt")),
-    };
-    request.prompts.iter().map(ids).collect()
+    fn prompts(&self) -> usize {
+        self.prompts.len()
+    }
+
+    fn tokenise(&self, text: &Text) -> Result<Prompts, ApiError> {
+        let ids = |prompt: &Prompt| match prompt {
+            Prompt::Ids(ids) => Ok(ids.clone()),
+            Prompt::Text(raw) => text
+                .prompt(raw, self.common.add_special)
+                .map_err(|error| error::of_text(error, "prompt")),
+        };
+        self.prompts.iter().map(ids).collect()
+    }
+
+    fn kind(&self) -> Kind {
+        Kind::Completion { echo: self.echo }
+    }
 }
 
 /// What is shown of a prompt, where anything is.
@@ -91,19 +99,12 @@ struct Echo {
     offsets: Vec<usize>,
 }
 
-fn echoes(
-    app: &App,
-    request: &CompletionRequest,
-    prompts: &[Vec<u32>],
-) -> Result<Vec<Echo>, ApiError> {
-    let shown = request.echo || request.common.return_token_ids;
-    if !shown {
-        return Ok(Vec::new());
+fn echoes(tokenizer: &Arc<Tokenizer>, request: &CompletionRequest, prompts: &Prompts) -> Vec<Echo> {
+    if !request.echo && !request.common.return_token_ids {
+        return Vec::new();
     }
-    let tokenizer = &app.text.tokenizer;
     let echo = |(prompt, ids): (&Prompt, &Vec<u32>)| {
-        let mut detokenizer =
-            Detokenizer::new(Arc::clone(tokenizer), request.common.skip_special);
+        let mut detokenizer = Detokenizer::new(Arc::clone(tokenizer), request.common.skip_special);
         let (mut text, mut offsets, mut length) = (String::new(), Vec::new(), 0);
         if request.echo {
             for &id in ids {
@@ -119,7 +120,7 @@ fn echoes(
         }
         Echo { ids: ids.clone(), text, offsets }
     };
-    Ok(request.prompts.iter().zip(prompts).map(echo).collect())
+    request.prompts.iter().zip(prompts).map(echo).collect()
 }
 
 #[derive(Serialize)]

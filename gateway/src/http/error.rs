@@ -86,15 +86,16 @@ impl ApiError {
         // The name is the client's: shown short and escaped.
         let shown: String = model.chars().take(128).collect::<String>().escape_debug().collect();
         let message = format!("model `{shown}` does not exist; this server has `{served}`");
-        let mut error =
-            Self::new(StatusCode::NOT_FOUND, "invalid_request_error", message).with_code("model_not_found");
+        let mut error = Self::new(StatusCode::NOT_FOUND, "invalid_request_error", message)
+            .with_code("model_not_found");
         error.param = Some("model".to_owned());
         error
     }
 
     /// The gateway itself is full.
     pub fn full(message: impl Into<String>) -> Self {
-        Self::new(StatusCode::TOO_MANY_REQUESTS, "rate_limit_error", message).with_code("overloaded")
+        Self::new(StatusCode::TOO_MANY_REQUESTS, "rate_limit_error", message)
+            .with_code("overloaded")
     }
 
     pub fn unavailable(message: impl Into<String>) -> Self {
@@ -131,7 +132,8 @@ impl From<UpstreamError> for ApiError {
             UpstreamError::Overloaded(_) => Self::full(message),
             UpstreamError::NotReady(_) | UpstreamError::Failed(_) => Self::unavailable(message),
             UpstreamError::Deadline => {
-                Self::new(StatusCode::GATEWAY_TIMEOUT, "timeout_error", message).with_code("timeout")
+                Self::new(StatusCode::GATEWAY_TIMEOUT, "timeout_error", message)
+                    .with_code("timeout")
             }
         }
     }
@@ -144,6 +146,7 @@ pub fn of_text(error: TextError, param: &'static str) -> ApiError {
             ApiError::context(param, error.to_string())
         }
         TextError::Template(TemplateError::Raised(_) | TemplateError::Failed(_))
+        | TextError::Tokenize(TokenizeError::Absent)
         | TextError::NoTemplate => ApiError::field(param, error.to_string()),
         TextError::Tokenize(TokenizeError::Failed(_)) | TextError::Stopped(_) => {
             tracing::error!(%error, "text was not tokenised");

@@ -207,7 +207,7 @@ mod tests {
         let deep = format!("{{\"x\": {}{}}}", "[".repeat(100_000), "]".repeat(100_000));
         assert!(error(&deep).contains("deeper than 128"));
         let brackets_in_text = format!("{{\"x\": \"\\\"{}\"}}", "[".repeat(1000));
-        assert!(Fields::parse(brackets_in_text.as_bytes(), KNOWN).is_ok());
+        assert!(Fields::parse(brackets_in_text.as_bytes(), &[KNOWN]).is_ok());
     }
 
     #[test]
@@ -224,6 +224,6 @@ mod tests {
         }
         let fields = Fields::parse(br#"{"text": "\ud800"}"#, &[KNOWN]).unwrap();
         let error = fields.get::<String>("text").unwrap_err().json();
-        assert!(error.contains("surrogate") && error.contains(r#""param":"text""#), "{error}");
+        assert!(error.contains("hex escape") && error.contains(r#""param":"text""#), "{error}");
     }
 }

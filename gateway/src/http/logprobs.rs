@@ -140,5 +140,5 @@ pub fn prompt(tokenizer: &Tokenizer, scores: &[TokenScore]) -> Vec<Option<Prompt
 
 /// In JSON's range; not a number counts as impossible.
 fn finite(logprob: f32) -> f32 {
-    logprob.max(FLOOR).min(-FLOOR)
+    if logprob.is_nan() { FLOOR } else { logprob.clamp(FLOOR, -FLOOR) }
 }

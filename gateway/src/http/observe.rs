@@ -61,7 +61,7 @@ pub async fn observe(State(app): State<Arc<App>>, mut request: Request, next: Ne
     let span = tracing::info_span!(
         "request",
         request_id,
-        route = ?route,
+        route = route.name(),
         status = tracing::field::Empty
     );
     let parent = traceparent(request.headers()).to_owned();
@@ -79,7 +79,7 @@ pub async fn observe(State(app): State<Arc<App>>, mut request: Request, next: Ne
     drop(guard);
     let status = response.status().as_u16();
     span.record("status", status);
-    app.metrics.requests.get_or_create(&Answer { route, status }).inc();
+    app.metrics.requests.get_or_create(&Answer { route: route.name(), status }).inc();
     // A header value, as only such bytes were taken or made.
     if let Ok(value) = HeaderValue::from_str(&request_id) {
         response.headers_mut().insert(REQUEST_ID, value);

@@ -101,10 +101,8 @@ pub async fn respond(
     let body = Body::from_stream(ReceiverStream::new(receiver).map(Ok::<Bytes, Infallible>));
     let mut response = body.into_response();
     let headers = response.headers_mut();
-    headers.insert(
-        header::CONTENT_TYPE,
-        HeaderValue::from_static("text/event-stream; charset=utf-8"),
-    );
+    headers
+        .insert(header::CONTENT_TYPE, HeaderValue::from_static("text/event-stream; charset=utf-8"));
     headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-cache"));
     // Asks proxies in between not to collect the stream.
     headers.insert("x-accel-buffering", HeaderValue::from_static("no"));
@@ -147,4 +145,36 @@ async fn pump(
 async fn send(sender: &mpsc::Sender<Bytes>, events: &mut Events) -> bool {
     let Some(bytes) = events.take() else { return true };
     matches!(tokio::time::timeout(STALL, sender.send(bytes)).await, Ok(Ok(())))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn event() -> Events {
+        let mut events = Events::default();
+        events.push(&[1]);
+        events
+    }
+
+    #[test]
+    fn events_are_lines_of_data() {
+        let mut events = event();
+        events.push_text("[DONE]");
+        assert_eq!(events.take().unwrap(), "data: [1]\n\ndata: [DONE]\n\n");
+        assert_eq!(events.take(), None);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_client_that_reads_nothing_is_given_up() {
+        let (sender, mut receiver) = mpsc::channel(1);
+        assert!(send(&sender, &mut event()).await);
+        let before = tokio::time::Instant::now();
+        assert!(!send(&sender, &mut event()).await);
+        assert_eq!(before.elapsed(), STALL);
+        receiver.recv().await.unwrap();
+        assert!(send(&sender, &mut event()).await);
+        drop(receiver);
+        assert!(!send(&sender, &mut event()).await);
+    }
 }

@@ -161,11 +161,10 @@ impl CompletionRequest {
         refuse_unsupported(&fields)?;
         let echo = fields.flag("echo")?;
         let logprobs = fields.integer("logprobs", 0, i64::from(limits.max_logprobs))?;
-        let mut common = Common::read(&fields, limits, true)?;
+        // A prompt can be scored without a completion.
+        let least = if echo { 0 } else { 1 };
+        let mut common = Common::read(&fields, limits, true, least)?;
         common.logprobs = logprobs.map(|n| n as u32);
-        if common.max_tokens == Some(0) && !echo {
-            return Err(ApiError::field("max_tokens", "`max_tokens` must be at least 1"));
-        }
         let prompts = prompts(&fields, limits)?;
         let sequences = prompts.len().saturating_mul(common.n as usize);
         if sequences > limits.max_sequences {
@@ -186,7 +185,7 @@ impl ChatRequest {
         if fields.flag("echo")? {
             return Err(ApiError::unsupported("echo"));
         }
-        let mut common = Common::read(&fields, limits, false)?;
+        let mut common = Common::read(&fields, limits, false, 1)?;
         let wanted = fields.flag("logprobs")?;
         let top = fields.integer("top_logprobs", 0, i64::from(limits.max_logprobs))?;
         common.logprobs = match (wanted, top) {
@@ -197,16 +196,19 @@ impl ChatRequest {
             }
             (false, _) => None,
         };
-        if common.max_tokens == Some(0) {
-            return Err(ApiError::field("max_tokens", "`max_tokens` must be at least 1"));
-        }
         let add_generation_prompt = fields.get("add_generation_prompt")?.unwrap_or(true);
         Ok(Self { common, messages: messages(&fields)?, add_generation_prompt })
     }
 }
 
 impl Common {
-    fn read(fields: &Fields<'_>, limits: &Limits, add_special: bool) -> Result<Self, ApiError> {
+    /// `add_special` is that field's default, `least` the smallest `max_tokens`.
+    fn read(
+        fields: &Fields<'_>,
+        limits: &Limits,
+        add_special: bool,
+        least: i64,
+    ) -> Result<Self, ApiError> {
         let n = fields.integer("n", 1, i64::from(limits.max_n))?.unwrap_or(1) as u32;
         if let Some(best_of) = fields.get::<i64>("best_of")?
             && best_of != i64::from(n)
@@ -224,7 +226,7 @@ impl Common {
         fields.get::<String>("user")?;
         Ok(Self {
             model: fields.get("model")?,
-            max_tokens: max_tokens(fields, limits)?,
+            max_tokens: max_tokens(fields, limits, least)?,
             n,
             stream,
             include_usage: include_usage(fields, stream)?,
@@ -261,9 +263,9 @@ impl Sampling {
     }
 }
 
-fn max_tokens(fields: &Fields<'_>, limits: &Limits) -> Result<Option<u32>, ApiError> {
+fn max_tokens(fields: &Fields<'_>, limits: &Limits, least: i64) -> Result<Option<u32>, ApiError> {
     for name in ["max_completion_tokens", "max_tokens"] {
-        if let Some(most) = fields.integer(name, 0, i64::from(u32::MAX))? {
+        if let Some(most) = fields.integer(name, least, i64::from(u32::MAX))? {
             let context = limits.context;
             if most > i64::from(context) {
                 let message = format!("`{name}` is {most}, over the context of {context} tokens");
@@ -349,9 +351,7 @@ fn prompts(fields: &Fields<'_>, limits: &Limits) -> Result<Vec<Prompt>, ApiError
     let inner = raw.strip_prefix('[').map(str::trim_start);
     let prompts: Vec<Prompt> = match inner.and_then(|inner| inner.bytes().next()) {
         None => vec![Prompt::Text(parse(raw, NAME)?)],
-        Some(b'"') => {
-            parse::<Vec<String>>(raw, NAME)?.into_iter().map(Prompt::Text).collect()
-        }
+        Some(b'"') => parse::<Vec<String>>(raw, NAME)?.into_iter().map(Prompt::Text).collect(),
         Some(b'[') => parse::<Vec<Vec<u32>>>(raw, NAME)?.into_iter().map(Prompt::Ids).collect(),
         Some(_) => vec![Prompt::Ids(parse(raw, NAME)?)],
     };

@@ -135,7 +135,7 @@ async fn every_bad_message_is_named() {
         (json!({"logprobs": 1}), "logprobs"),
         (json!({"top_logprobs": 1}), "top_logprobs"),
         (json!({"logprobs": true, "top_logprobs": 21}), "top_logprobs"),
-        (json!({"max_completion_tokens": 0}), "max_tokens"),
+        (json!({"max_completion_tokens": 0}), "max_completion_tokens"),
         (json!({"max_completion_tokens": -5}), "max_completion_tokens"),
         (json!({"echo": true}), "echo"),
     ] {
@@ -220,9 +220,8 @@ async fn bodies_that_are_no_request_are_refused() {
         }
     }
     // The same over the limit, without saying how long it is.
-    let mut body = format!(
-        "POST /v1/completions HTTP/1.1\r\nhost: x\r\nconnection: close\r\n{chunked}\r\n"
-    );
+    let mut body =
+        format!("POST /v1/completions HTTP/1.1\r\nhost: x\r\nconnection: close\r\n{chunked}\r\n");
     for _ in 0..4 {
         body.push_str(&format!("{:x}\r\n{}\r\n", 100_000, "a".repeat(100_000)));
     }
@@ -250,7 +249,10 @@ async fn strange_names_do_not_add_series() {
     };
     assert_eq!(ask("x").await, 404);
     get(served.address, "/x").await;
-    let before = { series().await; series().await };
+    let before = {
+        series().await;
+        series().await
+    };
     for n in 0..50 {
         assert_eq!(ask(&format!("model-{n}")).await, 404);
         get(served.address, &format!("/path-{n}")).await;

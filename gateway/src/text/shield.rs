@@ -181,11 +181,7 @@ fn cut_inside(text: &str, start: usize, end: usize) -> usize {
 
 /// Plain ids of `text`. A vocabulary may spell a control token among its
 /// ordinary entries; such a piece is tokenised character by character.
-fn encode_text(
-    tokenizer: &Tokenizer,
-    text: &str,
-    ids: &mut Vec<u32>,
-) -> Result<(), TokenizeError> {
+fn encode_text(tokenizer: &Tokenizer, text: &str, ids: &mut Vec<u32>) -> Result<(), TokenizeError> {
     for id in tokenizer.encode_plain(text)? {
         let Some(control) = tokenizer.controls().get(&id) else {
             ids.push(id);

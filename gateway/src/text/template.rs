@@ -53,11 +53,7 @@ impl Message {
 
     /// The same turn with `edit` applied to everything a client wrote freely.
     pub fn map(&self, edit: impl Fn(&str) -> String) -> Self {
-        Self {
-            role: self.role,
-            content: edit(&self.content),
-            name: self.name.as_deref().map(edit),
-        }
+        Self { role: self.role, content: edit(&self.content), name: self.name.as_deref().map(edit) }
     }
 }
 
@@ -99,7 +95,8 @@ impl ChatTemplate {
         let mut environment = Environment::new();
         environment
             .set_syntax(SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build()?);
-        environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
+        environment
+            .set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
         environment.set_recursion_limit(RECURSION);
         environment.set_fuel(Some(FUEL));
         environment.add_function("raise_exception", raise_exception);

@@ -1,3 +1,5 @@
+//! Text to ids and back over tokenizers made here: control tokens, detokenizing, stop strings.
+
 use std::path::PathBuf;
 
 use proptest::prelude::*;
@@ -29,9 +31,10 @@ fn whole_characters_only_are_let_out() {
     let ids: Vec<u32> = "a€b".bytes().map(u32::from).collect();
     assert_eq!(pieces(&text.tokenizer, &ids, true), ["a", "", "", "€", "b", ""]);
     // A lead byte that is never followed up is broken as soon as that is certain.
-    assert_eq!(pieces(&text.tokenizer, &[0xe2, 0x82, 0x41, 0xe2], true), [
-        "", "", "\u{FFFD}A", "", "\u{FFFD}"
-    ]);
+    assert_eq!(
+        pieces(&text.tokenizer, &[0xe2, 0x82, 0x41, 0xe2], true),
+        ["", "", "\u{FFFD}A", "", "\u{FFFD}"]
+    );
 }
 
 #[test]

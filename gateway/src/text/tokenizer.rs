@@ -2,7 +2,8 @@
 //! adds: begin and end tokens, and which ids are control tokens.
 //!
 //! Refuses at load an id beyond the model's vocabulary, and at run time a text
-//! so long that it cannot fit the context, before it is tokenised.
+//! so long that it cannot fit the context, before it is tokenised. A checkpoint
+//! without tokenizer serves token ids only: text is refused, ids have no text.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -12,6 +13,11 @@ use tokenizers::Tokenizer as Inner;
 
 use crate::error::LoadError;
 use crate::profile::{Document, Profile, read_limited};
+
+/// Knows no token; stands in for a tokenizer that is not there.
+const EMPTY: &str = r#"{"version":"1.0","truncation":null,"padding":null,"added_tokens":[],
+"normalizer":null,"pre_tokenizer":null,"post_processor":null,"decoder":null,
+"model":{"type":"BPE","vocab":{},"merges":[]}}"#;
 
 /// The largest published tokenizers have some 30 MB.
 const MAX_TOKENIZER_BYTES: u64 = 128 << 20;
@@ -23,6 +29,8 @@ pub enum TokenizeError {
     TooLong { bytes: usize, context: u32 },
     #[error("tokenizer failed: {0}")]
     Failed(String),
+    #[error("the model came without tokenizer.json: send token ids")]
+    Absent,
 }
 
 /// An added token that means something to the model rather than to a reader.
@@ -54,6 +62,8 @@ pub struct Tokenizer {
     inner: Inner,
     /// The same, with every control token read as plain text.
     plain: Inner,
+    /// False when the checkpoint has none.
+    present: bool,
     controls: BTreeMap<u32, Control>,
     decoding: Decoding,
     bos: Option<(String, u32)>,
@@ -72,7 +82,11 @@ impl Tokenizer {
         profile: &Profile,
     ) -> Result<Self, LoadError> {
         let path = dir.join("tokenizer.json");
-        let bytes = read_limited(&path, MAX_TOKENIZER_BYTES)?;
+        let present = path.exists();
+        let bytes = match present {
+            true => read_limited(&path, MAX_TOKENIZER_BYTES)?,
+            false => EMPTY.as_bytes().to_vec(),
+        };
         let failed = |problem| LoadError::Tokenizer { path: path.clone(), problem };
         let json: Value = serde_json::from_slice(&bytes)
             .map_err(|source| LoadError::Json { path: path.clone(), source })?;
@@ -111,6 +125,7 @@ impl Tokenizer {
         let mut tokenizer = Self {
             inner,
             plain,
+            present,
             controls,
             decoding,
             bos: None,
@@ -120,7 +135,7 @@ impl Tokenizer {
             byte_cap: longest.saturating_mul(slack).saturating_mul(profile.context as usize),
             context: profile.context,
         };
-        if let Some(config) = config {
+        if let Some(config) = config.filter(|_| present) {
             tokenizer.configure(config)?;
         }
         Ok(tokenizer)
@@ -203,6 +218,9 @@ impl Tokenizer {
     }
 
     fn check_length(&self, text: &str) -> Result<(), TokenizeError> {
+        if !self.present {
+            return Err(TokenizeError::Absent);
+        }
         if text.len() > self.byte_cap {
             return Err(TokenizeError::TooLong { bytes: text.len(), context: self.context });
         }

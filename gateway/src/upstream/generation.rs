@@ -46,6 +46,9 @@ pub struct Generation {
     /// Prompt and emitted ids; what is sent when it is sent again.
     request: GenerateRequest,
     key: u64,
+    /// The sequence's name; each call of a router adds its number.
+    name: String,
+    calls: u32,
     deadline: Instant,
     live: Option<Live>,
     /// Of the router that emitted the first token.
@@ -73,6 +76,8 @@ impl Generation {
     pub fn new(upstream: Arc<Upstream>, request: GenerateRequest, deadline: Instant) -> Self {
         Self {
             key: prefix_key(&request.tokens),
+            name: request.request_id.clone(),
+            calls: 0,
             upstream,
             request,
             deadline,
@@ -139,7 +144,8 @@ impl Generation {
         match event {
             Wire::Prompt(prompt) => {
                 let expected = self.request.prompt_logprobs.is_some();
-                if !expected || self.scores.len() + prompt.scores.len() > self.request.tokens.len() {
+                if !expected || self.scores.len() + prompt.scores.len() > self.request.tokens.len()
+                {
                     self.lost(&Status::internal("more prompt scores than were asked for"))?;
                     return Ok(None);
                 }
@@ -248,6 +254,8 @@ impl Generation {
             let asked = Instant::now();
             let left = self.deadline.saturating_duration_since(asked).as_millis();
             self.request.timeout_ms = u64::try_from(left).unwrap_or(u64::MAX).max(1);
+            self.request.request_id = format!("{}-{}", self.name, self.calls);
+            self.calls += 1;
             match router.generate(self.request.clone()).await {
                 Ok((stream, lease)) => {
                     self.upstream.metrics.accept.observe(asked.elapsed().as_secs_f64());

@@ -24,10 +24,7 @@ pub fn pick(key: u64, candidates: &[Candidate]) -> Option<usize> {
     let least = usable().map(|(_, c)| c.load).min()?;
     // A quarter more work than the least is no reason to lose a cache.
     let most = least.saturating_add(SLACK.max(least / 4));
-    usable()
-        .filter(|(_, c)| c.load <= most)
-        .max_by_key(|(_, c)| mix(key ^ c.id))
-        .map(|(at, _)| at)
+    usable().filter(|(_, c)| c.load <= most).max_by_key(|(_, c)| mix(key ^ c.id)).map(|(at, _)| at)
 }
 
 /// Key of a prompt: its first ids, hashed.

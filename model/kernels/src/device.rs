@@ -81,7 +81,7 @@ pub trait Device: Sync {
 /// A device made of an instruction set and the way it multiplies bf16 activations.
 struct Unit<S, B>(PhantomData<(S, B)>);
 
-impl<S: Simd + Registers, B: Dot<S = S>> Device for Unit<S, B> {
+impl<S: Simd + Registers, B: Dot> Device for Unit<S, B> {
     fn pack(&self, x: Acts<'_>, rows: usize, w: Mat<'_>, into: &mut Packed) {
         match x {
             Acts::F32(_) => into.fill::<Wide<S>>(x, rows, &w),
@@ -175,7 +175,7 @@ impl Kernels {
             #[cfg(target_arch = "x86_64")]
             Isa::Avx512 => &Unit::<Avx512, Split<Avx512>>(PhantomData),
             #[cfg(target_arch = "x86_64")]
-            Isa::Avx512Bf16 => &Unit::<Avx512<true>, HardwarePairs>(PhantomData),
+            Isa::Avx512Bf16 => &Unit::<Avx512, HardwarePairs>(PhantomData),
             #[cfg(not(target_arch = "x86_64"))]
             other => unreachable!("{other} is not available here"),
         };

@@ -24,8 +24,10 @@ pub(crate) trait Dot: Send + Sync + 'static {
     const FLUSHES: bool;
     /// Rows and outputs of the register tile for many rows.
     const TILE: (usize, usize);
-    /// For 1 to 4 rows, the outputs computed at once.
-    const FEW: [usize; 4];
+    /// For 1, 2, ... rows that read the weight as it lies, the outputs computed at once; beyond, it is decoded first.
+    const FEW: &[usize];
+    /// The most outputs at once where the weight is FP8.
+    const FEW_FP8: usize;
 
     /// Packs one step of a row's activations: `len <= STEP` elements from `from`, the rest zero.
     fn pack(x: Acts<'_>, from: usize, len: usize, out: &mut [Self::Elem]);
@@ -56,6 +58,12 @@ pub(crate) trait Source {
     /// # Safety
     /// As for [`Dot`].
     unsafe fn load<D: Dot>(p: *const u8) -> D::Pair;
+
+    /// 16 elements in order, widened; FP8 NaNs give NaN.
+    ///
+    /// # Safety
+    /// As for [`Simd`].
+    unsafe fn lanes<S: Simd>(p: *const u8) -> S::V;
 }
 
 pub(crate) struct F32;
@@ -71,6 +79,12 @@ impl Source for F32 {
         // SAFETY: the caller's.
         unsafe { D::f32(p) }
     }
+
+    #[inline(always)]
+    unsafe fn lanes<S: Simd>(p: *const u8) -> S::V {
+        // SAFETY: the caller's.
+        unsafe { S::load(p.cast()) }
+    }
 }
 
 impl Source for Bf16 {
@@ -81,6 +95,12 @@ impl Source for Bf16 {
     unsafe fn load<D: Dot>(p: *const u8) -> D::Pair {
         // SAFETY: the caller's.
         unsafe { D::bf16(p) }
+    }
+
+    #[inline(always)]
+    unsafe fn lanes<S: Simd>(p: *const u8) -> S::V {
+        // SAFETY: the caller's.
+        unsafe { S::bf16(p) }
     }
 }
 
@@ -93,6 +113,12 @@ impl Source for Fp8 {
         // SAFETY: the caller's.
         unsafe { D::fp8(p) }
     }
+
+    #[inline(always)]
+    unsafe fn lanes<S: Simd>(p: *const u8) -> S::V {
+        // SAFETY: the caller's.
+        unsafe { S::fp8(p) }
+    }
 }
 
 /// The f32 class.
@@ -104,14 +130,16 @@ pub(crate) struct Split<S>(PhantomData<S>);
 /// Register tiles that fit an instruction set's registers.
 pub(crate) trait Registers {
     const TILE: (usize, usize);
-    const FEW: [usize; 4];
+    const FEW: &[usize];
+    const FEW_FP8: usize;
     /// Whether a fused multiply-add in hardware stands in for [`Simd::fma_flush`] until an underflow shows.
     const FLAGS: bool;
 }
 
 impl Registers for Scalar {
-    const TILE: (usize, usize) = (2, 2);
-    const FEW: [usize; 4] = [1, 1, 1, 1];
+    const TILE: (usize, usize) = (1, 2);
+    const FEW: &[usize] = &[1];
+    const FEW_FP8: usize = 1;
     const FLAGS: bool = false;
 }
 
@@ -123,7 +151,8 @@ impl<S: Simd + Registers> Dot for Wide<S> {
     type Pair = [S::V; 2];
     const FLUSHES: bool = false;
     const TILE: (usize, usize) = S::TILE;
-    const FEW: [usize; 4] = S::FEW;
+    const FEW: &[usize] = S::FEW;
+    const FEW_FP8: usize = S::FEW_FP8;
 
     fn pack(x: Acts<'_>, from: usize, len: usize, out: &mut [f32]) {
         out.fill(0.0);
@@ -183,7 +212,8 @@ impl<S: Simd + Registers> Dot for Split<S> {
     type Pair = [S::V; 2];
     const FLUSHES: bool = S::FLAGS;
     const TILE: (usize, usize) = S::TILE;
-    const FEW: [usize; 4] = S::FEW;
+    const FEW: &[usize] = S::FEW;
+    const FEW_FP8: usize = S::FEW_FP8;
 
     fn pack(x: Acts<'_>, from: usize, len: usize, out: &mut [f32]) {
         let mut step = [0.0; STEP];

@@ -118,11 +118,18 @@ pub(crate) fn fma_at_edge(a: f32, b: f32, c: f32, r: f32) -> f32 {
 #[derive(Clone, Copy)]
 pub(crate) struct Scalar;
 
-/// `f(i)` in each lane.
-#[inline(always)]
-fn lanes(f: impl Fn(usize) -> f32) -> [f32; LANES] {
-    std::array::from_fn(f)
+/// An expression for each lane. A loop and not [`std::array::from_fn`], whose closure would not take on the target
+/// features of the function around it.
+macro_rules! each {
+    ($j:ident => $value:expr) => {{
+        let mut out = [0.0f32; $crate::lanes::LANES];
+        for $j in 0..$crate::lanes::LANES {
+            out[$j] = $value;
+        }
+        out
+    }};
 }
+pub(crate) use each;
 
 /// The `i`-th element of size `N` at `p`.
 #[inline(always)]
@@ -171,7 +178,7 @@ impl Simd for Scalar {
 
     #[inline(always)]
     unsafe fn load(p: *const f32) -> Self::V {
-        lanes(|j| unsafe { f32_at(p.cast(), j) })
+        each!(j => unsafe { f32_at(p.cast(), j) })
     }
 
     #[inline(always)]
@@ -181,17 +188,17 @@ impl Simd for Scalar {
 
     #[inline(always)]
     unsafe fn fma(a: Self::V, b: Self::V, c: Self::V) -> Self::V {
-        lanes(|j| a[j].mul_add(b[j], c[j]))
+        each!(j => a[j].mul_add(b[j], c[j]))
     }
 
     #[inline(always)]
     unsafe fn mul(a: Self::V, b: Self::V) -> Self::V {
-        lanes(|j| a[j] * b[j])
+        each!(j => a[j] * b[j])
     }
 
     #[inline(always)]
     unsafe fn fma_flush(a: Self::V, b: Self::V, c: Self::V) -> Self::V {
-        lanes(|j| fma_flush(a[j], b[j], c[j]))
+        each!(j => fma_flush(a[j], b[j], c[j]))
     }
 
     #[inline(always)]
@@ -201,12 +208,12 @@ impl Simd for Scalar {
 
     #[inline(always)]
     unsafe fn bf16(p: *const u8) -> Self::V {
-        lanes(|j| unsafe { bf16_at(p, j) })
+        each!(j => unsafe { bf16_at(p, j) })
     }
 
     #[inline(always)]
     unsafe fn fp8(p: *const u8) -> Self::V {
-        lanes(|j| unsafe { fp8_at(p, j) })
+        each!(j => unsafe { fp8_at(p, j) })
     }
 
     #[inline(always)]
@@ -216,17 +223,17 @@ impl Simd for Scalar {
 
     #[inline(always)]
     unsafe fn bf16_split(p: *const u8) -> [Self::V; 2] {
-        [1, 0].map(|odd| lanes(|j| unsafe { bf16_at(p, 2 * j + odd) }))
+        [1, 0].map(|odd| each!(j => unsafe { bf16_at(p, 2 * j + odd) }))
     }
 
     #[inline(always)]
     unsafe fn f32_split(p: *const u8) -> [Self::V; 2] {
-        [1, 0].map(|odd| lanes(|j| round_bf16(unsafe { f32_at(p, 2 * j + odd) }).to_f32()))
+        [1, 0].map(|odd| each!(j => round_bf16(unsafe { f32_at(p, 2 * j + odd) }).to_f32()))
     }
 
     #[inline(always)]
     unsafe fn fp8_split(p: *const u8) -> [Self::V; 2] {
-        [1, 0].map(|odd| lanes(|j| unsafe { fp8_at(p, 2 * j + odd) }))
+        [1, 0].map(|odd| each!(j => unsafe { fp8_at(p, 2 * j + odd) }))
     }
 
     #[inline(always)]
@@ -236,7 +243,11 @@ impl Simd for Scalar {
 
     #[inline(always)]
     unsafe fn watch(w: bool, p: *const u8) -> bool {
-        (0..STEP).fold(w, |w, i| w | (unsafe { *p.add(i) } & 0x7f == 0x7f))
+        let mut hit = w;
+        for i in 0..STEP {
+            hit |= unsafe { *p.add(i) } & 0x7f == 0x7f;
+        }
+        hit
     }
 
     #[inline(always)]
@@ -248,7 +259,12 @@ impl Simd for Scalar {
 /// The sum of sixteen lanes: 16 to 8 (`j + (j + 8)`), then 4, 2 and 1.
 #[inline(always)]
 pub(crate) fn tree(v: [f32; LANES]) -> f32 {
-    let a: [f32; 8] = std::array::from_fn(|j| v[j] + v[j + 8]);
-    let b: [f32; 4] = std::array::from_fn(|j| a[j] + a[j + 4]);
+    let (mut a, mut b) = ([0.0f32; 8], [0.0f32; 4]);
+    for j in 0..8 {
+        a[j] = v[j] + v[j + 8];
+    }
+    for j in 0..4 {
+        b[j] = a[j] + a[j + 4];
+    }
     (b[0] + b[2]) + (b[1] + b[3])
 }

@@ -92,15 +92,12 @@ pub(crate) struct Scales<'a> {
     pub(crate) col0: usize,
 }
 
-impl Scales<'_> {
-    /// The scale of the view's row `row` in its `segment`-th k-block.
+impl<'a> Scales<'a> {
+    /// The scales of the view's row `row`, one for each of its k-blocks, as they are stored.
     #[inline(always)]
-    pub(crate) fn get(&self, row: usize, segment: usize) -> f32 {
-        let at = ((self.row0 + row) / self.bn) * self.ld + self.col0 / self.bk + segment;
-        match self.bytes[at * 4..].first_chunk() {
-            Some(b) => f32::from_le_bytes(*b),
-            None => f32::NAN,
-        }
+    pub(crate) fn row(&self, row: usize) -> &'a [[u8; 4]] {
+        let at = ((self.row0 + row) / self.bn) * self.ld + self.col0 / self.bk;
+        &self.bytes.as_chunks().0[at..]
     }
 }
 
@@ -245,8 +242,8 @@ impl<'a> Mat<'a> {
                 }
             }
             Some(s) => {
-                for (segment, (from, to)) in self.segments().enumerate() {
-                    let scale = s.get(row, segment);
+                for ((from, to), scale) in self.segments().zip(s.row(row)) {
+                    let scale = f32::from_le_bytes(*scale);
                     for (o, c) in out[from..to].iter_mut().zip(&bytes[from..to]) {
                         *o = fp8_to_f32(*c) * scale;
                     }

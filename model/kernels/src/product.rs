@@ -23,21 +23,17 @@ pub(crate) unsafe fn product<D: Dot>(x: &Packed, w: &Mat<'_>, y: &mut Out<'_>) {
     assert_eq!(y.shape(), (x.rows(), w.n()), "the output of a product [rows, n]");
     // SAFETY: the caller's, and the shapes agree.
     unsafe {
-        match w.dtype() {
-            DType::F32 => stored::<D, F32>(x, w, y),
-            DType::Bf16 => stored::<D, Bf16>(x, w, y),
-            DType::Fp8 => stored::<D, Fp8>(x, w, y),
-        }
-    }
-}
-
-unsafe fn stored<D: Dot, S: Source>(x: &Packed, w: &Mat<'_>, y: &mut Out<'_>) {
-    // SAFETY: the caller's.
-    unsafe {
         if D::FLUSHES {
             D::S::watch_underflow();
         }
-        if x.rows() <= D::FEW.len() { few::<D, S>(x, w, y) } else { panel::many::<D, S>(x, w, y) }
+        if x.rows() > D::FEW.len() {
+            return panel::many::<D>(x, w, y);
+        }
+        match w.dtype() {
+            DType::F32 => few::<D, F32>(x, w, y),
+            DType::Bf16 => few::<D, Bf16>(x, w, y),
+            DType::Fp8 => few::<D, Fp8>(x, w, y),
+        }
     }
 }
 
@@ -70,33 +66,37 @@ unsafe fn few<D: Dot, S: Source>(x: &Packed, w: &Mat<'_>, y: &mut Out<'_>) {
     if rows == 0 {
         return;
     }
-    let tile = D::FEW[rows - 1];
+    let tile = match S::WATCHED {
+        true => D::FEW[rows - 1].min(D::FEW_FP8),
+        false => D::FEW[rows - 1],
+    };
+    let whole = x.segments().iter().all(|s| s.tail == 0);
     let mut n = 0;
     while n < w.n() {
-        let width = if n + tile <= w.n() { tile } else { 1 };
+        let width = tile.min(w.n() - n);
         // SAFETY: the caller's; rows and outputs are inside their shapes.
         unsafe {
             let hit = match (rows, width) {
-                (1, 8) => direct::<D, S, 1, 8, false>(x, w, 0, n, y),
-                (2, 4) => direct::<D, S, 2, 4, false>(x, w, 0, n, y),
-                (3, 4) => direct::<D, S, 3, 4, false>(x, w, 0, n, y),
-                (4, 4) => direct::<D, S, 4, 4, false>(x, w, 0, n, y),
-                (1, 4) => direct::<D, S, 1, 4, false>(x, w, 0, n, y),
-                (2, 2) => direct::<D, S, 2, 2, false>(x, w, 0, n, y),
-                (2, 1) => direct::<D, S, 2, 1, false>(x, w, 0, n, y),
-                (3, 1) => direct::<D, S, 3, 1, false>(x, w, 0, n, y),
-                (4, 1) => direct::<D, S, 4, 1, false>(x, w, 0, n, y),
-                _ => (0..rows).fold(false, |hit, r| {
-                    (n..n + width)
-                        .fold(hit, |hit, n| hit | direct::<D, S, 1, 1, false>(x, w, r, n, y))
-                }),
-            };
-            if underflowed::<D>() {
-                for r in 0..rows {
-                    for n in n..n + width {
-                        direct::<D, S, 1, 1, true>(x, w, r, n, y);
-                    }
+                _ if !whole => narrow::<D, S, false>(x, w, n, width, y),
+                (1, 2) => direct::<D, S, 1, 2, false, false>(x, w, 0, n, y),
+                (1, 4) => direct::<D, S, 1, 4, false, false>(x, w, 0, n, y),
+                // Constant blocks, so that only the sizes a class asks for are compiled.
+                (2, 4) if const { D::FEW.len() > 1 } => {
+                    direct::<D, S, 2, 4, false, false>(x, w, 0, n, y)
                 }
+                (3, 4) if const { D::FEW.len() > 1 } => {
+                    direct::<D, S, 3, 4, false, false>(x, w, 0, n, y)
+                }
+                (4, 4) if const { D::FEW.len() > 1 } => {
+                    direct::<D, S, 4, 4, false, false>(x, w, 0, n, y)
+                }
+                (1, 8) if const { D::FEW.len() > 1 } => {
+                    direct::<D, S, 1, 8, false, false>(x, w, 0, n, y)
+                }
+                _ => narrow::<D, S, false>(x, w, n, width, y),
+            };
+            if D::FLUSHES && underflowed::<D>() {
+                narrow::<D, S, true>(x, w, n, width, y);
                 D::S::watch_underflow();
             }
             if hit {
@@ -107,16 +107,41 @@ unsafe fn few<D: Dot, S: Source>(x: &Packed, w: &Mat<'_>, y: &mut Out<'_>) {
     }
 }
 
+/// All rows against `width` outputs from `n`, one by one.
+unsafe fn narrow<D: Dot, S: Source, const EXACT: bool>(
+    x: &Packed,
+    w: &Mat<'_>,
+    n: usize,
+    width: usize,
+    y: &mut Out<'_>,
+) -> bool {
+    let mut hit = false;
+    for r in 0..x.rows() {
+        for n in n..n + width {
+            // SAFETY: the caller's.
+            hit |= unsafe { direct::<D, S, 1, 1, EXACT, true>(x, w, r, n, y) };
+        }
+    }
+    hit
+}
+
 /// `R` rows from `row` against `N` outputs from `n`, read from the weight as stored. Says whether an FP8 NaN was met.
 #[inline(always)]
-unsafe fn direct<D: Dot, S: Source, const R: usize, const N: usize, const EXACT: bool>(
+unsafe fn direct<
+    D: Dot,
+    S: Source,
+    const R: usize,
+    const N: usize,
+    const EXACT: bool,
+    const TAILS: bool,
+>(
     x: &Packed,
     w: &Mat<'_>,
     row: usize,
     n: usize,
     y: &mut Out<'_>,
 ) -> bool {
-    let task = Direct::<D, S, R, N, EXACT> {
+    let task = Direct::<D, S, R, N, EXACT, TAILS> {
         x: x.data::<D>()[row * x.width()..].as_ptr(),
         width: x.width(),
         segments: x.segments(),
@@ -130,7 +155,8 @@ unsafe fn direct<D: Dot, S: Source, const R: usize, const N: usize, const EXACT:
     unsafe { D::S::run(task) }
 }
 
-struct Direct<'a, D: Dot, S, const R: usize, const N: usize, const EXACT: bool> {
+/// A tile in registers. `TAILS` admits segments that end within a step.
+struct Direct<'a, D: Dot, S, const R: usize, const N: usize, const EXACT: bool, const TAILS: bool> {
     x: *const D::Elem,
     width: usize,
     segments: &'a [Segment],
@@ -141,57 +167,64 @@ struct Direct<'a, D: Dot, S, const R: usize, const N: usize, const EXACT: bool> 
     source: PhantomData<S>,
 }
 
-impl<D: Dot, S: Source, const R: usize, const N: usize, const EXACT: bool> Task<D::S>
-    for Direct<'_, D, S, R, N, EXACT>
+impl<D: Dot, S: Source, const R: usize, const N: usize, const EXACT: bool, const TAILS: bool>
+    Task<D::S> for Direct<'_, D, S, R, N, EXACT, TAILS>
 {
     type Out = bool;
 
+    #[allow(clippy::needless_range_loop, reason = "indices keep closures out of hot code")]
     #[inline(always)]
     unsafe fn call(self) -> bool {
-        let rows: [&[u8]; N] = std::array::from_fn(|n| self.w.row_bytes(self.n + n));
         // SAFETY: each segment lies inside a row of k elements of the weight and of `width` packed elements; a tail
         // is copied to a padded buffer first. `y` covers R rows and N outputs.
         unsafe {
+            let mut rows = [std::ptr::null::<u8>(); N];
+            let mut scales: [&[[u8; 4]]; N] = [&[]; N];
+            for n in 0..N {
+                rows[n] = self.w.row_bytes(self.n + n).as_ptr();
+                if let Some(table) = self.w.scales() {
+                    scales[n] = &table.row(self.n + n)[..self.segments.len()];
+                }
+            }
             let mut total = [[D::S::zero(); N]; R];
             let mut watch = D::S::watch_new();
             for (index, s) in self.segments.iter().enumerate() {
                 let mut acc = [[D::S::zero(); N]; R];
-                let x = self.x.add(s.at);
-                let w = rows.map(|row| row.as_ptr().add(s.from * S::SIZE));
-                for i in 0..s.full {
-                    let at = w.map(|w| w.add(i * STEP * S::SIZE));
-                    for p in at {
-                        D::S::prefetch(p.wrapping_add(AHEAD));
+                let mut x = self.x.add(s.at);
+                let mut w = rows;
+                for n in 0..N {
+                    w[n] = w[n].add(s.from * S::SIZE);
+                }
+                for _ in 0..s.full {
+                    watch = step::<D, S, R, N, EXACT>(&mut acc, w, x, self.width, watch);
+                    x = x.add(STEP);
+                    for n in 0..N {
+                        w[n] = w[n].add(STEP * S::SIZE);
                     }
-                    watch =
-                        step::<D, S, R, N, EXACT>(&mut acc, at, x.add(i * STEP), self.width, watch);
                 }
-                if s.tail > 0 {
-                    let tails = w.map(|w| padded::<S>(w.add(s.full * STEP * S::SIZE), s.tail));
-                    let at = std::array::from_fn(|n| tails[n].as_ptr());
-                    watch = step::<D, S, R, N, EXACT>(
-                        &mut acc,
-                        at,
-                        x.add(s.full * STEP),
-                        self.width,
-                        watch,
-                    );
+                if TAILS && s.tail > 0 {
+                    let mut tails = [[0; STEP * 4]; N];
+                    for n in 0..N {
+                        tails[n] = padded::<S>(w[n], s.tail);
+                        w[n] = tails[n].as_ptr();
+                    }
+                    watch = step::<D, S, R, N, EXACT>(&mut acc, w, x, self.width, watch);
                 }
-                match self.w.scales() {
-                    None => total = acc,
-                    Some(scales) => {
-                        for n in 0..N {
-                            let scale = D::S::splat(scales.get(self.n + n, index));
-                            for r in 0..R {
-                                total[r][n] = D::S::fma(acc[r][n], scale, total[r][n]);
-                            }
+                // Only FP8 has scales.
+                if S::WATCHED {
+                    for n in 0..N {
+                        let scale = D::S::splat(f32::from_le_bytes(scales[n][index]));
+                        for r in 0..R {
+                            total[r][n] = D::S::fma(acc[r][n], scale, total[r][n]);
                         }
                     }
+                } else {
+                    total = acc;
                 }
             }
-            for (r, total) in total.iter().enumerate() {
-                for (n, v) in total.iter().enumerate() {
-                    *self.y.add(r * self.ld + n) = D::S::sum(*v);
+            for r in 0..R {
+                for n in 0..N {
+                    *self.y.add(r * self.ld + n) = D::S::sum(total[r][n]);
                 }
             }
             S::WATCHED && D::S::watch_hit(watch)
@@ -203,6 +236,7 @@ impl<D: Dot, S: Source, const R: usize, const N: usize, const EXACT: bool> Task<
 const AHEAD: usize = 1024;
 
 /// One step of an `R` by `N` tile.
+#[allow(clippy::needless_range_loop, reason = "indices keep closures out of hot code")]
 #[inline(always)]
 unsafe fn step<D: Dot, S: Source, const R: usize, const N: usize, const EXACT: bool>(
     acc: &mut [[<D::S as Simd>::V; N]; R],
@@ -217,13 +251,14 @@ unsafe fn step<D: Dot, S: Source, const R: usize, const N: usize, const EXACT: b
             if S::WATCHED {
                 watch = D::S::watch(watch, w[n]);
             }
+            D::S::prefetch(w[n].wrapping_add(AHEAD));
             let pair = S::load::<D>(w[n]);
-            for (r, acc) in acc.iter_mut().enumerate() {
+            for r in 0..R {
                 let row = D::load(x.add(r * width));
-                acc[n] = if EXACT {
-                    D::step_exact(acc[n], pair, row)
+                acc[r][n] = if EXACT {
+                    D::step_exact(acc[r][n], pair, row)
                 } else {
-                    D::step(acc[n], pair, row)
+                    D::step(acc[r][n], pair, row)
                 };
             }
         }

@@ -4,16 +4,11 @@
 //! are the same bits by construction. Only correctly rounded operations are used (add, multiply, divide, square root, fused
 //! multiply-add); the exponential is a polynomial of its own, since the platform's differs between libraries.
 
-use crate::lanes::{LANES, Simd, Task, tree};
+use crate::lanes::{LANES, Simd, Task, each, tree};
 use crate::mat::{Acts, round_bf16};
 use half::bf16;
 
 type V = [f32; LANES];
-
-#[inline(always)]
-fn each(f: impl Fn(usize) -> f32) -> V {
-    std::array::from_fn(f)
-}
 
 /// `x[i..i + 16]`, padded with `fill`.
 #[inline(always)]
@@ -105,19 +100,19 @@ task!(RmsNorm { x: &'a [f32], weight: &'a [f32], eps: f32, y: &'a mut [f32] } ->
     let mut acc = [0.0; LANES];
     for i in (0..x.len()).step_by(LANES) {
         let v = lanes_at(x, i, 0.0);
-        acc = each(|j| v[j].mul_add(v[j], acc[j]));
+        acc = each!(j => v[j].mul_add(v[j], acc[j]));
     }
     let inverse = 1.0 / (tree(acc) / x.len() as f32 + eps).sqrt();
     for i in (0..x.len()).step_by(LANES) {
         let (v, w) = (lanes_at(x, i, 0.0), lanes_at(weight, i, 0.0));
-        put(y, i, each(|j| (v[j] * inverse) * w[j]));
+        put(y, i, each!(j => (v[j] * inverse) * w[j]));
     }
 });
 
 task!(SiluMul { gate: &'a [f32], up: &'a [f32], y: &'a mut [f32] } -> () {
     for i in (0..gate.len()).step_by(LANES) {
         let (g, u) = (lanes_at(gate, i, 0.0), lanes_at(up, i, 0.0));
-        put(y, i, each(|j| g[j] * logistic(g[j]) * u[j]));
+        put(y, i, each!(j => g[j] * logistic(g[j]) * u[j]));
     }
 });
 
@@ -125,10 +120,10 @@ task!(SoftmaxWeights { s: &'a mut [f32], max: f32 } -> f32 {
     let mut acc = [0.0; LANES];
     for i in (0..s.len()).step_by(LANES) {
         let v = lanes_at(s, i, f32::NEG_INFINITY);
-        let e = each(|j| exp(v[j] - max));
+        let e = each!(j => exp(v[j] - max));
         put(s, i, e);
         let live = s.len() - i;
-        acc = each(|j| acc[j] + if j < live { e[j] } else { 0.0 });
+        acc = each!(j => acc[j] + if j < live { e[j] } else { 0.0 });
     }
     tree(acc)
 });
@@ -136,7 +131,7 @@ task!(SoftmaxWeights { s: &'a mut [f32], max: f32 } -> f32 {
 task!(Sigmoid { x: &'a mut [f32] } -> () {
     for i in (0..x.len()).step_by(LANES) {
         let v = lanes_at(x, i, 0.0);
-        put(x, i, each(|j| logistic(v[j])));
+        put(x, i, each!(j => logistic(v[j])));
     }
 });
 
@@ -144,7 +139,7 @@ task!(Max { x: &'a [f32] } -> f32 {
     let mut acc = [f32::NEG_INFINITY; LANES];
     for i in (0..x.len()).step_by(LANES) {
         let v = lanes_at(x, i, f32::NEG_INFINITY);
-        acc = each(|j| if v[j] > acc[j] { v[j] } else { acc[j] });
+        acc = each!(j => if v[j] > acc[j] { v[j] } else { acc[j] });
     }
     acc.into_iter().fold(f32::NEG_INFINITY, |a, b| if b > a { b } else { a })
 });
@@ -154,7 +149,7 @@ task!(Axpy { a: f32, x: Acts<'a>, y: &'a mut [f32] } -> () {
         Acts::F32(x) => {
             for i in (0..y.len()).step_by(LANES) {
                 let (v, w) = (lanes_at(x, i, 0.0), lanes_at(y, i, 0.0));
-                put(y, i, each(|j| a.mul_add(v[j], w[j])));
+                put(y, i, each!(j => a.mul_add(v[j], w[j])));
             }
         }
         Acts::Bf16(x) => {

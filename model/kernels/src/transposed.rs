@@ -4,6 +4,7 @@
 //! in `y` between blocks of the weight's rows, so a block is read from memory once for all rows of `x`. Weights
 //! widen exactly in both numerics classes: an FP8 element is its code times its scale, rounded once.
 
+use crate::dot::{Bf16, F32, Fp8, Source};
 use crate::lanes::{LANES, Simd, Task};
 use crate::mat::{Acts, DType, Mat};
 use std::ops::Range;
@@ -52,9 +53,9 @@ impl<S: Simd> Task<S> for Transposed<'_> {
             // SAFETY: the caller's, and the shapes were checked above.
             unsafe {
                 match self.w.dtype() {
-                    DType::F32 => self.block::<S>(block, |p| S::load(p.cast())),
-                    DType::Bf16 => self.block::<S>(block, |p| S::bf16(p)),
-                    DType::Fp8 => self.block::<S>(block, |p| S::fp8(p)),
+                    DType::F32 => self.block::<S, F32>(block),
+                    DType::Bf16 => self.block::<S, Bf16>(block),
+                    DType::Fp8 => self.block::<S, Fp8>(block),
                 }
             }
         }
@@ -62,9 +63,9 @@ impl<S: Simd> Task<S> for Transposed<'_> {
 }
 
 impl Transposed<'_> {
-    /// Rows `block` of the weight. `load` widens 16 elements.
+    /// Rows `block` of the weight.
     #[inline(always)]
-    unsafe fn block<S: Simd>(&mut self, block: Range<usize>, load: impl Fn(*const u8) -> S::V) {
+    unsafe fn block<S: Simd, W: Source>(&mut self, block: Range<usize>) {
         for (index, (from, to)) in self.w.segments().enumerate() {
             let mut l = from;
             while l < to {
@@ -72,15 +73,15 @@ impl Transposed<'_> {
                 l += unsafe {
                     match to - l {
                         left if left >= WIDE * LANES => {
-                            self.lanes::<S, WIDE>(block.clone(), index, l, LANES, &load);
+                            self.lanes::<S, W, WIDE>(block.clone(), index, l, LANES);
                             WIDE * LANES
                         }
                         left if left >= LANES => {
-                            self.lanes::<S, 1>(block.clone(), index, l, LANES, &load);
+                            self.lanes::<S, W, 1>(block.clone(), index, l, LANES);
                             LANES
                         }
                         left => {
-                            self.lanes::<S, 1>(block.clone(), index, l, left, &load);
+                            self.lanes::<S, W, 1>(block.clone(), index, l, left);
                             left
                         }
                     }
@@ -91,15 +92,14 @@ impl Transposed<'_> {
 
     /// `N` vectors from column `l`, of which the last has `live` lanes.
     #[inline(always)]
-    unsafe fn lanes<S: Simd, const N: usize>(
+    unsafe fn lanes<S: Simd, W: Source, const N: usize>(
         &mut self,
         block: Range<usize>,
         segment: usize,
         l: usize,
         live: usize,
-        load: &impl Fn(*const u8) -> S::V,
     ) {
-        let size = self.w.dtype().size();
+        let size = W::SIZE;
         let count = (N - 1) * LANES + live;
         // SAFETY: columns l..l + count are inside the weight's rows and y's; partial vectors go by a buffer.
         unsafe {
@@ -127,9 +127,9 @@ impl Transposed<'_> {
                             p.copy_to_nonoverlapping(tail.as_mut_ptr(), live * size);
                             p = tail.as_ptr();
                         }
-                        let mut w = load(p);
+                        let mut w = W::lanes::<S>(p);
                         if let Some(scales) = self.w.scales() {
-                            w = S::mul(w, S::splat(scales.get(n, segment)));
+                            w = S::mul(w, S::splat(f32::from_le_bytes(scales.row(n)[segment])));
                         }
                         *acc = S::fma(x, w, *acc);
                     }

@@ -1,7 +1,9 @@
-//! The inner part of attention: a tile of consecutive tokens by a group of heads, over one sequence's pages.
+//! The inner part of attention: a tile of consecutive tokens by a group of heads, over one
+//! sequence's pages.
 //!
-//! Pages that every token of the tile sees whole are taken for all its rows at once; where the tile's own
-//! positions begin, token by token, up to and including itself. Both give a row the same bits.
+//! Pages that every token of the tile sees whole are taken for all its rows at once; where the
+//! tile's own positions begin, token by token, up to and including itself. Both give a row the same
+//! bits.
 
 use std::ops::Range;
 
@@ -125,7 +127,8 @@ impl Tile {
         }
     }
 
-    /// Calls `f` with token, page and count for every page from `whole` on that a token sees, in ascending order.
+    /// Calls `f` with token, page and count for every page from `whole` on that a token sees, in
+    /// ascending order.
     fn each_partial(&self, whole: usize, tokens: usize, mut f: impl FnMut(usize, usize, usize)) {
         for token in 0..self.rows {
             let seen = self.position + token + 1;

@@ -1,8 +1,9 @@
 //! The header of one safetensors file: which tensor lies where.
 //!
-//! Eight bytes of length, then JSON, then the tensors. Nothing is believed before it is checked: the
-//! length against a cap and the file, every tensor's bytes against its shape and type, and all of them
-//! against the file, without overlap, hole or remainder. Nothing beyond the header is touched.
+//! Eight bytes of length, then JSON, then the tensors. Nothing is believed before it is checked:
+//! the length against a cap and the file, every tensor's bytes against its shape and type, and all
+//! of them against the file, without overlap, hole or remainder. Nothing beyond the header is
+//! touched.
 
 use std::collections::HashSet;
 use std::fmt;

@@ -1,7 +1,8 @@
+//! Checkpoints that are whole, in every layout, and what is refused of those that are not.
+
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, Ordering};
 
 use kernels::{Compute, Isa};
 use serde_json::json;
@@ -10,33 +11,27 @@ use super::Checkpoint;
 use crate::error::LoadError;
 use crate::expert::Expert;
 use crate::numerics::Numerics;
-use crate::synthetic::{Recipe, Storage};
+use crate::synthetic::{Recipe, Storage, TempDir};
 use crate::trunk::Trunk;
 
-/// A directory of its own, removed afterwards.
-struct Dir(PathBuf);
+/// A checkpoint that a test spoils.
+struct Dir(TempDir);
 
 impl Dir {
     fn new() -> Dir {
-        static NEXT: AtomicU32 = AtomicU32::new(0);
-        let name = format!(
-            "moemesh-checkpoint-{}-{}",
-            std::process::id(),
-            NEXT.fetch_add(1, Ordering::Relaxed)
-        );
-        let dir = std::env::temp_dir().join(name);
-        fs::create_dir_all(&dir).unwrap();
-        Dir(dir)
+        Dir(TempDir::new().unwrap())
     }
 
     fn with(recipe: &Recipe) -> Dir {
-        let dir = Dir::new();
-        recipe.write(&dir.0).unwrap();
-        dir
+        Dir(TempDir::with(recipe).unwrap())
+    }
+
+    fn path(&self) -> &Path {
+        self.0.path()
     }
 
     fn weights(&self) -> PathBuf {
-        self.0.join("model.safetensors")
+        self.path().join("model.safetensors")
     }
 
     /// Replaces the weights by a file with this header and that many bytes of data.
@@ -57,12 +52,6 @@ impl Dir {
     }
 }
 
-impl Drop for Dir {
-    fn drop(&mut self) {
-        let _ = fs::remove_dir_all(&self.0);
-    }
-}
-
 /// Opens and loads everything.
 fn load(dir: &Path) -> Result<Arc<Checkpoint>, LoadError> {
     let checkpoint = Checkpoint::open(dir)?;
@@ -74,20 +63,20 @@ fn load(dir: &Path) -> Result<Arc<Checkpoint>, LoadError> {
 }
 
 fn refuses(dir: &Dir, parts: &[&str]) {
-    let message = match load(&dir.0) {
+    let message = match load(dir.path()) {
         Ok(_) => panic!("accepted, expected {parts:?}"),
         Err(error) => error.to_string(),
     };
-    let dir = dir.0.display().to_string();
+    let dir = dir.path().display().to_string();
     assert!(message.contains(&dir), "names no file: {message}");
     assert!(parts.iter().all(|part| message.contains(part)), "{parts:?}: {message}");
 }
 
 #[test]
 fn opens_single_files_shards_and_fused_experts() {
-    let single = load(&Dir::with(&Recipe::small()).0).unwrap();
-    let sharded = load(&Dir::with(&Recipe { shards: 3, ..Recipe::small() }).0).unwrap();
-    let fused = load(&Dir::with(&Recipe { fused: true, ..Recipe::small() }).0).unwrap();
+    let single = load(Dir::with(&Recipe::small()).path()).unwrap();
+    let sharded = load(Dir::with(&Recipe { shards: 3, ..Recipe::small() }).path()).unwrap();
+    let fused = load(Dir::with(&Recipe { fused: true, ..Recipe::small() }).path()).unwrap();
     let expert = (3 * 20 * 48) * 2;
     for checkpoint in [&single, &sharded, &fused] {
         assert_eq!(checkpoint.expert_bytes(1).unwrap(), expert);
@@ -99,7 +88,7 @@ fn opens_single_files_shards_and_fused_experts() {
 
 #[test]
 fn digests_tell_checkpoints_of_different_make_apart() {
-    let digest = |recipe: &Recipe| load(&Dir::with(recipe).0).unwrap().digest();
+    let digest = |recipe: &Recipe| load(Dir::with(recipe).path()).unwrap().digest();
     let base = digest(&Recipe::small());
     assert_eq!(base, digest(&Recipe::small()));
     assert_ne!(base, digest(&Recipe::small().with(json!({"rope_theta": 5000.0}))));
@@ -113,7 +102,7 @@ fn missing_files_are_named() {
     let dir = Dir::with(&Recipe::small());
     fs::remove_file(dir.weights()).unwrap();
     refuses(&dir, &["neither model.safetensors nor model.safetensors.index.json"]);
-    fs::write(dir.0.join("pytorch_model.bin"), b"\x80").unwrap();
+    fs::write(dir.path().join("pytorch_model.bin"), b"\x80").unwrap();
     refuses(&dir, &["pytorch_model.bin", "pickled weights are not read"]);
 }
 
@@ -181,7 +170,7 @@ fn missing_misshapen_and_unsupported_tensors_are_named() {
     refuses(&dir, &missing);
 
     // The trunk does not need it, and neither do other experts.
-    let checkpoint = Checkpoint::open(&dir.0).unwrap();
+    let checkpoint = Checkpoint::open(dir.path()).unwrap();
     let compute = Arc::new(Compute::new(Isa::detect(), 1));
     assert!(Trunk::load(&checkpoint, Numerics::F32, compute).is_ok());
     assert!(Expert::load(&checkpoint, 2, 6).is_ok());
@@ -193,7 +182,7 @@ fn missing_misshapen_and_unsupported_tensors_are_named() {
 
     let dir = Dir::with(&Recipe::small());
     let other = Recipe::small().with(json!({"moe_intermediate_size": 21}));
-    fs::write(dir.0.join("config.json"), other.config.to_string()).unwrap();
+    fs::write(dir.path().join("config.json"), other.config.to_string()).unwrap();
     refuses(&dir, &["shape [20, 48], the configuration asks for [21, 48]", "`model.layers.1.mlp"]);
 
     let dir = Dir::with(&Recipe::small());
@@ -207,8 +196,8 @@ fn quantised_weights_need_blocks_and_scales() {
     let recipe = Recipe { storage: Storage::Fp8, ..Recipe::small() }
         .with(json!({"quantization_config": block}));
     let dir = Dir::with(&recipe);
-    load(&dir.0).unwrap();
-    fs::write(dir.0.join("config.json"), Recipe::small().config.to_string()).unwrap();
+    load(dir.path()).unwrap();
+    fs::write(dir.path().join("config.json"), Recipe::small().config.to_string()).unwrap();
     refuses(&dir, &["`model.layers.0.", "is F8_E4M3, but config.json has no"]);
     let dir = Dir::with(&recipe);
     dir.patch(
@@ -221,7 +210,7 @@ fn quantised_weights_need_blocks_and_scales() {
 #[test]
 fn indexes_are_checked() {
     let dir = Dir::with(&Recipe { shards: 2, ..Recipe::small() });
-    let index = dir.0.join("model.safetensors.index.json");
+    let index = dir.path().join("model.safetensors.index.json");
     let good = fs::read_to_string(&index).unwrap();
     let file = "model-00001-of-00002.safetensors";
     for (text, parts) in [
@@ -243,13 +232,14 @@ fn indexes_are_checked() {
 #[cfg(target_os = "linux")]
 #[test]
 fn nothing_but_headers_is_read() {
-    // A file whose data is one big hole: only a reader that leaves it alone finishes quickly with little memory.
+    // A file whose data is one big hole: only a reader that leaves it alone finishes quickly with
+    // little memory.
     let dir = Dir::with(&Recipe::small());
     let size = 1u64 << 36;
     let entry = format!(r#"{{"x":{{"dtype":"U8","shape":[{size}],"data_offsets":[0,{size}]}}}}"#);
     dir.header(&entry, 0);
     let file = fs::File::options().write(true).open(dir.weights()).unwrap();
     file.set_len(8 + entry.len() as u64 + size).unwrap();
-    let checkpoint = Checkpoint::open(&dir.0).unwrap();
+    let checkpoint = Checkpoint::open(dir.path()).unwrap();
     assert_eq!(checkpoint.bytes() as u64, 8 + entry.len() as u64 + size);
 }

@@ -2,8 +2,8 @@
 //!
 //! The older style has `rope_theta` and `rope_scaling` at the top, the newer one `rope_parameters`.
 //! Types `default`, `linear`, `llama3`, `yarn` and `dynamic` are known (`dynamic` only changes
-//! positions beyond `max_position_embeddings`, which are refused anyway); others are refused by name.
-//! Formulas: YaRN (Peng et al. 2023) section 3.2 to 3.4, as transformers writes them.
+//! positions beyond `max_position_embeddings`, which are refused anyway); others are refused by
+//! name. Formulas: YaRN (Peng et al. 2023) section 3.2 to 3.4, as transformers writes them.
 
 use std::f64::consts::PI;
 

@@ -1,3 +1,5 @@
+//! What a configuration means, and what is refused, by field.
+
 use serde_json::{Value, json};
 
 use super::Config;

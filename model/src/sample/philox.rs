@@ -1,5 +1,6 @@
-//! Philox4x32-10, a counter-based generator (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3",
-//! SC 2011): the n-th number of a seed is a function of seed and n, with no state to carry or replay.
+//! Philox4x32-10, a counter-based generator (Salmon et al., "Parallel random numbers: as easy as 1,
+//! 2, 3", SC 2011): the n-th number of a seed is a function of seed and n, with no state to carry
+//! or replay.
 
 const MULTIPLIERS: [u32; 2] = [0xD251_1F53, 0xCD9E_8D57];
 const WEYL: [u32; 2] = [0x9E37_79B9, 0xBB67_AE85];

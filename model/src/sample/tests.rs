@@ -1,3 +1,5 @@
+//! Choices, draws, filters, penalties and log-probabilities.
+
 use super::*;
 
 fn scratch() -> Scratch {

@@ -22,7 +22,10 @@ const EVENTS_PER_STEP: usize = 3;
 
 /// What came of sampling.
 pub(super) enum Next {
-    Token { id: u32, finished: bool },
+    Token {
+        id: u32,
+        finished: bool,
+    },
     /// The logits were not finite; the stream was told.
     Failed,
 }
@@ -111,7 +114,9 @@ impl Stream {
             let row = self.scored - 1 - part.start;
             let logits = &logits[row * vocab..(row + 1) * vocab];
             let id = tokens[self.scored];
-            let Ok((logprob, top)) = sample::score(logits, id, top as usize, scratch) else { break };
+            let Ok((logprob, top)) = sample::score(logits, id, top as usize, scratch) else {
+                break;
+            };
             scores.push(token_score(id, logprob, top));
             self.scored += 1;
         }

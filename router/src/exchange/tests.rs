@@ -24,7 +24,8 @@ fn placement(owners: &[(u16, &[u32])]) -> Placement {
 
 /// The only right answer: a row's value plus its expert, so that a mix-up shows.
 fn answer(frame: &DispatchFrame) -> DispatchReply {
-    let value = |row: usize| f32::from_le_bytes(frame.rows[row * 8..row * 8 + 4].try_into().unwrap());
+    let value =
+        |row: usize| f32::from_le_bytes(frame.rows[row * 8..row * 8 + 4].try_into().unwrap());
     let mut experts = frame.experts.iter();
     let mut out = Vec::new();
     for (row, &count) in frame.slot_counts.iter().enumerate() {
@@ -188,7 +189,10 @@ fn a_reply_of_the_wrong_shape_or_with_nan_is_asked_of_another() {
         |reply| reply.rows = Bytes::from_static(&[0; 3]),
         |reply| reply.hidden = 9,
         |reply| reply.dtype = 2,
-        |reply| reply.rows = [f32::NAN; 8].map(f32::to_le_bytes).concat()[..reply.rows.len()].to_vec().into(),
+        |reply| {
+            reply.rows =
+                [f32::NAN; 8].map(f32::to_le_bytes).concat()[..reply.rows.len()].to_vec().into()
+        },
     ];
     for edit in edits {
         let mut case = Case::new(&[[0, 1]], &both);

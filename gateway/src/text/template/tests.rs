@@ -1,3 +1,5 @@
+//! Chat templates as models ship them, and as an attacker would.
+
 use super::*;
 
 fn message(role: &'static str, content: &str) -> Message {
@@ -56,10 +58,7 @@ fn python_methods_loop_controls_and_tojson_work() {
                   {% endif %}{{ m.content.upper().strip() }}{% endfor %}\
                   {{ {'a': [1, '<é>']} | tojson }}{{ [1, 2] | tojson(indent=2) }}";
     let messages = [message("user", "x no"), message("user", " yes ")];
-    assert_eq!(
-        render(source, &messages).unwrap(),
-        "YES{\"a\": [1, \"<é>\"]}[\n  1,\n  2\n]"
-    );
+    assert_eq!(render(source, &messages).unwrap(), "YES{\"a\": [1, \"<é>\"]}[\n  1,\n  2\n]");
 }
 
 #[test]

@@ -5,9 +5,9 @@
 //! bounded by a panel, whatever the number of rows.
 
 use super::{padded, spread_nan, underflowed};
-use crate::dot::{Dot, Source};
+use crate::dot::{Bf16, Dot, F32, Fp8, Source};
 use crate::lanes::{LANES, STEP, Simd, Task};
-use crate::mat::Mat;
+use crate::mat::{DType, Mat};
 use crate::packed::{Line, Out, Packed, Segment, aligned};
 use std::cell::RefCell;
 use std::marker::PhantomData;
@@ -18,14 +18,14 @@ const PANEL: usize = 16;
 /// Rows whose partial sums are kept at once.
 const GROUP: usize = 256;
 /// Steps of k decoded at once.
-const BLOCK: usize = 16;
+const BLOCK: usize = 32;
 
 thread_local! {
     /// A decoded panel and the partial sums over it, kept between calls.
     static SCRATCH: RefCell<(Vec<Line>, Vec<Line>)> = const { RefCell::new((Vec::new(), Vec::new())) };
 }
 
-pub(super) unsafe fn many<D: Dot, S: Source>(x: &Packed, w: &Mat<'_>, y: &mut Out<'_>) {
+pub(super) unsafe fn many<D: Dot>(x: &Packed, w: &Mat<'_>, y: &mut Out<'_>) {
     let (parts, blocks) = cut(x.segments(), w.scales().is_some());
     let mut scratch = SCRATCH.take();
     for from in (0..x.rows()).step_by(GROUP) {
@@ -41,9 +41,9 @@ pub(super) unsafe fn many<D: Dot, S: Source>(x: &Packed, w: &Mat<'_>, y: &mut Ou
             // SAFETY: the caller's; the panel's columns are inside the output, borrowed here alone.
             unsafe {
                 let mut out = y.cols(n..n + panel.w.n());
-                let hit = panel.compute::<D, S, false>(&mut scratch, &mut out);
-                if underflowed::<D>() {
-                    panel.compute::<D, S, true>(&mut scratch, &mut out);
+                let hit = panel.compute::<D, false>(&mut scratch, &mut out);
+                if D::FLUSHES && underflowed::<D>() {
+                    panel.compute::<D, true>(&mut scratch, &mut out);
                     D::S::watch_underflow();
                 }
                 if hit {
@@ -93,7 +93,7 @@ struct Panel<'a> {
 
 impl Panel<'_> {
     /// Says whether an FP8 NaN was met.
-    unsafe fn compute<D: Dot, S: Source, const EXACT: bool>(
+    unsafe fn compute<D: Dot, const EXACT: bool>(
         &self,
         (decoded, sums): &mut (Vec<Line>, Vec<Line>),
         y: &mut Out<'_>,
@@ -110,21 +110,29 @@ impl Panel<'_> {
             let at = parts[0].at;
             let width: usize = parts.iter().map(|p| p.steps() * STEP).sum();
             let panel = aligned::<D::Elem>(decoded, outputs * width);
-            let task = Decode::<D, S> { w: &self.w, parts, panel, width, source: PhantomData };
             // SAFETY: the caller's.
-            hit |= unsafe { D::S::run(task) };
+            hit |= unsafe {
+                match self.w.dtype() {
+                    DType::F32 => decode::<D, F32>(&self.w, parts, panel, width),
+                    DType::Bf16 => decode::<D, Bf16>(&self.w, parts, panel, width),
+                    DType::Fp8 => decode::<D, Fp8>(&self.w, parts, panel, width),
+                }
+            };
             scales.clear();
             if let Some(table) = self.w.scales() {
                 for n in 0..outputs {
                     let row = n.min(self.w.n() - 1);
-                    scales.extend(block.clone().map(|segment| table.get(row, segment)));
+                    let row = &table.row(row)[block.clone()];
+                    scales.extend(row.iter().map(|s| f32::from_le_bytes(*s)));
                 }
             }
             let panel = &*aligned::<D::Elem>(decoded, outputs * width);
             let x = &self.x.data::<D>()[self.rows.start * self.x.width()..];
             let mut r = 0;
             while r < rows {
-                let height = if EXACT { 1 } else { tile_r.min(rows - r) };
+                // As even as can be: a lone last row would wait for its own sums.
+                let left = rows - r;
+                let height = if EXACT { 1 } else { left.div_ceil(left.div_ceil(tile_r)) };
                 for n in (0..outputs).step_by(tile_n) {
                     let tile = Tile::<D> {
                         x: x[r * self.x.width() + at..].as_ptr(),
@@ -147,6 +155,17 @@ impl Panel<'_> {
         unsafe { D::S::run(Collect { sums, outputs, row, rows, n, y }) };
         hit
     }
+}
+
+/// Decodes `parts` of `w`'s rows into `panel`. Says whether an FP8 NaN was met.
+unsafe fn decode<D: Dot, S: Source>(
+    w: &Mat<'_>,
+    parts: &[Segment],
+    panel: &mut [D::Elem],
+    width: usize,
+) -> bool {
+    // SAFETY: the caller's.
+    unsafe { D::S::run(Decode::<D, S> { w, parts, panel, width, source: PhantomData }) }
 }
 
 /// Decodes a panel's rows, zeros after the last.
@@ -186,6 +205,8 @@ impl<D: Dot, S: Source> Task<D::S> for Decode<'_, D, S> {
                         if S::WATCHED {
                             watch = D::S::watch(watch, p);
                         }
+                        // The same row's next block, which is due when the rows between have been decoded.
+                        D::S::prefetch(p.wrapping_add(self.width * S::SIZE));
                         D::store(to, S::load::<D>(p));
                         to = to.add(STEP);
                     }
@@ -214,19 +235,28 @@ struct Fixed<'a, D: Dot, const R: usize, const N: usize, const EXACT: bool>(Tile
 
 impl<D: Dot> Tile<'_, D> {
     unsafe fn compute<const EXACT: bool>(self, height: usize) {
+        const { assert!(matches!(D::TILE, (1..=3, 2) | (1..=6, 4))) };
         // SAFETY: the caller's: `height` rows and `D::TILE.1` outputs are there.
         unsafe {
-            match (height, D::TILE.1) {
-                (1, 2) => D::S::run(Fixed::<D, 1, 2, EXACT>(self)),
-                (2, 2) => D::S::run(Fixed::<D, 2, 2, EXACT>(self)),
-                (3, 2) => D::S::run(Fixed::<D, 3, 2, EXACT>(self)),
-                (1, 4) => D::S::run(Fixed::<D, 1, 4, EXACT>(self)),
-                (2, 4) => D::S::run(Fixed::<D, 2, 4, EXACT>(self)),
-                (3, 4) => D::S::run(Fixed::<D, 3, 4, EXACT>(self)),
-                (4, 4) => D::S::run(Fixed::<D, 4, 4, EXACT>(self)),
-                (5, 4) => D::S::run(Fixed::<D, 5, 4, EXACT>(self)),
-                (6, 4) => D::S::run(Fixed::<D, 6, 4, EXACT>(self)),
-                other => unreachable!("no tile of {other:?}"),
+            // Constant blocks, so that only the sizes a class asks for are compiled.
+            if const { D::TILE.1 == 2 } {
+                match height {
+                    // Rare enough to go a row at a time.
+                    1 if EXACT => D::S::run(Fixed::<D, 1, 2, true>(self)),
+                    1 => D::S::run(Fixed::<D, 1, 2, false>(self)),
+                    2 => D::S::run(Fixed::<D, 2, 2, false>(self)),
+                    _ => D::S::run(Fixed::<D, 3, 2, false>(self)),
+                }
+            } else {
+                match height {
+                    1 if EXACT => D::S::run(Fixed::<D, 1, 4, true>(self)),
+                    1 => D::S::run(Fixed::<D, 1, 4, false>(self)),
+                    2 => D::S::run(Fixed::<D, 2, 4, false>(self)),
+                    3 => D::S::run(Fixed::<D, 3, 4, false>(self)),
+                    4 => D::S::run(Fixed::<D, 4, 4, false>(self)),
+                    5 => D::S::run(Fixed::<D, 5, 4, false>(self)),
+                    _ => D::S::run(Fixed::<D, 6, 4, false>(self)),
+                }
             }
         }
     }
@@ -237,6 +267,7 @@ impl<D: Dot, const R: usize, const N: usize, const EXACT: bool> Task<D::S>
 {
     type Out = ();
 
+    #[allow(clippy::needless_range_loop, reason = "indices keep closures out of hot code")]
     #[inline(always)]
     unsafe fn call(self) {
         let t = self.0;
@@ -246,35 +277,35 @@ impl<D: Dot, const R: usize, const N: usize, const EXACT: bool> Task<D::S>
             for (index, part) in t.parts.iter().enumerate() {
                 let mut acc = [[D::S::zero(); N]; R];
                 if t.scales.is_empty() {
-                    for (r, acc) in acc.iter_mut().enumerate() {
-                        for (n, acc) in acc.iter_mut().enumerate() {
-                            *acc = D::S::load(t.sums.add(r * t.sums_ld + n * LANES));
+                    for r in 0..R {
+                        for n in 0..N {
+                            acc[r][n] = D::S::load(t.sums.add(r * t.sums_ld + n * LANES));
                         }
                     }
                 }
                 for _ in 0..part.steps() {
-                    let pairs: [D::Pair; N] = std::array::from_fn(|n| D::load(w.add(n * t.w_ld)));
-                    for (r, acc) in acc.iter_mut().enumerate() {
-                        let row = D::load(x.add(r * t.x_ld));
-                        for n in 0..N {
-                            acc[n] = if EXACT {
-                                D::step_exact(acc[n], pairs[n], row)
+                    for n in 0..N {
+                        let pair = D::load(w.add(n * t.w_ld));
+                        for r in 0..R {
+                            let row = D::load(x.add(r * t.x_ld));
+                            acc[r][n] = if EXACT {
+                                D::step_exact(acc[r][n], pair, row)
                             } else {
-                                D::step(acc[n], pairs[n], row)
+                                D::step(acc[r][n], pair, row)
                             };
                         }
                     }
                     x = x.add(STEP);
                     w = w.add(STEP);
                 }
-                for (r, acc) in acc.iter().enumerate() {
-                    for (n, acc) in acc.iter().enumerate() {
+                for r in 0..R {
+                    for n in 0..N {
                         let at = t.sums.add(r * t.sums_ld + n * LANES);
                         let sum = if t.scales.is_empty() {
-                            *acc
+                            acc[r][n]
                         } else {
                             let scale = D::S::splat(t.scales[n * t.parts.len() + index]);
-                            D::S::fma(*acc, scale, D::S::load(at))
+                            D::S::fma(acc[r][n], scale, D::S::load(at))
                         };
                         D::S::store(at, sum);
                     }

@@ -179,8 +179,6 @@ prop_compose! {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 400, ..ProptestConfig::default() })]
-
     #[test]
     fn every_device_gives_the_defined_bits(case in cases()) {
         let ldy = case.w.rows + case.gap;

@@ -13,7 +13,8 @@ pub(crate) struct Avx2;
 
 impl Registers for Avx2 {
     const TILE: (usize, usize) = (3, 2);
-    const FEW: [usize; 4] = [4, 2, 1, 1];
+    const FEW: &[usize] = &[4];
+    const FEW_FP8: usize = 2;
     const FLAGS: bool = true;
 }
 
@@ -184,10 +185,9 @@ impl Simd for Avx2 {
     #[inline(always)]
     unsafe fn fp8_pair(p: *const u8) -> [V; 2] {
         unsafe {
-            [p, p.add(LANES)].map(|p| {
-                let codes = _mm256_cvtepu8_epi16(_mm_loadu_si128(p.cast()));
-                widen(_mm256_slli_epi16::<8>(codes))
-            })
+            let a = _mm256_cvtepu8_epi16(_mm_loadu_si128(p.cast()));
+            let b = _mm256_cvtepu8_epi16(_mm_loadu_si128(p.add(LANES).cast()));
+            [widen(_mm256_slli_epi16::<8>(a)), widen(_mm256_slli_epi16::<8>(b))]
         }
     }
 
@@ -203,8 +203,10 @@ impl Simd for Avx2 {
     #[inline(always)]
     unsafe fn f32_split(p: *const u8) -> [V; 2] {
         unsafe {
-            let at = |i: usize| round(_mm256_loadu_ps(p.add(32 * i).cast()));
-            let (a, b, c, d) = (at(0), at(1), at(2), at(3));
+            let a = round(_mm256_loadu_ps(p.cast()));
+            let b = round(_mm256_loadu_ps(p.add(32).cast()));
+            let c = round(_mm256_loadu_ps(p.add(64).cast()));
+            let d = round(_mm256_loadu_ps(p.add(96).cast()));
             // Shuffles work in 128-bit halves; the permutation puts the quarters in order.
             macro_rules! pick {
                 ($a:expr, $b:expr, $select:literal) => {

@@ -12,7 +12,8 @@ pub(crate) struct Avx512<const BF16: bool = false>;
 
 impl<const BF16: bool> Registers for Avx512<BF16> {
     const TILE: (usize, usize) = (6, 4);
-    const FEW: [usize; 4] = [8, 4, 4, 4];
+    const FEW: &[usize] = &[8, 4, 4, 4];
+    const FEW_FP8: usize = 4;
     const FLAGS: bool = true;
 }
 
@@ -170,10 +171,9 @@ impl<const BF16: bool> Simd for Avx512<BF16> {
     #[inline(always)]
     unsafe fn fp8_pair(p: *const u8) -> [__m512; 2] {
         unsafe {
-            [p, p.add(LANES)].map(|p| {
-                let codes = _mm256_cvtepu8_epi16(_mm_loadu_si128(p.cast()));
-                widen(_mm256_slli_epi16::<8>(codes))
-            })
+            let a = _mm256_cvtepu8_epi16(_mm_loadu_si128(p.cast()));
+            let b = _mm256_cvtepu8_epi16(_mm_loadu_si128(p.add(LANES).cast()));
+            [widen(_mm256_slli_epi16::<8>(a)), widen(_mm256_slli_epi16::<8>(b))]
         }
     }
 
@@ -192,7 +192,9 @@ impl<const BF16: bool> Simd for Avx512<BF16> {
             let b = round(_mm512_loadu_ps(p.add(64).cast()));
             let even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
             let odd = _mm512_add_epi32(even, _mm512_set1_epi32(1));
-            [odd, even].map(|index| _mm512_castsi512_ps(_mm512_permutex2var_epi32(a, index, b)))
+            let odd = _mm512_permutex2var_epi32(a, odd, b);
+            let even = _mm512_permutex2var_epi32(a, even, b);
+            [_mm512_castsi512_ps(odd), _mm512_castsi512_ps(even)]
         }
     }
 

@@ -29,7 +29,8 @@ impl<const HARDWARE: bool> Dot for Pairs<HARDWARE> {
     type Pair = __m512i;
     const FLUSHES: bool = !HARDWARE;
     const TILE: (usize, usize) = <Avx512>::TILE;
-    const FEW: [usize; 4] = <Avx512>::FEW;
+    const FEW: &[usize] = <Avx512>::FEW;
+    const FEW_FP8: usize = <Avx512>::FEW_FP8;
 
     fn pack(x: Acts<'_>, from: usize, len: usize, out: &mut [u16]) {
         out.fill(0);
@@ -60,11 +61,9 @@ impl<const HARDWARE: bool> Dot for Pairs<HARDWARE> {
     #[inline(always)]
     unsafe fn f32(p: *const u8) -> __m512i {
         unsafe {
-            let half = |p: *const u8| {
-                let bits = round(_mm512_loadu_ps(p.cast()));
-                _mm512_cvtepi32_epi16(_mm512_srli_epi32::<16>(bits))
-            };
-            let (a, b) = (half(p), half(p.add(64)));
+            let a = _mm512_srli_epi32::<16>(round(_mm512_loadu_ps(p.cast())));
+            let b = _mm512_srli_epi32::<16>(round(_mm512_loadu_ps(p.add(64).cast())));
+            let (a, b) = (_mm512_cvtepi32_epi16(a), _mm512_cvtepi32_epi16(b));
             _mm512_inserti64x4::<1>(_mm512_castsi256_si512(a), b)
         }
     }

@@ -1,0 +1,98 @@
+//! Rows of experts: the same bits grouped or alone, on any threads, at any alignment.
+
+use kernels::Isa;
+
+use super::*;
+use crate::synthetic::{Recipe, TempDir};
+
+fn experts() -> (Arc<Checkpoint>, Vec<Expert>) {
+    let dir = TempDir::with(&Recipe::small()).unwrap();
+    let checkpoint = Checkpoint::open(dir.path()).unwrap();
+    let experts = (0..12).map(|e| Expert::load(&checkpoint, 1, e).unwrap()).collect();
+    (checkpoint, experts)
+}
+
+/// Wire rows with values that spread.
+fn rows(numerics: Numerics, count: usize) -> Vec<u8> {
+    let values = (0..count * 48).map(|i| ((i * 7919) % 1000) as f32 * 0.002 - 1.0);
+    match numerics {
+        Numerics::F32 => values.flat_map(f32::to_le_bytes).collect(),
+        Numerics::Bf16 => values.flat_map(|v| bf16::from_f32(v).to_le_bytes()).collect(),
+    }
+}
+
+fn run(threads: usize, numerics: Numerics, groups: &[ExpertGroup<'_>], x: &[u8]) -> Vec<u8> {
+    let compute = Compute::new(Isa::detect(), threads);
+    let mut out = vec![7; 3];
+    forward_experts(&compute, numerics, groups, x, &mut out, &mut ExpertScratch::default());
+    out
+}
+
+#[test]
+fn grouped_rows_are_the_same_bits_as_single_ones() {
+    let (_checkpoint, experts) = experts();
+    for numerics in [Numerics::F32, Numerics::Bf16] {
+        let counts = [3, 0, 1, 40, 2, 1, 0, 9, 1, 1, 1, 6];
+        let groups: Vec<_> =
+            experts.iter().zip(counts).map(|(expert, rows)| ExpertGroup { expert, rows }).collect();
+        let x = rows(numerics, counts.iter().sum());
+        let together = run(1, numerics, &groups, &x);
+        assert_eq!(together.len(), x.len());
+        for threads in [2, 4] {
+            assert!(
+                run(threads, numerics, &groups, &x) == together,
+                "{numerics} {threads} threads"
+            );
+        }
+        let bytes = 48 * numerics.bytes();
+        let owners = groups.iter().flat_map(|g| std::iter::repeat_n(g.expert, g.rows));
+        let pairs = x.chunks(bytes).zip(together.chunks(bytes));
+        for (expert, (x, expected)) in owners.zip(pairs) {
+            assert!(run(2, numerics, &[ExpertGroup { expert, rows: 1 }], x) == expected);
+        }
+    }
+}
+
+#[test]
+fn alignment_does_not_matter() {
+    let (_checkpoint, experts) = experts();
+    for numerics in [Numerics::F32, Numerics::Bf16] {
+        let groups = [ExpertGroup { expert: &experts[5], rows: 3 }];
+        let x = rows(numerics, 3);
+        let expected = run(1, numerics, &groups, &x);
+        for shift in 1..5 {
+            let mut shifted = vec![0; shift];
+            shifted.extend_from_slice(&x);
+            assert!(run(1, numerics, &groups, &shifted[shift..]) == expected);
+        }
+    }
+}
+
+#[test]
+fn no_rows_give_no_rows() {
+    let (_checkpoint, experts) = experts();
+    assert!(run(1, Numerics::F32, &[], &[]).is_empty());
+    let groups = [ExpertGroup { expert: &experts[0], rows: 0 }];
+    assert!(run(2, Numerics::Bf16, &groups, &[]).is_empty());
+}
+
+#[test]
+fn a_buffer_is_used_again() {
+    let (_checkpoint, experts) = experts();
+    let compute = Compute::new(Isa::detect(), 2);
+    let (mut out, mut scratch) = (Vec::new(), ExpertScratch::default());
+    for count in [9, 1, 30, 2] {
+        let groups = [ExpertGroup { expert: &experts[count % 12], rows: count }];
+        let x = rows(Numerics::Bf16, count);
+        forward_experts(&compute, Numerics::Bf16, &groups, &x, &mut out, &mut scratch);
+        assert!(out == run(1, Numerics::Bf16, &groups, &x));
+    }
+}
+
+#[test]
+#[should_panic(expected = "rows of 48 values")]
+fn rows_of_another_width_are_a_callers_mistake() {
+    let (_checkpoint, experts) = experts();
+    let groups = [ExpertGroup { expert: &experts[0], rows: 1 }];
+    run(1, Numerics::F32, &groups, &[0; 96]);
+}
