@@ -50,11 +50,14 @@ impl Fleet {
                 "{count} experts have no live owner, first layer {layer} expert {expert}"
             )),
         };
+        let (epoch, nodes) = (next.epoch(), live.len());
+        let was_whole = placement.load().missing().is_none();
         match &state {
-            Ok(()) => {
-                tracing::info!(epoch = %next.epoch(), nodes = live.len(), "placement is whole")
+            Ok(()) => tracing::info!(%epoch, nodes, "placement is whole"),
+            Err(missing) if was_whole => {
+                tracing::warn!(%epoch, nodes, missing, "experts were lost")
             }
-            Err(missing) => tracing::warn!(epoch = %next.epoch(), nodes = live.len(), missing),
+            Err(missing) => tracing::info!(%epoch, nodes, missing, "waiting for experts"),
         }
         placement.store(Arc::new(next));
         readiness.set(state);

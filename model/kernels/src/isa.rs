@@ -6,7 +6,10 @@
 
 use std::fmt;
 use std::str::FromStr;
+use std::sync::OnceLock;
 use thiserror::Error;
+
+use crate::selfcheck;
 
 /// An instruction set to compute with, from the plainest to the fastest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -29,9 +32,12 @@ pub struct UnknownIsa(String);
 impl Isa {
     const ALL: [Isa; 4] = [Isa::Scalar, Isa::Avx2, Isa::Avx512, Isa::Avx512Bf16];
 
-    /// The fastest that this CPU has.
+    /// The fastest that this CPU has and that gives the scalar kernels' bits on it (`selfcheck.rs`).
     pub fn detect() -> Isa {
-        Isa::available().into_iter().max().unwrap_or(Isa::Scalar)
+        static DETECTED: OnceLock<Isa> = OnceLock::new();
+        let sound = |isa: &Isa| *isa == Isa::Scalar || selfcheck::agrees(*isa);
+        *DETECTED
+            .get_or_init(|| Isa::available().into_iter().rev().find(sound).unwrap_or(Isa::Scalar))
     }
 
     /// All that this CPU has, plainest first.

@@ -26,6 +26,7 @@ mod packed;
 mod pool;
 mod product;
 mod rowwise;
+mod selfcheck;
 mod transposed;
 #[cfg(target_arch = "x86_64")]
 mod x86;
