@@ -18,9 +18,9 @@ use tokio::sync::mpsc::OwnedPermit;
 use tokio::sync::oneshot;
 use tonic::Status;
 
+use crate::admission::Admission;
 use crate::batcher::{self, Group};
 use crate::metrics::NodeMetrics;
-use crate::service::Admission;
 use crate::store::{Resident, Store};
 
 /// Rows × slots after which a batch takes no further frame.

@@ -4,12 +4,14 @@
 //! a frame meets them:
 //!
 //! - [`service`]: frames in, checked and admitted; replies out
+//! - [`admission`]: the bound on queued rows
 //! - [`batcher`]: regroups queued rows by expert, across frames and routers
 //! - [`executor`]: the one thread that computes
 //! - [`store`]: which experts are resident, and how much each has worked
 
 #![forbid(unsafe_code)]
 
+pub mod admission;
 pub mod batcher;
 pub mod executor;
 pub mod metrics;
@@ -30,8 +32,9 @@ use proto::v1::expert_control_server::ExpertControlServer;
 use proto::v1::expert_data_server::ExpertDataServer;
 use tonic::service::Routes;
 
+use crate::admission::Admission;
 use crate::metrics::NodeMetrics;
-use crate::service::{Admission, Service};
+use crate::service::Service;
 use crate::store::Store;
 
 /// Which part of every layer's experts a node owns: share `index` of `count`,
@@ -92,8 +95,17 @@ pub async fn serve(config: Config, shutdown: Shutdown) -> Result<(), Error> {
         None => None,
     };
 
+    // Served from now on, so that whoever waits for the node can see how far it is.
+    let side = admin.map(|listener| {
+        let (stop, ready, metrics) = (shutdown.clone(), readiness.clone(), metrics.clone());
+        tokio::spawn(admin::serve(listener, metrics, ready, async move { stop.wait().await }))
+    });
+
     let checkpoint = Checkpoint::open(&config.model_dir)?;
-    let store = Arc::new(Store::load(&checkpoint, config.shard)?);
+    let progress = |mapped, all| {
+        readiness.set(Err(format!("{mapped} of {all} experts mapped")));
+    };
+    let store = Arc::new(Store::load(&checkpoint, config.shard, progress)?);
     tracing::info!(
         experts = store.len(),
         mib = store.bytes() >> 20,
@@ -124,12 +136,6 @@ pub async fn serve(config: Config, shutdown: Shutdown) -> Result<(), Error> {
     .add_service(ExpertControlServer::new(service));
 
     readiness.set(Ok(()));
-    let side = admin.map(|listener| {
-        let shutdown = shutdown.clone();
-        tokio::spawn(admin::serve(listener, metrics, readiness.clone(), async move {
-            shutdown.wait().await;
-        }))
-    });
     let drained = {
         let shutdown = shutdown.clone();
         let readiness = readiness.clone();

@@ -4,7 +4,7 @@
 
 use std::pin::Pin;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 use crossbeam_channel::Sender;
@@ -24,42 +24,13 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
 
 use crate::Config;
+use crate::admission::Admission;
 use crate::executor::{Job, refusal, wire_dtype};
 use crate::metrics::NodeMetrics;
 use crate::store::Store;
 
 /// Frames of one stream that may be in work; further ones are not read yet.
 const FRAMES_IN_WORK: usize = 256;
-
-/// The bound on rows that wait for the executor, over all streams.
-pub struct Admission {
-    queued: AtomicUsize,
-    limit: usize,
-    pub refused: AtomicU64,
-}
-
-impl Admission {
-    pub fn new(limit: usize) -> Self {
-        Self { queued: AtomicUsize::new(0), limit, refused: AtomicU64::new(0) }
-    }
-
-    fn enter(&self, rows: usize) -> bool {
-        let fits = |queued: usize| (queued + rows <= self.limit).then_some(queued + rows);
-        let entered = self.queued.fetch_update(Ordering::AcqRel, Ordering::Acquire, fits).is_ok();
-        if !entered {
-            self.refused.fetch_add(1, Ordering::Relaxed);
-        }
-        entered
-    }
-
-    pub fn leave(&self, rows: usize) {
-        self.queued.fetch_sub(rows, Ordering::AcqRel);
-    }
-
-    pub fn queued(&self) -> usize {
-        self.queued.load(Ordering::Acquire)
-    }
-}
 
 /// Cheap to clone; one per gRPC service.
 #[derive(Clone)]

@@ -30,12 +30,19 @@ pub struct Store {
 
 impl Store {
     /// Maps the shard's experts of every MoE layer and checks their tensors.
-    pub fn load(checkpoint: &Arc<Checkpoint>, shard: Shard) -> Result<Self, LoadError> {
+    /// `progress` hears, layer by layer, how many of all are mapped.
+    pub fn load(
+        checkpoint: &Arc<Checkpoint>,
+        shard: Shard,
+        progress: impl Fn(usize, usize),
+    ) -> Result<Self, LoadError> {
         let config = checkpoint.config();
         let owned = plan::shard(shard.index, shard.count, shard.replicas, config.experts as u32);
         let experts = DashMap::new();
         let mut bytes = 0;
+        let all = owned.len() * config.moe_layers().len();
         for layer in config.moe_layers() {
+            progress(experts.len(), all);
             for &expert in &owned {
                 let weights = Expert::load(checkpoint, layer, expert as usize)?;
                 bytes += weights.bytes() as u64;

@@ -115,6 +115,12 @@ pub async fn serve(config: Config, shutdown: Shutdown) -> Result<(), Error> {
         None => None,
     };
 
+    // Served from now on, so that whoever waits for the router can see how far it is.
+    let side = side.map(|listener| {
+        let (stop, ready) = (shutdown.clone(), readiness.clone());
+        tokio::spawn(admin::serve(listener, registry, ready, async move { stop.wait().await }))
+    });
+
     let checkpoint = Checkpoint::open(&config.model_dir)?;
     let model = checkpoint.config();
     tracing::info!(model = model.summary(), numerics = %config.numerics, "checkpoint opened");
@@ -226,13 +232,6 @@ pub async fn serve(config: Config, shutdown: Shutdown) -> Result<(), Error> {
         .max_decoding_message_size(MAX_MESSAGE_BYTES)
         .max_encoding_message_size(MAX_MESSAGE_BYTES);
     tracing::info!(endpoint = %listener.local(), nodes = config.nodes.len(), "router serves");
-    let side = side.map(|listener| {
-        let stop = shutdown.clone();
-        let ready = readiness.clone();
-        tokio::spawn(async move {
-            admin::serve(listener, registry, ready, async move { stop.wait().await }).await
-        })
-    });
     // Draining: the server refuses new connections and calls, and returns when
     // the running ones have ended.
     let stop = shutdown.clone();
