@@ -1,16 +1,11 @@
 """The official OpenAI client against a mesh: plain, streaming, cancelled, refused."""
 
 import concurrent.futures
-import json
-import os
 import random
-import subprocess
 import time
 
 import openai
 import pytest
-
-from conftest import BINARY, ROOT
 
 
 @pytest.fixture(scope="module")
@@ -101,10 +96,7 @@ def test_32_streaming_clients_some_of_which_leave(mesh, client, model):
         assert all(pool.map(run, plans))
 
     while True:
-        listed = subprocess.run(
-            [BINARY, "status", "--url", mesh.url, "--json"], capture_output=True, cwd=ROOT, check=True, env=os.environ
-        )
-        router = json.loads(listed.stdout)["routers"][0]
+        router = mesh.router_status()
         busy = [router[key] for key in ("running", "waiting", "kv_pages_used", "tickets_in_flight")]
         if busy == [0, 0, 0, 0]:
             break

@@ -1,6 +1,7 @@
 """Spans reach an OTLP collector, joined over processes: request → step → layer → expert."""
 
 import concurrent.futures
+import json
 import threading
 import urllib.request
 
@@ -45,8 +46,6 @@ def test_one_request_is_one_trace_over_three_services(sink):
     trace = "4bf92f3577b34da6a3ce929d0e0e4736"
     body = b'{"model": "%s", "prompt": "The cat", "max_tokens": 3, "temperature": 0}'
     with urllib.request.urlopen(f"{mesh.url}/v1/models") as listed:
-        import json
-
         name = json.load(listed)["data"][0]["id"]
     request = urllib.request.Request(
         f"{mesh.url}/v1/completions",
