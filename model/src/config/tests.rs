@@ -152,3 +152,81 @@ fn both_rope_styles_agree() {
     let m = 0.1 * 40f64.ln() + 1.0;
     assert!((new.rope.score_factor - m * m).abs() < 1e-12);
 }
+
+/// DeepSeek-V3's own `config.json`, as published.
+const DEEPSEEK_V3: &str = r#"{
+  "architectures": ["DeepseekV3ForCausalLM"],
+  "attention_bias": false,
+  "attention_dropout": 0.0,
+  "auto_map": {
+    "AutoConfig": "configuration_deepseek.DeepseekV3Config",
+    "AutoModel": "modeling_deepseek.DeepseekV3Model",
+    "AutoModelForCausalLM": "modeling_deepseek.DeepseekV3ForCausalLM"
+  },
+  "bos_token_id": 0,
+  "eos_token_id": 1,
+  "ep_size": 1,
+  "first_k_dense_replace": 3,
+  "hidden_act": "silu",
+  "hidden_size": 7168,
+  "initializer_range": 0.02,
+  "intermediate_size": 18432,
+  "kv_lora_rank": 512,
+  "max_position_embeddings": 163840,
+  "model_type": "deepseek_v3",
+  "moe_intermediate_size": 2048,
+  "moe_layer_freq": 1,
+  "n_group": 8,
+  "n_routed_experts": 256,
+  "n_shared_experts": 1,
+  "norm_topk_prob": true,
+  "num_attention_heads": 128,
+  "num_experts_per_tok": 8,
+  "num_hidden_layers": 61,
+  "num_key_value_heads": 128,
+  "num_nextn_predict_layers": 1,
+  "q_lora_rank": 1536,
+  "qk_nope_head_dim": 128,
+  "qk_rope_head_dim": 64,
+  "quantization_config": {
+    "activation_scheme": "dynamic",
+    "fmt": "e4m3",
+    "quant_method": "fp8",
+    "weight_block_size": [128, 128]
+  },
+  "rms_norm_eps": 1e-06,
+  "rope_scaling": {
+    "beta_fast": 32,
+    "beta_slow": 1,
+    "factor": 40,
+    "mscale": 1.0,
+    "mscale_all_dim": 1.0,
+    "original_max_position_embeddings": 4096,
+    "type": "yarn"
+  },
+  "rope_theta": 10000,
+  "routed_scaling_factor": 2.5,
+  "scoring_func": "sigmoid",
+  "seq_aux": true,
+  "tie_word_embeddings": false,
+  "topk_group": 4,
+  "topk_method": "noaux_tc",
+  "torch_dtype": "bfloat16",
+  "transformers_version": "4.33.1",
+  "use_cache": true,
+  "v_head_dim": 128,
+  "vocab_size": 129280
+}"#;
+
+#[test]
+fn the_published_configuration_is_read() {
+    let config = Config::from_json(DEEPSEEK_V3, "config.json").unwrap();
+    assert_eq!((config.layers, config.hidden, config.vocab), (61, 7168, 129_280));
+    assert_eq!(config.moe_layers(), 3..61);
+    assert_eq!((config.experts, config.top_k, config.n_group, config.topk_group), (256, 8, 8, 4));
+    assert_eq!((config.q_lora, config.kv_width(), config.qk_head()), (Some(1536), 576, 192));
+    assert_eq!(config.fp8_block, Some((128, 128)));
+    // 1/sqrt(192) times the square of YaRN's 0.1 ln 40 + 1.
+    let mscale = 0.1 * 40f32.ln() + 1.0;
+    assert!((config.score_scale() - mscale * mscale / 192f32.sqrt()).abs() < 1e-6);
+}
