@@ -1,10 +1,10 @@
 //! What crosses crates and processes. Every mesh here is real: processes of
 //! the built binary, Unix and TCP sockets, HTTP from outside.
 //!
-//! Needs Rust only. What needs Python (the official OpenAI client, the OTLP
-//! sink) is in `tests/clients` and run by `tests/run`.
+//! Needs Rust only, but for `clients`, which `tests/run` makes ready.
 
 mod bad_input;
+mod clients;
 mod command_line;
 mod docs;
 mod identity;
