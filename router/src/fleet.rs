@@ -10,7 +10,7 @@ use mesh::lifecycle::Readiness;
 use mesh::link::{LinkHandle, LinksChanged};
 use mesh::placement::Placement;
 use mesh::supervise::Pulse;
-use proto::{Epoch, LayerId};
+use proto::LayerId;
 
 /// What the fleet reads and publishes; cloned by its factory.
 #[derive(Clone)]
@@ -40,18 +40,20 @@ impl Fleet {
         let owned = live.iter().flat_map(|(node, about)| {
             about.owned.iter().map(|owned| (*node, LayerId(owned.layer), owned.experts.as_slice()))
         });
-        let next = placement.load().next(owned);
-        if next.same_owners(&placement.load()) && next.epoch() != Epoch(1) {
-            return;
-        }
+        let current = placement.load();
+        let next = current.next(owned);
         let state = match next.missing() {
             None => Ok(()),
             Some((count, layer, expert)) => Err(format!(
                 "{count} experts have no live owner, first layer {layer} expert {expert}"
             )),
         };
+        readiness.set(state.clone());
+        if next.same_owners(&current) {
+            return;
+        }
         let (epoch, nodes) = (next.epoch(), live.len());
-        let was_whole = placement.load().missing().is_none();
+        let was_whole = current.missing().is_none();
         match &state {
             Ok(()) => tracing::info!(%epoch, nodes, "placement is whole"),
             Err(missing) if was_whole => {
@@ -60,7 +62,6 @@ impl Fleet {
             Err(missing) => tracing::info!(%epoch, nodes, missing, "waiting for experts"),
         }
         placement.store(Arc::new(next));
-        readiness.set(state);
     }
 }
 
