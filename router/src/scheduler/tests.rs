@@ -25,13 +25,8 @@ impl Pages for Pool {
     }
 }
 
-const LIMITS: Limits = Limits {
-    step_tokens: 16,
-    prefill_chunk: 8,
-    max_running: 4,
-    page_tokens: 4,
-    tpot_target: None,
-};
+const LIMITS: Limits =
+    Limits { step_tokens: 16, prefill_chunk: 8, max_running: 4, page_tokens: 4, tpot_target: None };
 
 fn never(_: SeqId) -> bool {
     false
