@@ -133,7 +133,7 @@ fn fp8_copy(
         }
     };
     fs::rename(&part, &copy).with_context(|| at("cannot rename", &part))?;
-    console.say(&told(&report, &copy));
+    console.notice(&told(&report, &copy));
     Ok(copy)
 }
 
@@ -159,7 +159,7 @@ fn convert(
     console: &Console,
     stop: &AtomicBool,
 ) -> Result<Quantized, QuantizeError> {
-    console.say("storing projections as fp8, once for this checkpoint");
+    console.notice("storing projections as fp8, once for this checkpoint");
     let bar = match console.has_bars() {
         true => console.bars().add(ProgressBar::new(checkpoint.bytes() as u64)),
         false => ProgressBar::hidden(),
