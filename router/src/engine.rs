@@ -202,7 +202,7 @@ impl Engine {
             if self.parts.trunk.attend(layer, &mut self.step, &mut self.parts.kv) {
                 self.parts.experts.send(LayerId(layer as u32), &self.step.routed(), &span);
                 self.parts.trunk.shared(layer, &mut self.step);
-                self.parts.experts.wait()?;
+                self.parts.experts.wait(&self.step.routed())?;
                 let experts = &self.parts.experts;
                 self.parts.trunk.absorb(layer, &mut self.step, &|slot| experts.row(slot));
             }

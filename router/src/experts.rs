@@ -29,17 +29,18 @@ impl Experts {
         }
     }
 
-    /// Returns when every result of the layer is there.
+    /// Returns when every result of the layer is there. `routed` is what was sent,
+    /// for what has to be sent again.
     ///
     /// # Errors
     /// A result that cannot be had: the step must fail.
-    pub fn wait(&mut self) -> Result<(), ExchangeError> {
+    pub fn wait(&mut self, routed: &Routed<'_>) -> Result<(), ExchangeError> {
         match self {
             Self::Local(local) => {
                 local.compute();
                 Ok(())
             }
-            Self::Remote(remote) => remote.wait(),
+            Self::Remote(remote) => remote.wait(routed),
         }
     }
 

@@ -5,16 +5,17 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use arc_swap::ArcSwap;
+use bytes::BytesMut;
 use mesh::link::{LinkEvent, LinkHandle};
 use mesh::placement::Placement;
 use mesh::pump::Pump;
 use mesh::telemetry::propagate;
 use model::Routed;
-use proto::{Epoch, LayerId, Ticket};
+use proto::{Epoch, LayerId};
 use tokio::sync::mpsc::Receiver;
 use tracing::Span;
 
-use crate::exchange::{Exchange, ExchangeError, Taken};
+use crate::exchange::{Exchange, ExchangeError, Outgoing, Taken};
 use crate::metrics::RouterMetrics;
 
 /// How often a waiting engine looks whether the placement has changed.
@@ -27,6 +28,8 @@ pub struct Remote {
     pub events: Receiver<LinkEvent>,
     /// Where the streams live; driven here and nowhere else.
     pub pump: Pump,
+    /// What frames are written into; its memory comes back when they have left.
+    pub wire: BytesMut,
     pub placement: Arc<ArcSwap<Placement>>,
     pub metrics: RouterMetrics,
     pub epoch: Epoch,
@@ -40,11 +43,11 @@ impl Remote {
         self.epoch = placement.epoch();
         self.sent = now;
         let parent = propagate::traceparent(span);
-        self.exchange.begin(layer, routed.rows, routed.experts, parent, &placement, now);
-        self.flush(&placement, now);
+        self.exchange.begin(layer, routed.experts, parent, &placement, now);
+        self.flush(routed.rows, &placement, now);
     }
 
-    pub fn wait(&mut self) -> Result<(), ExchangeError> {
+    pub fn wait(&mut self, routed: &Routed<'_>) -> Result<(), ExchangeError> {
         let start = Instant::now();
         while !self.exchange.is_done() {
             let now = Instant::now();
@@ -81,7 +84,7 @@ impl Remote {
                 // The links hold the senders for as long as the process serves.
                 Some(None) => std::thread::sleep(LOOK_AROUND),
             }
-            self.flush(&placement, now);
+            self.flush(routed.rows, &placement, now);
         }
         self.metrics.exchange_wait.observe(start.elapsed().as_secs_f64());
         self.metrics.exchange.observe(self.sent.elapsed().as_secs_f64());
@@ -104,14 +107,18 @@ impl Remote {
 
     /// Writes what the exchange wants sent. What cannot be written is routed
     /// anew, which may put more into the outbox or park it.
-    fn flush(&mut self, placement: &Placement, now: Instant) {
-        while let Some(out) = self.exchange.outbox.pop() {
-            let link = &self.links[out.node.0 as usize];
-            if let Err(frame) = link.send(out.frame) {
-                self.exchange.on_unsent(Ticket(frame.ticket), placement, now);
+    fn flush(&mut self, rows: &[u8], placement: &Placement, now: Instant) {
+        let mut sent = false;
+        while let Some(Outgoing { node, ticket }) = self.exchange.outbox.pop() {
+            self.exchange.encode(ticket, rows, &mut self.wire);
+            match self.links[node.0 as usize].send(self.wire.split().freeze()) {
+                true => sent = true,
+                false => self.exchange.on_unsent(ticket, placement, now),
             }
         }
-        // The bytes leave now, before this thread computes on.
-        self.pump.turn();
+        if sent {
+            // The bytes leave now, before this thread computes on.
+            self.pump.turn();
+        }
     }
 }
