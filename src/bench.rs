@@ -2,6 +2,7 @@
 //! decode and prefill over HTTP, in a closed loop: every stream asks again when
 //! its answer is complete. Percentiles are of requests, not of averages.
 
+pub mod checkpoint;
 mod report;
 
 use std::time::{Duration, Instant};

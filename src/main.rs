@@ -99,6 +99,7 @@ async fn run(command: Command) -> anyhow::Result<()> {
         Command::Status(args) => status::run(args).await,
         Command::Bench(args) => match args.what {
             BenchCommand::Text(args) => bench::text(args).await,
+            BenchCommand::MakeCheckpoint(args) => bench::checkpoint::make(&args),
         },
         Command::Completions { shell } => {
             completions::print(shell);
