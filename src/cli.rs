@@ -60,6 +60,10 @@ pub struct MeshArgs {
     /// Directory of a Hugging Face checkpoint [default: the bundled tiny model]
     #[arg(long, value_name = "DIR")]
     pub model: Option<PathBuf>,
+    /// Store projections as block-scaled FP8, half the bytes of bf16; the copy is
+    /// made once and kept in the cache directory [default: stored]
+    #[arg(long, value_name = "FORMAT", value_parser = ["stored", "fp8"])]
+    pub weights: Option<String>,
     /// Gateway processes [default: 1]
     #[arg(long, value_name = "N")]
     pub gateways: Option<String>,
@@ -96,6 +100,7 @@ impl MeshArgs {
         let model = self.model.as_ref().map(|dir| dir.to_string_lossy().into_owned());
         let flags = [
             ("model", "--model", &model),
+            ("weights", "--weights", &self.weights),
             ("gateways", "--gateways", &self.gateways),
             ("routers", "--routers", &self.routers),
             ("expert_nodes", "--expert-nodes", &self.expert_nodes),

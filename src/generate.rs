@@ -17,6 +17,7 @@ use crate::up::Signals;
 use crate::up::console::{Console, Mode};
 use crate::up::demo::{ShowError, speed, write};
 use crate::up::mesh::LocalMesh;
+use crate::weights;
 
 /// What a quiet mesh logs.
 pub const QUIET_FILTER: &str = "warn";
@@ -60,7 +61,8 @@ pub async fn with_quiet_mesh<T>(
 ) -> anyhow::Result<T> {
     let mut signals = Signals::new()?;
     let console = Console::quiet(local.log);
-    let mut mesh = LocalMesh::start(local, &console, QUIET_FILTER)?;
+    let model = weights::model_dir(local, &console, &mut signals).await?;
+    let mut mesh = LocalMesh::start(local, &model, &console, QUIET_FILTER)?;
     let server = mesh.server();
     let worked = tokio::select! {
         worked = async {

@@ -15,6 +15,7 @@ mod model_dir;
 mod role;
 mod status;
 mod up;
+mod weights;
 
 use std::io::Write as _;
 use std::process::ExitCode;

@@ -23,6 +23,7 @@ use crate::config::local::Local;
 use crate::exit::Interrupted;
 use crate::up::console::{Console, Mode};
 use crate::up::mesh::LocalMesh;
+use crate::weights;
 
 /// What `up` logs unless `RUST_LOG` says otherwise.
 const LOG_FILTER: &str = "info";
@@ -32,7 +33,8 @@ pub async fn run(local: Local) -> anyhow::Result<()> {
     let mut signals = Signals::new()?;
     let console = Console::new(local.log);
     let filter = std::env::var("RUST_LOG").unwrap_or_else(|_| LOG_FILTER.to_owned());
-    let mut mesh = LocalMesh::start(&local, &console, &filter)?;
+    let model = weights::model_dir(&local, &console, &mut signals).await?;
+    let mut mesh = LocalMesh::start(&local, &model, &console, &filter)?;
     console.say(&format!(
         "starting {}, {}, {}",
         count(local.expert_nodes, "expert node"),

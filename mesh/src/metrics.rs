@@ -1,6 +1,8 @@
 //! The process's one Prometheus registry. Roles register typed handles in it
 //! at start and only touch those afterwards.
 
+mod process;
+
 use std::sync::Arc;
 
 use parking_lot::Mutex;
@@ -13,7 +15,9 @@ pub struct Metrics(Arc<Mutex<Registry>>);
 
 impl Default for Metrics {
     fn default() -> Self {
-        Self(Arc::new(Mutex::new(Registry::with_prefix("moemesh"))))
+        let mut registry = Registry::with_prefix("moemesh");
+        registry.register_collector(Box::new(process::Process));
+        Self(Arc::new(Mutex::new(registry)))
     }
 }
 

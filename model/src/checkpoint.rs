@@ -6,6 +6,7 @@
 //! have to stay as they are while they are used: shortening one under a running process kills it,
 //! as with any mapping.
 
+mod fp8;
 mod header;
 #[cfg(test)]
 mod tests;
@@ -23,6 +24,7 @@ use sha2::{Digest, Sha256};
 use crate::config::Config;
 use crate::error::LoadError;
 use crate::weight::{Span, Weight};
+pub use fp8::{QuantizeError, Quantized};
 pub use header::Dtype;
 
 /// Longest `config.json`, in bytes.

@@ -39,7 +39,7 @@ pub mod synthetic;
 mod trunk;
 mod weight;
 
-pub use checkpoint::{Checkpoint, Dtype, TensorView};
+pub use checkpoint::{Checkpoint, Dtype, QuantizeError, Quantized, TensorView};
 pub use config::{Config, Rope};
 pub use error::{LoadError, StepError};
 pub use expert::{Expert, ExpertGroup, ExpertScratch, forward_experts};

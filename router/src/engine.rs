@@ -264,7 +264,9 @@ impl Engine {
                 }
             }
         }
-        self.parts.metrics.step.observe(start.elapsed().as_secs_f64());
+        let took = start.elapsed();
+        self.parts.scheduler.took(plan, took);
+        self.parts.metrics.step.observe(took.as_secs_f64());
         for id in ended {
             self.end(id);
         }

@@ -77,6 +77,9 @@ pub struct Config {
     pub step_tokens: usize,
     /// Tokens of one prompt computed in one step.
     pub prefill_chunk: usize,
+    /// Time between two tokens of a stream that prompts may not push beyond;
+    /// `None` shares a step's time fairly among sequences.
+    pub tpot_target: Option<Duration>,
     pub max_running: usize,
     pub max_waiting: usize,
     /// How long a step waits for an expert without a live owner.
@@ -181,6 +184,7 @@ pub async fn serve(config: Config, shutdown: Shutdown) -> Result<(), Error> {
             prefill_chunk: config.prefill_chunk,
             max_running: config.max_running,
             page_tokens: config.page_tokens,
+            tpot_target: config.tpot_target,
         }),
         sampling,
         jobs: inbox,

@@ -2,14 +2,18 @@
 //! prefill under a token budget. Pure state: no clock, no tensors, no sockets.
 //!
 //! A sequence is its tokens and how many of them have their KV computed. One
-//! token behind is decode; more is prefill. Decode goes first, so a long prompt
-//! delays running streams by at most one chunk. When the KV pages run out, the
+//! token behind is decode; more is prefill. Decode goes first, and prompts get
+//! what [`pace`] leaves them, so a long one does not stall running streams. When the KV pages run out, the
 //! youngest sequence gives its pages back and starts over later; a replay gives
 //! the same bits (ARCHITECTURE.md, invariant 1), so its client sees only a pause.
 
+mod pace;
+
 use std::collections::{BTreeMap, VecDeque};
+use std::time::Duration;
 
 use model::PageId;
+use pace::Pace;
 
 /// Where pages come from and go back to.
 pub trait Pages {
@@ -28,6 +32,8 @@ pub struct Limits {
     pub max_running: usize,
     /// Tokens per KV page.
     pub page_tokens: usize,
+    /// Time between two tokens of a stream that prompts may not push beyond.
+    pub tpot_target: Option<Duration>,
 }
 
 /// Names a sequence; ascending in order of arrival.
@@ -57,6 +63,7 @@ pub struct Part {
 /// See the module's text.
 pub struct Scheduler {
     limits: Limits,
+    pace: Pace,
     sequences: BTreeMap<SeqId, Sequence>,
     /// Holding pages, in order of admission.
     running: Vec<SeqId>,
@@ -68,6 +75,7 @@ impl Scheduler {
     pub fn new(limits: Limits) -> Self {
         Self {
             limits,
+            pace: Pace::new(limits.tpot_target),
             sequences: BTreeMap::new(),
             running: Vec::new(),
             waiting: VecDeque::new(),
@@ -106,6 +114,9 @@ impl Scheduler {
         let mut plan = Vec::new();
         let mut budget = self.limits.step_tokens;
         for decode in [true, false] {
+            if !decode {
+                budget = budget.min(self.room(plan.len(), paused));
+            }
             let mut at = 0;
             while at < self.running.len() && budget > 0 {
                 let id = self.running[at];
@@ -137,6 +148,21 @@ impl Scheduler {
             plan.push(part);
         }
         plan
+    }
+
+    /// Prompt tokens that a step with `decoding` single tokens has room for.
+    fn room(&self, decoding: usize, paused: &dyn Fn(SeqId) -> bool) -> usize {
+        let places = self.limits.max_running.saturating_sub(self.running.len());
+        let prompts = self.running.iter().filter(|&&id| self.behind(id) > 1 && !paused(id)).count()
+            + self.waiting.len().min(places);
+        self.pace.room(decoding, prompts)
+    }
+
+    /// Records how long a planned step took, from which later ones are sized.
+    pub fn took(&mut self, plan: &[Part], time: Duration) {
+        let decoding = plan.iter().filter(|part| part.len == 1).count();
+        let rows: usize = plan.iter().map(|part| part.len).sum();
+        self.pace.observe(decoding, rows - decoding, time);
     }
 
     /// Records that a planned part was computed.

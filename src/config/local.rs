@@ -14,6 +14,7 @@ use crate::config::ConfigError;
 use crate::config::given::{File, Given, Origin, Raw, variables};
 use crate::config::reader::{Reader, read};
 use crate::config::roles::{Role, cpus};
+use crate::weights::Weights;
 
 const PREFIX: &str = "MOEMESH_UP_";
 /// More processes than this on one machine is a slip of the finger.
@@ -24,6 +25,7 @@ const MOST_PROCESSES: usize = 256;
 pub struct Local {
     /// `None` is the bundled tiny model.
     pub model: Option<PathBuf>,
+    pub weights: Weights,
     pub gateways: usize,
     pub routers: usize,
     /// 0 keeps the experts inside the router.
@@ -106,6 +108,11 @@ fn build(reader: &mut Reader<'_>) -> Result<Local, ConfigError> {
         "\"/models/deepseek-v3\"",
         "Directory of the checkpoint. Unset: the bundled tiny model.",
     )?;
+    let weights = reader.or(
+        "weights",
+        Weights::Stored,
+        "stored, or fp8 for a copy with block-scaled FP8 projections.",
+    )?;
     let gateways = reader.within("gateways", 1, 1..=MOST_PROCESSES, "Gateway processes.")?;
     let routers = reader.within("routers", 1, 1..=MOST_PROCESSES, "Router processes.")?;
     let expert_nodes = reader.within(
@@ -122,6 +129,7 @@ fn build(reader: &mut Reader<'_>) -> Result<Local, ConfigError> {
     let http = http(reader, gateways)?;
     Ok(Local {
         model,
+        weights,
         gateways,
         routers,
         expert_nodes,

@@ -201,15 +201,21 @@ fn router(reader: &mut Reader<'_>) -> Result<Process, ConfigError> {
         page_tokens: reader.within("page_tokens", 64, 1..=4096, "Tokens in a page of it.")?,
         step_tokens: reader.within(
             "step_tokens",
-            256,
+            512,
             1..=65_536,
             "Most tokens in one step, prefill and decode together.",
         )?,
         prefill_chunk: reader.within(
             "prefill_chunk",
-            128,
+            512,
             1..=65_536,
             "Most tokens of one prompt in one step.",
+        )?,
+        tpot_target: reader.optional(
+            "tpot_target",
+            "\"50ms\"",
+            "Time between two tokens of a running stream that prompts may not push it beyond.\n\
+             Unset: prompts share a step's time with the streams in proportion to their number.",
         )?,
         max_running: reader.within("max_running", 64, 1..=65_536, "Sequences computed at once.")?,
         max_waiting: reader.within(

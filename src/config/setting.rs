@@ -10,6 +10,8 @@ use mesh::transport::Endpoint;
 use model::Numerics;
 use toml::Value;
 
+use crate::weights::Weights;
+
 /// A type that a key can have.
 pub trait Setting: Sized {
     /// From a variable or a flag. Errors say what is wrong with the text.
@@ -149,6 +151,16 @@ impl Setting for Vec<Endpoint> {
     fn to_toml(&self) -> String {
         let entries: Vec<String> = self.iter().map(Setting::to_toml).collect();
         format!("[{}]", entries.join(", "))
+    }
+}
+
+impl Setting for Weights {
+    fn from_text(text: &str) -> Result<Self, String> {
+        text.parse()
+    }
+
+    fn to_toml(&self) -> String {
+        quoted(self.to_string())
     }
 }
 

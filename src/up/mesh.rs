@@ -12,7 +12,6 @@ use tokio::sync::mpsc;
 use crate::client::http::Server;
 use crate::config::local::Local;
 use crate::config::roles::Role;
-use crate::model_dir;
 use crate::up::console::{Console, Mode};
 use crate::up::keeper::{Keeper, Stopped};
 use crate::up::plan::{Planned, plan};
@@ -41,17 +40,21 @@ impl LocalMesh {
     /// Checks what can be checked without a process, then starts them all.
     ///
     /// # Errors
-    /// No such model, an address in use, settings that a role refuses.
-    pub fn start(local: &Local, console: &Console, log_filter: &str) -> anyhow::Result<Self> {
-        let model = model_dir::find(local.model.as_deref())?;
+    /// An address in use, settings that a role refuses.
+    pub fn start(
+        local: &Local,
+        model: &Path,
+        console: &Console,
+        log_filter: &str,
+    ) -> anyhow::Result<Self> {
         let http = free_addresses(local)?;
         let dir = RuntimeDir::create().context("cannot make a directory for sockets")?;
-        let planned = plan(local, &model, dir.path(), &http, log_filter)?;
+        let planned = plan(local, model, dir.path(), &http, log_filter)?;
         for process in &planned {
             std::fs::write(&process.config_file, &process.config)
                 .with_context(|| format!("cannot write {}", process.config_file.display()))?;
         }
-        dir.publish(&state(&model, &planned)).context("cannot write the state file")?;
+        dir.publish(&state(model, &planned)).context("cannot write the state file")?;
 
         // One slot each: a keeper gives up once.
         let (giving_up, given_up) = mpsc::channel(planned.len());

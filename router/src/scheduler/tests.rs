@@ -25,7 +25,8 @@ impl Pages for Pool {
     }
 }
 
-const LIMITS: Limits = Limits { step_tokens: 16, prefill_chunk: 8, max_running: 4, page_tokens: 4 };
+const LIMITS: Limits =
+    Limits { step_tokens: 16, prefill_chunk: 8, max_running: 4, page_tokens: 4, tpot_target: None };
 
 fn never(_: SeqId) -> bool {
     false
@@ -49,6 +50,29 @@ fn decode_goes_before_a_long_prompt() {
             Part { id: long, start: 0, len: 8, last: false },
         ]
     );
+}
+
+#[test]
+fn prompts_beside_streams_are_cut_by_measured_time() {
+    let limits = Limits { step_tokens: 512, prefill_chunk: 512, page_tokens: 64, ..LIMITS };
+    let limits = Limits { tpot_target: Some(Duration::from_millis(30)), ..limits };
+    let (mut scheduler, mut pool) = (Scheduler::new(limits), Pool::new(64));
+    let stream = scheduler.push(vec![1; 100]);
+    let plan = scheduler.plan(&mut pool, &never);
+    assert_eq!(plan[0].len, 100, "alone, a prompt takes all it can");
+    scheduler.computed(plan[0]);
+    scheduler.took(&plan, Duration::from_millis(100));
+    scheduler.append(stream, 9);
+    let plan = scheduler.plan(&mut pool, &never);
+    scheduler.computed(plan[0]);
+    scheduler.took(&plan, Duration::from_millis(10));
+    scheduler.append(stream, 9);
+
+    let long = scheduler.push(vec![2; 1000]);
+    let plan = scheduler.plan(&mut pool, &never);
+    assert_eq!(plan[0], Part { id: stream, start: 101, len: 1, last: true });
+    assert_eq!(plan[1].id, long);
+    assert!((19..=20).contains(&plan[1].len), "20 ms are left at 1 ms each: {}", plan[1].len);
 }
 
 #[test]
