@@ -218,8 +218,11 @@ pub struct BenchArgs {
 
 #[derive(Debug, Subcommand)]
 pub enum BenchCommand {
-    /// Decode and prefill of text, as a markdown table
-    Text(BenchTextArgs),
+    /// Load a server or a mesh: throughput, latency, CPU and memory
+    #[command(visible_alias = "text")]
+    Serve(BenchServeArgs),
+    /// Measure a mesh beside another engine, in alternating rounds
+    Compare(BenchCompareArgs),
     /// Write a checkpoint with random weights to measure with
     MakeCheckpoint(MakeCheckpointArgs),
 }
