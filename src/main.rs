@@ -99,7 +99,9 @@ async fn run(command: Command) -> anyhow::Result<()> {
         Command::ExpertNode(args) => role(Role::ExpertNode, args).await,
         Command::Status(args) => status::run(args).await,
         Command::Bench(args) => match args.what {
-            BenchCommand::Text(args) => bench::text(args).await,
+            BenchCommand::Serve(args) => bench::serve::run(args).await,
+            BenchCommand::Compare(args) => bench::compare::run(args).await,
+            BenchCommand::MakeCheckpoint(args) => bench::checkpoint::make(&args),
         },
         Command::Completions { shell } => {
             completions::print(shell);

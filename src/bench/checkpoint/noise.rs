@@ -1,0 +1,158 @@
+//! Where random weights come from: a generator that can start anywhere, and the
+//! roundings to bf16 and block-scaled FP8.
+
+use kernels::{fp8_to_f32, round_bf16};
+
+/// Largest e4m3 value.
+const LARGEST: f32 = 448.0;
+const GAMMA: u64 = 0x9e37_79b9_7f4a_7c15;
+
+/// The values of one tensor. Each depends on its place only.
+pub struct Stream {
+    key: u64,
+    centre: f32,
+    spread: f32,
+}
+
+impl Stream {
+    /// Values around `centre` with standard deviation `spread`.
+    pub fn new(seed: u64, name: &str, centre: f32, spread: f32) -> Self {
+        // FNV-1a, mixed, so that neighbouring names and seeds have nothing in common.
+        let hash = name.bytes().fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| {
+            (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3)
+        });
+        Self { key: mix(hash ^ mix(seed.wrapping_add(GAMMA))), centre, spread }
+    }
+
+    /// The values from place `start` on, rounded to bf16 as all variants have them.
+    pub fn fill(&self, start: usize, values: &mut [f32]) {
+        for (at, value) in (start as u64..).zip(values) {
+            let bits = mix(self.key.wrapping_add(at.wrapping_mul(GAMMA)));
+            // Four uniform halves of a word add up to a bell: as good as normal, and
+            // bounded, so that no single weight decides a block's scale.
+            let sum = (0..4).map(|i| (bits >> (16 * i)) as u16 as f32).sum::<f32>();
+            let bell = (sum - 2.0 * 65535.0) * (3.0f32.sqrt() / 65535.0);
+            *value = round_bf16(self.centre + self.spread * bell).to_f32();
+        }
+    }
+}
+
+/// splitmix64's finish.
+fn mix(word: u64) -> u64 {
+    let word = (word ^ (word >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    let word = (word ^ (word >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    word ^ (word >> 31)
+}
+
+pub fn bf16_bytes(value: f32) -> [u8; 2] {
+    round_bf16(value).to_le_bytes()
+}
+
+/// Rows of a matrix as e4m3 codes and a scale per block.
+pub struct Quantised {
+    pub codes: Vec<u8>,
+    /// `[row blocks, column blocks]`
+    pub scales: Vec<f32>,
+    pub error: Error,
+}
+
+/// Squares of what quantising changed, and of what there was.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Error {
+    lost: f64,
+    whole: f64,
+}
+
+impl Error {
+    pub fn add(&mut self, other: Error) {
+        self.lost += other.lost;
+        self.whole += other.whole;
+    }
+
+    /// Root of the one over the other; `None` when nothing was quantised.
+    pub fn relative(self) -> Option<f64> {
+        (self.whole > 0.0).then(|| (self.lost / self.whole).sqrt())
+    }
+}
+
+/// Quantises whole rows of `columns` values; a block's largest value gets the
+/// largest code.
+pub fn quantise(values: &[f32], columns: usize, (bn, bk): (usize, usize)) -> Quantised {
+    let rows = values.len() / columns;
+    let across = columns.div_ceil(bk);
+    let mut scales = vec![0.0f32; rows.div_ceil(bn) * across];
+    for (place, value) in values.iter().enumerate() {
+        let scale = &mut scales[place / columns / bn * across + place % columns / bk];
+        *scale = scale.max(value.abs());
+    }
+    // A block of zeros has any scale.
+    scales.iter_mut().for_each(|s| *s = if *s > 0.0 { *s / LARGEST } else { 1.0 });
+    let mut error = Error::default();
+    let codes = values.iter().enumerate().map(|(place, value)| {
+        let scale = scales[place / columns / bn * across + place % columns / bk];
+        let code = e4m3(value / scale);
+        let difference = f64::from(fp8_to_f32(code) * scale - value);
+        error.add(Error { lost: difference * difference, whole: f64::from(value * value) });
+        code
+    });
+    Quantised { codes: codes.collect(), error, scales }
+}
+
+/// The nearest e4m3 code, ties to even; beyond the largest value, the largest.
+fn e4m3(value: f32) -> u8 {
+    let sign = if value.is_sign_negative() { 0x80 } else { 0 };
+    let size = value.abs().min(LARGEST);
+    let exponent = ((size.to_bits() >> 23) as i32 - 127).max(-6);
+    // In units of the last of three mantissa bits, which fits an integer exactly.
+    let units = (size * (2.0f32).powi(3 - exponent)).round_ties_even() as u32;
+    // A mantissa that rounds up to the next power carries into the exponent.
+    sign | (((exponent + 6) as u32 * 8) + units) as u8
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_code_is_found_again_and_ties_go_to_even() {
+        for code in (0..=0xffu8).filter(|code| code & 0x7f != 0x7f) {
+            assert_eq!(e4m3(fp8_to_f32(code)), code);
+        }
+        for code in 0..0x7eu8 {
+            let middle = (fp8_to_f32(code) + fp8_to_f32(code + 1)) / 2.0;
+            assert_eq!(e4m3(middle), code + (code & 1), "between {code} and the next");
+            assert_eq!(e4m3(-middle * 0.999), 0x80 | code);
+        }
+        assert_eq!(e4m3(1e9), 0x7e);
+    }
+
+    #[test]
+    fn a_value_depends_on_its_place_alone_and_is_spread_as_asked() {
+        let stream = Stream::new(7, "a", 0.5, 2.0);
+        let mut whole = vec![0.0; 100_000];
+        stream.fill(0, &mut whole);
+        let mut part = vec![0.0; 10];
+        stream.fill(990, &mut part);
+        assert_eq!(part, whole[990..1000]);
+        let mean = whole.iter().sum::<f32>() / whole.len() as f32;
+        let square = whole.iter().map(|x| (x - mean).powi(2)).sum::<f32>() / whole.len() as f32;
+        assert!((mean - 0.5).abs() < 0.03 && (square.sqrt() - 2.0).abs() < 0.03, "{mean} {square}");
+        let mut other = vec![0.0; 10];
+        Stream::new(8, "a", 0.5, 2.0).fill(990, &mut other);
+        assert_ne!(part, other);
+        Stream::new(7, "b", 0.5, 2.0).fill(990, &mut other);
+        assert_ne!(part, other);
+    }
+
+    #[test]
+    fn blocks_are_scaled_apart() {
+        let mut values = vec![0.001f32; 4 * 6];
+        values[0] = 448.0;
+        let Quantised { codes, scales, error } = quantise(&values, 6, (2, 4));
+        assert_eq!(scales.len(), 4);
+        assert_eq!((scales[0], codes[0], codes[1]), (1.0, 0x7e, 1), "lost beside the large one");
+        assert!(codes[6 * 2..].iter().all(|code| *code == 0x7e), "kept apart from it");
+        assert!(error.relative().unwrap() < 0.01);
+        assert!(quantise(&[0.0; 4], 4, (2, 2)).error.relative().is_none());
+    }
+}
