@@ -9,6 +9,7 @@
 //! - [`batcher`]: regroups queued rows by expert, across frames and routers
 //! - [`executor`]: computes, on the thread that serves the streams
 //! - [`store`]: which experts are resident, and how much each has worked
+//! - [`stub`]: a node without weights, to measure the way of a row
 
 #![forbid(unsafe_code)]
 
@@ -19,6 +20,7 @@ pub mod metrics;
 pub mod service;
 pub mod store;
 pub mod stream;
+pub mod stub;
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -30,6 +32,7 @@ use mesh::metrics::Metrics;
 use mesh::pump::Pump;
 use mesh::transport::{self, Endpoint, Listener, TransportError};
 use model::{Checkpoint, LoadError, Numerics};
+use proto::frame::Shape;
 use proto::v1::expert_control_server::ExpertControlServer;
 use tokio::sync::mpsc::UnboundedReceiver;
 use tokio::sync::{mpsc, oneshot};
@@ -38,7 +41,7 @@ use tonic::service::Routes;
 use crate::admission::Admission;
 use crate::executor::{Executor, Job};
 use crate::metrics::NodeMetrics;
-use crate::service::Service;
+use crate::service::{Facts, Service};
 use crate::store::Store;
 use crate::stream::{ExpertData, Spare};
 
@@ -120,39 +123,22 @@ pub async fn serve(config: Config, shutdown: Shutdown) -> Result<(), Error> {
 
     let node = metrics.register(NodeMetrics::new);
     let admission = Arc::new(Admission::new(config.max_queued_rows));
+    let model = checkpoint.config();
     let isa = config.isa.unwrap_or_else(kernels::Isa::detect);
-    let spare = Spare::default();
-    let executor = Executor::new(executor::Parts {
-        compute: kernels::Compute::new(isa, config.threads),
+    let facts = Facts {
+        id: config.id,
+        digest: checkpoint.digest(),
         numerics: config.numerics,
-        hidden: checkpoint.config().hidden,
-        store: store.clone(),
-        admission: admission.clone(),
-        spare: spare.clone(),
-        metrics: node.clone(),
-    });
-    // Jobs are bounded by admission, which counts rows; a job has at least one.
-    let (queue, jobs) = mpsc::unbounded_channel();
-
-    let parts = service::Parts { store, queue, admission: admission.clone(), spare, metrics: node };
-    let service = Service::new(&config, isa, &checkpoint, parts, &shutdown);
-    let routes =
-        Routes::new(ExpertData(service.clone())).add_service(ExpertControlServer::new(service));
-
-    readiness.set(Ok(()));
-    let drained = {
-        let shutdown = shutdown.clone();
-        let readiness = readiness.clone();
-        async move {
-            shutdown.wait().await;
-            readiness.set(Err("draining".to_owned()));
-        }
+        isa,
+        shape: Shape {
+            hidden: model.hidden as u32,
+            experts: model.experts as u32,
+            top_k: model.top_k as u32,
+        },
     };
-    let serving = compute_and_serve(listener, executor, jobs, async move |listener| {
-        transport::serve_grpc(listener, routes, drained).await
-    })?;
-    // Nothing is said by a thread that panicked.
-    serving.await.unwrap_or(Err(Error::Executor))?;
+    let compute = kernels::Compute::new(isa, config.threads);
+    let run = Run { facts, compute, store, admission: admission.clone(), node };
+    run.until(listener, shutdown, readiness).await?;
     if let Some(Ok(served)) = match side {
         Some(side) => Some(side.await),
         None => None,
@@ -161,6 +147,54 @@ pub async fn serve(config: Config, shutdown: Shutdown) -> Result<(), Error> {
     }
     tracing::info!(refused = admission.refused.load(Ordering::Relaxed), "drained");
     Ok(())
+}
+
+/// A node that has all it needs to answer.
+struct Run {
+    facts: Facts,
+    compute: kernels::Compute,
+    store: Arc<Store>,
+    admission: Arc<Admission>,
+    node: NodeMetrics,
+}
+
+impl Run {
+    /// Serves until told to drain and the streams have ended.
+    async fn until(
+        self,
+        listener: Listener,
+        shutdown: Shutdown,
+        readiness: Readiness,
+    ) -> Result<(), Error> {
+        let Self { facts, compute, store, admission, node } = self;
+        let spare = Spare::default();
+        let executor = Executor::new(executor::Parts {
+            compute,
+            numerics: facts.numerics,
+            hidden: facts.shape.hidden as usize,
+            store: store.clone(),
+            admission: admission.clone(),
+            spare: spare.clone(),
+            metrics: node.clone(),
+        });
+        // Jobs are bounded by admission, which counts rows; a job has at least one.
+        let (queue, jobs) = mpsc::unbounded_channel();
+        let parts = service::Parts { store, queue, admission, spare, metrics: node };
+        let service = Service::new(facts, parts, &shutdown);
+        let routes =
+            Routes::new(ExpertData(service.clone())).add_service(ExpertControlServer::new(service));
+
+        readiness.set(Ok(()));
+        let drained = async move {
+            shutdown.wait().await;
+            readiness.set(Err("draining".to_owned()));
+        };
+        let serving = compute_and_serve(listener, executor, jobs, async move |listener| {
+            transport::serve_grpc(listener, routes, drained).await
+        })?;
+        // Nothing is said by a thread that panicked.
+        serving.await.unwrap_or(Err(Error::Executor))
+    }
 }
 
 /// Starts the thread that serves and computes: a frame's way through the node

@@ -8,7 +8,7 @@ use std::time::Instant;
 
 use bytes::Bytes;
 use mesh::lifecycle::Shutdown;
-use model::Checkpoint;
+use model::Numerics;
 use proto::frame::{self, Shape, all_finite};
 use proto::v1::expert_control_server::ExpertControl;
 use proto::v1::{
@@ -19,7 +19,6 @@ use proto::{ExpertId, LayerId, MAX_MESSAGE_BYTES};
 use tokio::sync::mpsc::{OwnedPermit, UnboundedSender};
 use tonic::{Request, Response, Status};
 
-use crate::Config;
 use crate::admission::Admission;
 use crate::executor::{Job, refusal, wire_dtype};
 use crate::metrics::NodeMetrics;
@@ -39,6 +38,15 @@ pub struct Parts {
     pub metrics: NodeMetrics,
 }
 
+/// Who the node is.
+pub struct Facts {
+    pub id: String,
+    pub digest: [u8; 32],
+    pub numerics: Numerics,
+    pub isa: kernels::Isa,
+    pub shape: Shape,
+}
+
 struct Inner {
     id: String,
     digest: [u8; 32],
@@ -56,25 +64,14 @@ struct Inner {
 pub struct Seen(Vec<bool>);
 
 impl Service {
-    pub fn new(
-        config: &Config,
-        isa: kernels::Isa,
-        checkpoint: &Checkpoint,
-        parts: Parts,
-        shutdown: &Shutdown,
-    ) -> Self {
-        let model = checkpoint.config();
+    pub fn new(facts: Facts, parts: Parts, shutdown: &Shutdown) -> Self {
         Self(Arc::new(Inner {
-            id: config.id.clone(),
-            digest: checkpoint.digest(),
-            numerics: config.numerics.to_string(),
-            device: format!("cpu/{isa}"),
-            dtype: wire_dtype(config.numerics),
-            shape: Shape {
-                hidden: model.hidden as u32,
-                experts: model.experts as u32,
-                top_k: model.top_k as u32,
-            },
+            id: facts.id,
+            digest: facts.digest,
+            numerics: facts.numerics.to_string(),
+            device: format!("cpu/{}", facts.isa),
+            dtype: wire_dtype(facts.numerics),
+            shape: facts.shape,
             parts,
             shutdown: shutdown.clone(),
             draining: AtomicBool::new(false),

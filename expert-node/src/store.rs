@@ -16,7 +16,8 @@ use crate::Shard;
 
 /// One expert as the node holds it.
 pub struct Resident {
-    pub weights: Expert,
+    /// `None` in a stub, which answers with the row itself.
+    pub weights: Option<Expert>,
     /// 0 is the checkpoint's own.
     pub version: u32,
     pub rows: AtomicU64,
@@ -46,11 +47,21 @@ impl Store {
             for &expert in &owned {
                 let weights = Expert::load(checkpoint, layer, expert as usize)?;
                 bytes += weights.bytes() as u64;
-                let resident = Resident { weights, version: 0, rows: AtomicU64::new(0) };
+                let resident =
+                    Resident { weights: Some(weights), version: 0, rows: AtomicU64::new(0) };
                 experts.insert((LayerId(layer as u32), ExpertId(expert)), Arc::new(resident));
             }
         }
         Ok(Self { experts, bytes })
+    }
+
+    /// The experts `owned` of layer `layer`, without weights.
+    pub fn stub(layer: LayerId, owned: impl IntoIterator<Item = u32>) -> Self {
+        let stub = |expert| {
+            let resident = Resident { weights: None, version: 0, rows: AtomicU64::new(0) };
+            ((layer, ExpertId(expert)), Arc::new(resident))
+        };
+        Self { experts: owned.into_iter().map(stub).collect(), bytes: 0 }
     }
 
     pub fn len(&self) -> usize {

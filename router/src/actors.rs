@@ -17,12 +17,12 @@ use crate::service::View;
 /// Who is to play, and with what.
 pub(crate) struct Cast {
     pub fleet: FleetParts,
-    pub intake: IntakeParts,
+    /// None where nobody submits sequences.
+    pub intake: Option<(IntakeParts, Arc<View>)>,
     pub identity: Identity,
     pub link_events: mpsc::Sender<LinkEvent>,
     /// The engine's runtime, where the links' streams live.
     pub pump: Handle,
-    pub view: Arc<View>,
 }
 
 /// The running actors; they end with it.
@@ -50,12 +50,14 @@ pub(crate) fn start(cast: Cast) -> std::io::Result<Actors> {
 }
 
 fn play(cast: Cast) {
-    let Cast { fleet, intake, identity, link_events, pump, view } = cast;
-    actix::spawn(supervise::keep(
-        "intake".to_owned(),
-        move |pulse| Some(Intake::new(intake.clone(), pulse)),
-        move |address: Addr<Intake>| view.intake.store(Some(Arc::new(address))),
-    ));
+    let Cast { fleet, intake, identity, link_events, pump } = cast;
+    if let Some((intake, view)) = intake {
+        actix::spawn(supervise::keep(
+            "intake".to_owned(),
+            move |pulse| Some(Intake::new(intake.clone(), pulse)),
+            move |address: Addr<Intake>| view.intake.store(Some(Arc::new(address))),
+        ));
+    }
 
     let links = fleet.links.clone();
     if links.is_empty() {

@@ -8,6 +8,7 @@
 //! - [`experts`]: the seam to the experts, local or remote
 //! - [`exchange`]: one layer's dispatch, retry and gather (sans-IO)
 //! - [`fleet`]: the actor that publishes placements
+//! - [`measure`]: dispatch and gather without an engine, to be timed
 
 #![forbid(unsafe_code)]
 
@@ -17,6 +18,7 @@ pub mod exchange;
 pub mod experts;
 pub mod fleet;
 pub mod intake;
+pub mod measure;
 pub mod metrics;
 pub mod scheduler;
 pub mod service;
@@ -220,15 +222,16 @@ pub async fn serve(config: Config, shutdown: Shutdown) -> Result<(), Error> {
         max_waiting: config.max_waiting,
         request_timeout: config.request_timeout,
     };
+    let intake_parts = intake::IntakeParts {
+        jobs,
+        gauges,
+        max_waiting: config.max_waiting,
+        shutdown: shutdown.clone(),
+        engine_ended: engine_ended.clone(),
+    };
     let actors = actors::start(actors::Cast {
         fleet: fleet::FleetParts { links, placement, readiness: readiness.clone() },
-        intake: intake::IntakeParts {
-            jobs,
-            gauges,
-            max_waiting: config.max_waiting,
-            shutdown: shutdown.clone(),
-            engine_ended: engine_ended.clone(),
-        },
+        intake: Some((intake_parts, view.clone())),
         identity: Identity {
             model_digest: facts.model_digest.to_vec(),
             numerics: facts.numerics.clone(),
@@ -236,7 +239,6 @@ pub async fn serve(config: Config, shutdown: Shutdown) -> Result<(), Error> {
         },
         link_events,
         pump: pump.handle(),
-        view: view.clone(),
     })?;
 
     let service = InferenceServer::new(Service::new(facts, view.clone()))

@@ -1,0 +1,117 @@
+//! Dispatch and gather without an engine: links, placement and exchange as a
+//! router has them, driven by whoever wants to know what they cost.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use arc_swap::ArcSwap;
+use bytes::BytesMut;
+use mesh::lifecycle::Readiness;
+use mesh::link::{Identity, LinkHandle};
+use mesh::metrics::Metrics;
+use mesh::placement::{ExpertGrid, NodeIndex, Placement};
+use mesh::pump::Pump;
+use mesh::transport::Endpoint;
+use model::Routed;
+use proto::{Epoch, LayerId};
+use tokio::sync::mpsc;
+use tracing::Span;
+
+use crate::actors::{self, Actors, Cast};
+use crate::exchange::{Exchange, ExchangeError, Patience, Shape};
+use crate::experts::remote::Remote;
+use crate::fleet::FleetParts;
+use crate::metrics::RouterMetrics;
+
+const PATIENCE: Duration = Duration::from_secs(10);
+
+/// The nodes to talk to and the model they serve one layer of.
+pub struct Config {
+    pub nodes: Vec<Endpoint>,
+    pub identity: Identity,
+    pub shape: Shape,
+    pub layer: LayerId,
+    pub experts: u32,
+}
+
+/// Links to nodes that are all up.
+pub struct Dispatcher {
+    remote: Remote,
+    layer: LayerId,
+    actors: Option<Actors>,
+}
+
+impl Dispatcher {
+    /// Connects on the thread that will use it.
+    ///
+    /// # Errors
+    /// What is missing when patience ran out.
+    pub fn connect(config: Config) -> Result<Self, String> {
+        let Config { nodes, identity, shape, layer, experts } = config;
+        let links: Arc<[Arc<LinkHandle>]> = (0..)
+            .zip(nodes)
+            .map(|(index, endpoint)| LinkHandle::new(NodeIndex(index), endpoint))
+            .collect();
+        let grid = ExpertGrid { layers: vec![layer], experts };
+        let placement = Arc::new(ArcSwap::from_pointee(Placement::empty(grid)));
+        let readiness = Readiness::starting("no node has answered yet");
+        let (link_events, events) = mpsc::channel(4096);
+        let pump = Pump::new().map_err(|error| error.to_string())?;
+        let actors = actors::start(Cast {
+            fleet: FleetParts {
+                links: links.clone(),
+                placement: placement.clone(),
+                readiness: readiness.clone(),
+            },
+            intake: None,
+            identity,
+            link_events,
+            pump: pump.handle(),
+        })
+        .map_err(|error| error.to_string())?;
+        let patience =
+            Patience { attempt: PATIENCE, expert_wait: PATIENCE, busy: Duration::from_millis(5) };
+        let now = Instant::now();
+        let remote = Remote {
+            exchange: Exchange::new(shape, patience, now),
+            links,
+            events,
+            pump: pump.clone(),
+            wire: BytesMut::new(),
+            placement,
+            metrics: Metrics::default().register(RouterMetrics::new),
+            epoch: Epoch(0),
+            sent: now,
+        };
+        while let Err(missing) = readiness.get() {
+            if now.elapsed() > PATIENCE {
+                actors.stop();
+                return Err(missing);
+            }
+            pump.run(tokio::time::sleep(Duration::from_millis(1)));
+        }
+        Ok(Self { remote, layer, actors: Some(actors) })
+    }
+
+    /// One layer's rows to their experts and back, as an engine does it.
+    ///
+    /// # Errors
+    /// As an engine's step would fail.
+    pub fn round_trip(&mut self, routed: &Routed<'_>) -> Result<(), ExchangeError> {
+        self.remote.send(self.layer, routed, &Span::none());
+        self.remote.wait(routed)
+    }
+
+    /// The result of a slot.
+    pub fn row(&self, slot: usize) -> &[u8] {
+        self.remote.row(slot)
+    }
+}
+
+impl Drop for Dispatcher {
+    fn drop(&mut self) {
+        if let Some(actors) = self.actors.take() {
+            actors.stop();
+        }
+    }
+}
