@@ -1,6 +1,7 @@
 //! `moemesh bench`: numbers that anybody can print again. Rooms:
 //!
 //! - [`checkpoint`]: a checkpoint to measure with
+//! - [`dispatch`]: the round trip of a layer's rows beside a raw echo
 //! - [`serve`]: a server or a mesh under load; [`report`]: what it prints
 //! - [`compare`]: a mesh beside another engine
 //! - [`load`]: requests and when their answers came; [`procs`]: what processes cost
@@ -8,6 +9,7 @@
 
 pub mod checkpoint;
 pub mod compare;
+pub mod dispatch;
 mod load;
 mod procs;
 mod report;

@@ -223,6 +223,8 @@ pub enum BenchCommand {
     Serve(BenchServeArgs),
     /// Measure a mesh beside another engine, in alternating rounds
     Compare(BenchCompareArgs),
+    /// Measure the round trip of a layer's rows beside a raw echo of the same bytes
+    Dispatch(BenchDispatchArgs),
     /// Write a checkpoint with random weights to measure with
     MakeCheckpoint(MakeCheckpointArgs),
 }

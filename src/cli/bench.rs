@@ -99,6 +99,32 @@ Examples:
   moemesh bench make-checkpoint bench-m-fp8 --dtype fp8";
 
 #[derive(Debug, Args)]
+#[command(after_help = DISPATCH_EXAMPLES)]
+pub struct BenchDispatchArgs {
+    /// Over TCP on loopback instead of Unix sockets
+    #[arg(long)]
+    pub tcp: bool,
+    /// Instead of round trips: what a token costs with its experts on so many nodes
+    #[arg(long, value_name = "N,…", value_delimiter = ',')]
+    pub nodes: Vec<usize>,
+    /// Alternating rounds of each payload
+    #[arg(long, value_name = "N", default_value_t = 10)]
+    pub rounds: usize,
+    /// Print JSON
+    #[arg(long)]
+    pub json: bool,
+    /// Be the other process
+    #[arg(long, hide = true)]
+    pub peer: Option<String>,
+}
+
+const DISPATCH_EXAMPLES: &str = "\
+Examples:
+  moemesh bench dispatch
+  moemesh bench dispatch --tcp
+  moemesh bench dispatch --nodes 4,64";
+
+#[derive(Debug, Args)]
 #[command(after_help = COMPARE_EXAMPLES)]
 pub struct BenchCompareArgs {
     /// The other engine

@@ -1,0 +1,112 @@
+//! The process that `moemesh bench dispatch` talks to: stub nodes and a raw echo.
+//! It lives until its standard input closes.
+
+use std::io::{self, Read, Write};
+use std::net::{TcpListener, TcpStream};
+use std::os::unix::net::{UnixListener, UnixStream};
+
+use anyhow::Context as _;
+use mesh::lifecycle::Shutdown;
+use mesh::transport::Endpoint;
+use proto::frame::Shape;
+use serde::{Deserialize, Serialize};
+
+use crate::up::runtime_dir::RuntimeDir;
+
+/// What the measuring process wants.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Ask {
+    pub tcp: bool,
+    pub nodes: usize,
+    pub hidden: usize,
+    pub experts: u32,
+    pub top_k: usize,
+}
+
+/// Where it is.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Offer {
+    pub nodes: Vec<String>,
+    pub echo: String,
+}
+
+/// Serves what is asked for and prints the [`Offer`] on one line.
+pub async fn serve(ask: Ask) -> anyhow::Result<()> {
+    let dir = RuntimeDir::create().context("cannot make a directory for sockets")?;
+    let shutdown = Shutdown::new();
+    let shape = Shape { hidden: ask.hidden as u32, experts: ask.experts, top_k: ask.top_k as u32 };
+    let mut nodes = Vec::new();
+    for node in 0..ask.nodes {
+        let endpoint: Endpoint = match ask.tcp {
+            // Free a moment ago; nobody else is likely to take it.
+            true => TcpListener::bind("127.0.0.1:0")?.local_addr()?.to_string().parse()?,
+            false => Endpoint::Unix(dir.path().join(format!("node-{node}.sock"))),
+        };
+        nodes.push(endpoint.to_string());
+        let owned = (0..ask.experts)
+            .filter(move |&e| e as usize * ask.nodes / ask.experts as usize == node);
+        let stop = shutdown.clone();
+        tokio::spawn(async move {
+            if let Err(error) = expert_node::stub::serve(&endpoint, shape, owned, stop).await {
+                eprintln!("stub node {endpoint}: {error}");
+            }
+        });
+    }
+    let echo = match ask.tcp {
+        true => {
+            let listener = TcpListener::bind("127.0.0.1:0")?;
+            let address = listener.local_addr()?.to_string();
+            std::thread::spawn(move || listener.accept().map(|(socket, _)| answer(socket)));
+            address
+        }
+        false => {
+            let path = dir.path().join("echo.sock");
+            let listener = UnixListener::bind(&path)?;
+            std::thread::spawn(move || listener.accept().map(|(socket, _)| answer(socket)));
+            Endpoint::Unix(path).to_string()
+        }
+    };
+    println!("{}", serde_json::to_string(&Offer { nodes, echo })?);
+    tokio::task::spawn_blocking(|| io::copy(&mut io::stdin(), &mut io::sink())).await??;
+    Ok(())
+}
+
+trait Socket: Read + Write + Send {}
+impl<T: Read + Write + Send> Socket for T {}
+
+/// Sends back blocks of the length that the client says first.
+fn answer(mut socket: impl Socket) -> io::Result<()> {
+    let mut length = [0; 8];
+    socket.read_exact(&mut length)?;
+    let mut block = vec![0; u64::from_le_bytes(length) as usize];
+    loop {
+        socket.read_exact(&mut block)?;
+        socket.write_all(&block)?;
+    }
+}
+
+/// The client of the raw echo: blocking calls, nothing else.
+pub struct Echo {
+    socket: Box<dyn Socket>,
+    block: Vec<u8>,
+}
+
+impl Echo {
+    pub fn connect(address: &str, length: usize) -> anyhow::Result<Self> {
+        let mut socket: Box<dyn Socket> = match address.parse()? {
+            Endpoint::Tcp(address) => {
+                let socket = TcpStream::connect(address)?;
+                socket.set_nodelay(true)?;
+                Box::new(socket)
+            }
+            Endpoint::Unix(path) => Box::new(UnixStream::connect(path)?),
+        };
+        socket.write_all(&(length as u64).to_le_bytes())?;
+        Ok(Self { socket, block: vec![0; length] })
+    }
+
+    pub fn round_trip(&mut self, bytes: &[u8]) -> io::Result<()> {
+        self.socket.write_all(bytes)?;
+        self.socket.read_exact(&mut self.block)
+    }
+}
