@@ -20,6 +20,14 @@ use proto::{Attempt, ExpertId, LayerId, Ticket};
 /// Failures of the same slots after which sending them again is paced.
 const PROMPT_RESENDS: u32 = 2;
 
+/// Exchanges that may be open at once over the same streams: one per micro-batch.
+pub const LANES: usize = 2;
+
+/// The lane whose exchange gave out `ticket`.
+pub fn lane(ticket: Ticket) -> usize {
+    (ticket.0 % LANES as u64) as usize
+}
+
 /// How long an exchange waits for what.
 #[derive(Clone, Copy, Debug)]
 pub struct Patience {
@@ -117,11 +125,13 @@ pub struct Exchange {
 }
 
 impl Exchange {
-    pub fn new(shape: Shape, patience: Patience, now: Instant) -> Self {
+    /// `lane` is below [`LANES`] and tells the tickets of exchanges apart that
+    /// share their nodes' streams.
+    pub fn new(shape: Shape, patience: Patience, now: Instant, lane: usize) -> Self {
         Self {
             shape,
             patience,
-            next_ticket: 1,
+            next_ticket: LANES as u64 + lane as u64,
             layer: LayerId(0),
             rows: Bytes::new(),
             experts: Vec::new(),
@@ -442,7 +452,7 @@ impl Exchange {
             let (now_sent, later) = rest.split_at(end);
             rest = later;
             let ticket = Ticket(self.next_ticket);
-            self.next_ticket += 1;
+            self.next_ticket += LANES as u64;
             let frame = self.frame(ticket, attempt, now_sent, placement);
             self.open.insert(ticket, Open { node, slots: now_sent.to_vec(), attempt, sent: now });
             self.outbox.push(Outgoing { node, frame });

@@ -63,7 +63,7 @@ impl Case {
             .flat_map(f32::to_le_bytes)
             .collect();
         let experts = experts.concat();
-        let mut exchange = Exchange::new(SHAPE, PATIENCE, now);
+        let mut exchange = Exchange::new(SHAPE, PATIENCE, now, 0);
         exchange.begin(LAYER, &rows, &experts, String::new(), placement, now);
         Self { exchange, experts, now }
     }

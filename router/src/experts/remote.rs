@@ -1,5 +1,5 @@
-//! Experts behind links: runs one [`Exchange`] per layer against the real
-//! clock, the current placement and the nodes' streams.
+//! Experts behind links: runs one [`Exchange`] per layer and micro-batch against
+//! the real clock, the current placement and the nodes' streams.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -14,7 +14,7 @@ use proto::{Epoch, LayerId, Ticket};
 use tokio::sync::mpsc::Receiver;
 use tracing::Span;
 
-use crate::exchange::{Exchange, ExchangeError, Taken};
+use crate::exchange::{Exchange, ExchangeError, LANES, Taken, lane};
 use crate::metrics::RouterMetrics;
 
 /// How often a waiting engine looks whether the placement has changed.
@@ -22,7 +22,8 @@ const LOOK_AROUND: Duration = Duration::from_millis(20);
 
 /// See the module's text.
 pub struct Remote {
-    pub exchange: Exchange,
+    /// Each with the time its rows were sent.
+    pub lanes: [(Exchange, Instant); LANES],
     pub links: Arc<[Arc<LinkHandle>]>,
     pub events: Receiver<LinkEvent>,
     /// Where the streams live; driven here and nowhere else.
@@ -30,38 +31,39 @@ pub struct Remote {
     pub placement: Arc<ArcSwap<Placement>>,
     pub metrics: RouterMetrics,
     pub epoch: Epoch,
-    pub sent: Instant,
 }
 
 impl Remote {
-    pub fn send(&mut self, layer: LayerId, routed: &Routed<'_>, span: &Span) {
+    pub fn send(&mut self, lane: usize, layer: LayerId, routed: &Routed<'_>, span: &Span) {
         let now = Instant::now();
         let placement = self.placement.load_full();
-        self.epoch = placement.epoch();
-        self.sent = now;
+        self.look(&placement, now);
         let parent = propagate::traceparent(span);
-        self.exchange.begin(layer, routed.rows, routed.experts, parent, &placement, now);
+        let (exchange, sent) = &mut self.lanes[lane];
+        *sent = now;
+        exchange.begin(layer, routed.rows, routed.experts, parent, &placement, now);
         self.flush(&placement, now);
     }
 
-    pub fn wait(&mut self) -> Result<(), ExchangeError> {
+    /// Returns when the lane's rows are all there; takes what comes for others meanwhile.
+    pub fn wait(&mut self, waited: usize) -> Result<(), ExchangeError> {
         let start = Instant::now();
-        while !self.exchange.is_done() {
+        while !self.lanes[waited].0.is_done() {
             let now = Instant::now();
-            let pause = self.exchange.next_timeout().saturating_duration_since(now);
+            let next = self.lanes.iter().filter(|(exchange, _)| !exchange.is_done());
+            let next = next.map(|(exchange, _)| exchange.next_timeout()).min().unwrap_or(now);
+            let pause = next.saturating_duration_since(now);
             let event = match self.events.try_recv() {
                 Ok(event) => Some(Some(event)),
                 Err(_) => self.pump.run_for(pause.min(LOOK_AROUND), self.events.recv()),
             };
             let now = Instant::now();
             let placement = self.placement.load_full();
-            if placement.epoch() != self.epoch {
-                self.epoch = placement.epoch();
-                self.exchange.on_placement(&placement, now);
-            }
+            self.look(&placement, now);
             match event {
                 Some(Some(LinkEvent::Reply(node, reply))) => {
-                    match self.exchange.on_reply(node, reply, &placement, now)? {
+                    let exchange = &mut self.lanes[lane(Ticket(reply.ticket))].0;
+                    match exchange.on_reply(node, reply, &placement, now)? {
                         Taken::Result(took) => {
                             self.links[node.0 as usize].observe(took);
                             self.metrics.round_trip.observe(took.as_secs_f64());
@@ -71,29 +73,49 @@ impl Remote {
                     }
                 }
                 Some(Some(LinkEvent::Down(node))) => {
-                    let before = self.exchange.retries();
-                    self.exchange.on_down(node, &placement, now);
-                    if self.exchange.retries() > before {
+                    let before = self.retries();
+                    for (exchange, _) in &mut self.lanes {
+                        exchange.on_down(node, &placement, now);
+                    }
+                    if self.retries() > before {
                         self.count_retry(node.0);
                     }
                 }
-                None => self.exchange.on_time(&placement, now)?,
+                None => {
+                    for (exchange, _) in self.lanes.iter_mut().filter(|(e, _)| !e.is_done()) {
+                        exchange.on_time(&placement, now)?;
+                    }
+                }
                 // The links hold the senders for as long as the process serves.
                 Some(None) => std::thread::sleep(LOOK_AROUND),
             }
             self.flush(&placement, now);
         }
         self.metrics.exchange_wait.observe(start.elapsed().as_secs_f64());
-        self.metrics.exchange.observe(self.sent.elapsed().as_secs_f64());
+        self.metrics.exchange.observe(self.lanes[waited].1.elapsed().as_secs_f64());
         Ok(())
     }
 
-    pub fn row(&self, slot: usize) -> &[u8] {
-        self.exchange.row(slot)
+    pub fn row(&self, lane: usize, slot: usize) -> &[u8] {
+        self.lanes[lane].0.row(slot)
     }
 
     pub fn in_flight(&self) -> usize {
-        self.exchange.in_flight()
+        self.lanes.iter().map(|(exchange, _)| exchange.in_flight()).sum()
+    }
+
+    fn retries(&self) -> u64 {
+        self.lanes.iter().map(|(exchange, _)| exchange.retries()).sum()
+    }
+
+    /// Tells the open exchanges of a placement that they do not know yet.
+    fn look(&mut self, placement: &Placement, now: Instant) {
+        if placement.epoch() != self.epoch {
+            self.epoch = placement.epoch();
+            for (exchange, _) in &mut self.lanes {
+                exchange.on_placement(placement, now);
+            }
+        }
     }
 
     fn count_retry(&self, node: u16) {
@@ -105,10 +127,12 @@ impl Remote {
     /// Writes what the exchange wants sent. What cannot be written is routed
     /// anew, which may put more into the outbox or park it.
     fn flush(&mut self, placement: &Placement, now: Instant) {
-        while let Some(out) = self.exchange.outbox.pop() {
-            let link = &self.links[out.node.0 as usize];
-            if let Err(frame) = link.send(out.frame) {
-                self.exchange.on_unsent(Ticket(frame.ticket), placement, now);
+        for (exchange, _) in &mut self.lanes {
+            while let Some(out) = exchange.outbox.pop() {
+                let link = &self.links[out.node.0 as usize];
+                if let Err(frame) = link.send(out.frame) {
+                    exchange.on_unsent(Ticket(frame.ticket), placement, now);
+                }
             }
         }
         // The bytes leave now, before this thread computes on.
