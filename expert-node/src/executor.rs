@@ -8,19 +8,20 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use bytes::BytesMut;
+use bytes::{BufMut as _, Bytes, BytesMut};
 use mesh::telemetry::propagate;
 use model::{ExpertGroup, ExpertScratch, Numerics, forward_experts};
 use proto::frame::all_finite;
 use proto::v1::{DispatchError, DispatchFrame, DispatchReply, Dtype, ErrorCode};
-use proto::{ExpertId, LayerId};
+use proto::{ExpertId, LayerId, wire};
 use tokio::sync::mpsc::{OwnedPermit, UnboundedReceiver};
 use tonic::Status;
 
 use crate::admission::Admission;
-use crate::batcher::{self, Group};
+use crate::batcher::Batch;
 use crate::metrics::NodeMetrics;
 use crate::store::{Resident, Store};
+use crate::stream::Spare;
 
 /// Rows × slots after which a batch takes no further frame.
 const BATCH_ROWS: usize = 4096;
@@ -29,8 +30,10 @@ const BATCH_ROWS: usize = 4096;
 pub struct Job {
     pub frame: DispatchFrame,
     pub slots: usize,
+    /// Where its slots begin among those of its batch.
+    pub first: usize,
     pub arrived: Instant,
-    pub reply: OwnedPermit<Result<DispatchReply, Status>>,
+    pub reply: OwnedPermit<Result<Bytes, Status>>,
 }
 
 /// What the executor owns.
@@ -40,12 +43,19 @@ pub struct Parts {
     pub hidden: usize,
     pub store: Arc<Store>,
     pub admission: Arc<Admission>,
+    pub spare: Spare,
     pub metrics: NodeMetrics,
 }
 
 /// See the module's text.
 pub struct Executor {
     parts: Parts,
+    batch: Batch,
+    experts: Vec<Arc<Resident>>,
+    /// Per slot of all frames, in their order: which result row is its.
+    rows: Vec<u32>,
+    /// What replies are written into; its memory comes back when they have left.
+    wire: BytesMut,
     /// Input and result rows of a batch, in wire form, grouped by expert.
     x: Vec<u8>,
     out: Vec<u8>,
@@ -54,15 +64,25 @@ pub struct Executor {
 
 impl Executor {
     pub fn new(parts: Parts) -> Self {
-        Self { parts, x: Vec::new(), out: Vec::new(), scratch: ExpertScratch::default() }
+        Self {
+            parts,
+            batch: Batch::default(),
+            experts: Vec::new(),
+            rows: Vec::new(),
+            wire: BytesMut::new(),
+            x: Vec::new(),
+            out: Vec::new(),
+            scratch: ExpertScratch::default(),
+        }
     }
 
     /// Computes what is queued until the last sender of jobs is gone. Between two
     /// batches the streams get their turn: replies leave, frames come in.
     pub async fn run(mut self, mut jobs: UnboundedReceiver<Job>) {
+        let mut batch = Vec::new();
         while let Some(first) = jobs.recv().await {
             let mut rows = first.slots;
-            let mut batch = vec![first];
+            batch.push(first);
             while rows < BATCH_ROWS
                 && let Ok(next) = jobs.try_recv()
             {
@@ -71,19 +91,17 @@ impl Executor {
             }
             self.parts.admission.leave(rows);
             self.parts.metrics.queued_rows.set(self.parts.admission.queued() as i64);
-            self.compute(batch);
+            self.compute(&mut batch);
             tokio::task::yield_now().await;
         }
     }
 
-    fn compute(&mut self, batch: Vec<Job>) {
+    /// Computes and answers all `jobs`.
+    fn compute(&mut self, jobs: &mut Vec<Job>) {
         let start = Instant::now();
-        let mut jobs = Vec::with_capacity(batch.len());
-        for job in batch {
-            match self.expired(&job, start) {
-                Some(error) => self.refuse(job, error),
-                None => jobs.push(job),
-            }
+        for late in jobs.extract_if(.., |job| expired(job, start).is_some()) {
+            let Some(error) = expired(&late, start) else { continue };
+            self.refuse(late, error);
         }
         // Computed under the first traced frame's span; a batch serves many.
         let span =
@@ -93,20 +111,21 @@ impl Executor {
         }
         let _in_span = span.enter();
 
-        let groups = batcher::group(jobs.iter().map(|job| &job.frame));
-        let Some(experts) = self.resident(&groups) else {
+        self.batch.group(jobs.iter().map(|job| &job.frame));
+        if !self.find_experts() {
             // Residency was checked at admission; it changed since.
-            for job in jobs {
+            for job in jobs.drain(..) {
                 let layer = job.frame.layer;
                 let message = format!("an expert of layer {layer} left this node");
                 self.refuse(job, (ErrorCode::NotResident, message));
             }
             return;
-        };
-        self.gather(&jobs, &groups);
+        }
+        self.gather(jobs);
+        let groups = &self.batch.groups;
         let work: Vec<_> = groups
             .iter()
-            .zip(&experts)
+            .zip(&self.experts)
             .map(|(group, resident)| ExpertGroup {
                 expert: &resident.weights,
                 rows: group.places.len(),
@@ -121,55 +140,58 @@ impl Executor {
             &mut self.scratch,
         );
         let rows: usize = work.iter().map(|group| group.rows).sum();
-        for (group, resident) in groups.iter().zip(&experts) {
+        for (group, resident) in groups.iter().zip(&self.experts) {
             resident.rows.fetch_add(group.places.len() as u64, Ordering::Relaxed);
             self.parts.metrics.rows_per_expert.observe(group.places.len() as f64);
         }
         let took = start.elapsed();
         self.parts.metrics.rows.inc_by(rows as u64);
         self.parts.metrics.compute_seconds.observe(took.as_secs_f64());
-        self.answer(jobs, &groups, start, took);
+        drop(work);
+        self.answer(jobs, start, took);
+        self.experts.clear();
     }
 
-    fn expired(&self, job: &Job, now: Instant) -> Option<(ErrorCode, String)> {
-        let waited = now.duration_since(job.arrived);
-        let allowed = Duration::from_micros(u64::from(job.frame.timeout_us));
-        (!allowed.is_zero() && waited > allowed).then(|| {
-            let message = format!("waited {waited:?} of the {allowed:?} it was given");
-            (ErrorCode::Expired, message)
-        })
-    }
-
-    fn resident(&self, groups: &[Group]) -> Option<Vec<Arc<Resident>>> {
-        groups
-            .iter()
-            .map(|g| self.parts.store.get(LayerId(g.layer), ExpertId(g.expert), g.version).ok())
-            .collect()
+    /// Looks up the expert of every group; false if one is not here.
+    fn find_experts(&mut self) -> bool {
+        self.experts.clear();
+        self.experts.extend(self.batch.groups.iter().map_while(|group| {
+            let (layer, expert) = (LayerId(group.layer), ExpertId(group.expert));
+            self.parts.store.get(layer, expert, group.version).ok()
+        }));
+        self.experts.len() == self.batch.groups.len()
     }
 
     /// Copies every group's input rows next to each other.
-    fn gather(&mut self, jobs: &[Job], groups: &[Group]) {
+    fn gather(&mut self, jobs: &[Job]) {
         let width = self.row_bytes();
         self.x.clear();
-        for place in groups.iter().flat_map(|group| &group.places) {
+        for place in self.batch.places() {
             let from = place.row as usize * width;
             self.x.extend_from_slice(&jobs[place.frame as usize].frame.rows[from..from + width]);
         }
     }
 
-    /// Scatters the results into one reply per frame, in its slot order.
-    fn answer(&mut self, jobs: Vec<Job>, groups: &[Group], start: Instant, took: Duration) {
-        let width = self.row_bytes();
-        let mut replies: Vec<_> =
-            jobs.iter().map(|job| BytesMut::zeroed(job.slots * width)).collect();
-        let places = groups.iter().flat_map(|group| &group.places);
-        for (place, row) in places.zip(self.out.chunks_exact(width)) {
-            let at = place.slot as usize * width;
-            replies[place.frame as usize][at..at + width].copy_from_slice(row);
+    /// Writes one reply per frame, its results in its slot order.
+    fn answer(&mut self, jobs: &mut Vec<Job>, start: Instant, took: Duration) {
+        let (width, dtype) = (self.row_bytes(), self.dtype());
+        // Where each frame's slots begin among all, found by walking the frames
+        // in order; `first` is kept in the job it belongs to.
+        let slots: usize = jobs.iter().map(|job| job.slots).sum();
+        self.rows.clear();
+        self.rows.resize(slots, 0);
+        let mut first = 0;
+        for job in jobs.iter_mut() {
+            job.first = first;
+            first += job.slots;
         }
-        let dtype = self.dtype();
-        for (job, rows) in jobs.into_iter().zip(replies) {
-            if !all_finite(&rows, dtype) {
+        for (row, place) in self.batch.places().enumerate() {
+            self.rows[jobs[place.frame as usize].first + place.slot as usize] = row as u32;
+        }
+        for job in jobs.drain(..) {
+            let rows = &self.rows[job.first..job.first + job.slots];
+            let result = |&row: &u32| &self.out[row as usize * width..][..width];
+            if !rows.iter().all(|row| all_finite(result(row), dtype)) {
                 let message = format!("layer {}: a result is not finite", job.frame.layer);
                 self.refuse(job, (ErrorCode::NonFinite, message));
                 continue;
@@ -177,7 +199,7 @@ impl Executor {
             let queued = start.duration_since(job.arrived);
             self.parts.metrics.frames.inc();
             self.parts.metrics.queue_seconds.observe(queued.as_secs_f64());
-            job.reply.send(Ok(DispatchReply {
+            let head = DispatchReply {
                 ticket: job.frame.ticket,
                 attempt: job.frame.attempt,
                 dtype: dtype as i32,
@@ -185,8 +207,13 @@ impl Executor {
                 queue_us: micros(queued),
                 compute_us: micros(took),
                 error: None,
-                rows: rows.freeze(),
-            }));
+                rows: Bytes::new(),
+            };
+            wire::put(&mut self.wire, &head, rows.len() * width, |buffer| {
+                rows.iter().for_each(|row| buffer.put_slice(result(row)));
+            });
+            job.reply.send(Ok(self.wire.split().freeze()));
+            self.parts.spare.put(job.frame);
         }
     }
 
@@ -204,6 +231,16 @@ impl Executor {
     }
 }
 
+/// Why a job is not worth computing any more.
+fn expired(job: &Job, now: Instant) -> Option<(ErrorCode, String)> {
+    let waited = now.duration_since(job.arrived);
+    let allowed = Duration::from_micros(u64::from(job.frame.timeout_us));
+    (!allowed.is_zero() && waited > allowed).then(|| {
+        let message = format!("waited {waited:?} of the {allowed:?} it was given");
+        (ErrorCode::Expired, message)
+    })
+}
+
 /// The dtype activations have on the wire in a numerics class.
 pub fn wire_dtype(numerics: Numerics) -> Dtype {
     match numerics {
@@ -212,14 +249,17 @@ pub fn wire_dtype(numerics: Numerics) -> Dtype {
     }
 }
 
-/// The reply that refuses a frame.
-pub fn refusal(frame: &DispatchFrame, code: ErrorCode, message: String) -> DispatchReply {
-    DispatchReply {
+/// The reply that refuses a frame, as it goes to the stream.
+pub fn refusal(frame: &DispatchFrame, code: ErrorCode, message: String) -> Bytes {
+    let head = DispatchReply {
         ticket: frame.ticket,
         attempt: frame.attempt,
         error: Some(DispatchError { code: code as i32, message }),
         ..Default::default()
-    }
+    };
+    let mut wire = BytesMut::new();
+    wire::put(&mut wire, &head, 0, |_| {});
+    wire.freeze()
 }
 
 fn micros(time: Duration) -> u32 {

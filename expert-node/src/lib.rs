@@ -3,7 +3,8 @@
 //! counters, so a lost node costs its routers one re-send. Rooms, in the order
 //! a frame meets them:
 //!
-//! - [`service`]: frames in, checked and admitted; replies out
+//! - [`stream`]: frames in, replies out, read and written in place
+//! - [`service`]: frames checked, admitted or refused; the control service
 //! - [`admission`]: the bound on queued rows
 //! - [`batcher`]: regroups queued rows by expert, across frames and routers
 //! - [`executor`]: computes, on the thread that serves the streams
@@ -17,6 +18,7 @@ pub mod executor;
 pub mod metrics;
 pub mod service;
 pub mod store;
+pub mod stream;
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -28,9 +30,7 @@ use mesh::metrics::Metrics;
 use mesh::pump::Pump;
 use mesh::transport::{self, Endpoint, Listener, TransportError};
 use model::{Checkpoint, LoadError, Numerics};
-use proto::MAX_MESSAGE_BYTES;
 use proto::v1::expert_control_server::ExpertControlServer;
-use proto::v1::expert_data_server::ExpertDataServer;
 use tokio::sync::mpsc::UnboundedReceiver;
 use tokio::sync::{mpsc, oneshot};
 use tonic::service::Routes;
@@ -40,6 +40,7 @@ use crate::executor::{Executor, Job};
 use crate::metrics::NodeMetrics;
 use crate::service::Service;
 use crate::store::Store;
+use crate::stream::{ExpertData, Spare};
 
 /// Which part of every layer's experts a node owns: share `index` of `count`,
 /// and the `replicas - 1` shares before it.
@@ -120,25 +121,23 @@ pub async fn serve(config: Config, shutdown: Shutdown) -> Result<(), Error> {
     let node = metrics.register(NodeMetrics::new);
     let admission = Arc::new(Admission::new(config.max_queued_rows));
     let isa = config.isa.unwrap_or_else(kernels::Isa::detect);
+    let spare = Spare::default();
     let executor = Executor::new(executor::Parts {
         compute: kernels::Compute::new(isa, config.threads),
         numerics: config.numerics,
         hidden: checkpoint.config().hidden,
         store: store.clone(),
         admission: admission.clone(),
+        spare: spare.clone(),
         metrics: node.clone(),
     });
     // Jobs are bounded by admission, which counts rows; a job has at least one.
     let (queue, jobs) = mpsc::unbounded_channel();
 
-    let service =
-        Service::new(&config, isa, &checkpoint, store, queue, admission.clone(), node, &shutdown);
-    let routes = Routes::new(
-        ExpertDataServer::new(service.clone())
-            .max_decoding_message_size(MAX_MESSAGE_BYTES)
-            .max_encoding_message_size(MAX_MESSAGE_BYTES),
-    )
-    .add_service(ExpertControlServer::new(service));
+    let parts = service::Parts { store, queue, admission: admission.clone(), spare, metrics: node };
+    let service = Service::new(&config, isa, &checkpoint, parts, &shutdown);
+    let routes =
+        Routes::new(ExpertData(service.clone())).add_service(ExpertControlServer::new(service));
 
     readiness.set(Ok(()));
     let drained = {

@@ -1,39 +1,43 @@
-//! The node's gRPC face. A frame is checked, admitted and queued here; every
-//! refusal is a typed reply on the stream, so that one bad frame harms neither
-//! its neighbours nor the stream.
+//! The node's judgement of frames, and its control service. A frame is checked,
+//! admitted and queued here; every refusal is a typed reply on the stream, so
+//! that one bad frame harms neither its neighbours nor the stream.
 
-use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
+use bytes::Bytes;
 use mesh::lifecycle::Shutdown;
 use model::Checkpoint;
 use proto::frame::{self, Shape, all_finite};
 use proto::v1::expert_control_server::ExpertControl;
-use proto::v1::expert_data_server::ExpertData;
 use proto::v1::{
-    DescribeRequest, DispatchFrame, DispatchReply, DrainReply, DrainRequest, Dtype, ErrorCode,
-    NodeDescription, NodeStatus, NodeStatusRequest,
+    DescribeRequest, DispatchFrame, DrainReply, DrainRequest, Dtype, ErrorCode, NodeDescription,
+    NodeStatus, NodeStatusRequest,
 };
 use proto::{ExpertId, LayerId, MAX_MESSAGE_BYTES};
-use tokio::sync::mpsc::{self, UnboundedSender};
-use tokio_stream::Stream;
-use tokio_stream::wrappers::ReceiverStream;
-use tonic::{Request, Response, Status, Streaming};
+use tokio::sync::mpsc::{OwnedPermit, UnboundedSender};
+use tonic::{Request, Response, Status};
 
 use crate::Config;
 use crate::admission::Admission;
 use crate::executor::{Job, refusal, wire_dtype};
 use crate::metrics::NodeMetrics;
 use crate::store::Store;
-
-/// Frames of one stream that may be in work; further ones are not read yet.
-const FRAMES_IN_WORK: usize = 256;
+use crate::stream::Spare;
 
 /// Cheap to clone; one per gRPC service.
 #[derive(Clone)]
 pub struct Service(Arc<Inner>);
+
+/// What the service shares with the executor.
+pub struct Parts {
+    pub store: Arc<Store>,
+    pub queue: UnboundedSender<Job>,
+    pub admission: Arc<Admission>,
+    pub spare: Spare,
+    pub metrics: NodeMetrics,
+}
 
 struct Inner {
     id: String,
@@ -42,23 +46,21 @@ struct Inner {
     device: String,
     dtype: Dtype,
     shape: Shape,
-    store: Arc<Store>,
-    queue: UnboundedSender<Job>,
-    admission: Arc<Admission>,
-    metrics: NodeMetrics,
+    parts: Parts,
     shutdown: Shutdown,
     draining: AtomicBool,
 }
+
+/// Which experts of a frame have been looked up; one per stream, used again.
+#[derive(Default)]
+pub struct Seen(Vec<bool>);
 
 impl Service {
     pub fn new(
         config: &Config,
         isa: kernels::Isa,
         checkpoint: &Checkpoint,
-        store: Arc<Store>,
-        queue: UnboundedSender<Job>,
-        admission: Arc<Admission>,
-        metrics: NodeMetrics,
+        parts: Parts,
         shutdown: &Shutdown,
     ) -> Self {
         let model = checkpoint.config();
@@ -73,10 +75,7 @@ impl Service {
                 experts: model.experts as u32,
                 top_k: model.top_k as u32,
             },
-            store,
-            queue,
-            admission,
-            metrics,
+            parts,
             shutdown: shutdown.clone(),
             draining: AtomicBool::new(false),
         }))
@@ -89,7 +88,11 @@ impl Inner {
     }
 
     /// Checks a frame; returns how many slots it asks for.
-    fn admit(&self, frame: &DispatchFrame) -> Result<usize, (ErrorCode, String)> {
+    fn admit(
+        &self,
+        frame: &DispatchFrame,
+        Seen(seen): &mut Seen,
+    ) -> Result<usize, (ErrorCode, String)> {
         if self.draining() {
             return Err((ErrorCode::Draining, format!("node {} is draining", self.id)));
         }
@@ -100,16 +103,24 @@ impl Inner {
             let (got, want) = (dtype.as_str_name(), self.dtype.as_str_name());
             return Err(invalid(format!("rows are {got}, this node computes {want}")));
         }
+        seen.clear();
+        seen.resize(self.shape.experts as usize, false);
         for (slot, &expert) in frame.experts.iter().enumerate() {
             let version = frame.versions.get(slot).copied().unwrap_or(0);
-            self.store.get(LayerId(frame.layer), ExpertId(expert), version)?;
+            if frame.versions.is_empty() && std::mem::replace(&mut seen[expert as usize], true) {
+                continue;
+            }
+            self.parts.store.get(LayerId(frame.layer), ExpertId(expert), version)?;
         }
         if !all_finite(&frame.rows, dtype) {
             let message = format!("layer {}: an input row is not finite", frame.layer);
             return Err((ErrorCode::NonFinite, message));
         }
-        if !self.admission.enter(slots) {
-            return Err((ErrorCode::Busy, format!("{} rows are queued", self.admission.queued())));
+        if !self.parts.admission.enter(slots) {
+            return Err((
+                ErrorCode::Busy,
+                format!("{} rows are queued", self.parts.admission.queued()),
+            ));
         }
         Ok(slots)
     }
@@ -121,61 +132,44 @@ impl Inner {
             numerics: self.numerics.clone(),
             device: self.device.clone(),
             hidden: self.shape.hidden,
-            owned: self.store.owned(),
+            owned: self.parts.store.owned(),
             max_frame_bytes: MAX_MESSAGE_BYTES as u64,
             draining: self.draining(),
         }
     }
 }
 
-type ReplyStream = Pin<Box<dyn Stream<Item = Result<DispatchReply, Status>> + Send>>;
-
-#[tonic::async_trait]
-impl ExpertData for Service {
-    type DispatchStream = ReplyStream;
-
-    async fn dispatch(
+impl Service {
+    /// Judges a frame that arrived: queues it, or answers that it will not be computed.
+    pub fn take(
         &self,
-        request: Request<Streaming<DispatchFrame>>,
-    ) -> Result<Response<ReplyStream>, Status> {
-        let inner = self.0.clone();
-        let mut frames = request.into_inner();
-        let (replies, stream) = mpsc::channel(FRAMES_IN_WORK);
-        tokio::spawn(async move {
-            loop {
-                // The permit comes first: what is read can always be answered.
-                let Ok(permit) = replies.clone().reserve_owned().await else { return };
-                let frame = tokio::select! {
-                    frame = frames.message() => frame,
-                    () = inner.shutdown.wait() => return,
-                };
-                match frame {
-                    Ok(Some(frame)) => inner.take(frame, permit),
-                    Ok(None) => return,
-                    Err(status) => {
-                        tracing::debug!(%status, "dispatch stream broke");
-                        return;
-                    }
-                }
-            }
-        });
-        Ok(Response::new(Box::pin(ReceiverStream::new(stream))))
-    }
-}
-
-impl Inner {
-    fn take(&self, frame: DispatchFrame, reply: mpsc::OwnedPermit<Result<DispatchReply, Status>>) {
-        let arrived = Instant::now();
-        match self.admit(&frame) {
+        frame: DispatchFrame,
+        arrived: Instant,
+        reply: OwnedPermit<Result<Bytes, Status>>,
+        seen: &mut Seen,
+    ) {
+        let inner = &self.0;
+        match inner.admit(&frame, seen) {
             Ok(slots) => {
                 // Fails only after the executor is gone, and then the node goes down.
-                let _ = self.queue.send(Job { frame, slots, arrived, reply });
+                let _ = inner.parts.queue.send(Job { frame, slots, first: 0, arrived, reply });
             }
             Err((code, message)) => {
-                self.metrics.refuse(code);
+                inner.parts.metrics.refuse(code);
                 reply.send(Ok(refusal(&frame, code, message)));
+                inner.parts.spare.put(frame);
             }
         }
+    }
+
+    /// Where frames come from and go to when they are done with.
+    pub fn spare(&self) -> &Spare {
+        &self.0.parts.spare
+    }
+
+    /// Resolves when the node is told to end.
+    pub async fn stopped(&self) {
+        self.0.shutdown.wait().await;
     }
 }
 
@@ -192,12 +186,12 @@ impl ExpertControl for Service {
         let inner = &self.0;
         Ok(Response::new(NodeStatus {
             description: Some(inner.describe()),
-            frames: inner.metrics.frames.get(),
-            rows: inner.metrics.rows.get(),
-            refused: inner.admission.refused.load(Ordering::Relaxed),
-            queued_rows: inner.admission.queued() as u64,
-            resident_bytes: inner.store.bytes(),
-            loads: inner.store.loads(),
+            frames: inner.parts.metrics.frames.get(),
+            rows: inner.parts.metrics.rows.get(),
+            refused: inner.parts.admission.refused.load(Ordering::Relaxed),
+            queued_rows: inner.parts.admission.queued() as u64,
+            resident_bytes: inner.parts.store.bytes(),
+            loads: inner.parts.store.loads(),
         }))
     }
 

@@ -7,29 +7,27 @@
 //! stream lives on the engine's own runtime (see [`crate::pump`]), and the engine
 //! writes to it through a [`LinkHandle`].
 
+pub mod stream;
+
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use actix::{Actor, ActorFutureExt as _, AsyncContext as _, Context, Recipient, WrapFuture as _};
 use arc_swap::{ArcSwap, ArcSwapOption};
-use proto::MAX_MESSAGE_BYTES;
+use bytes::Bytes;
 use proto::v1::expert_control_client::ExpertControlClient;
-use proto::v1::expert_data_client::ExpertDataClient;
-use proto::v1::{DescribeRequest, DispatchFrame, DispatchReply, NodeDescription};
+use proto::v1::{DescribeRequest, DispatchReply, NodeDescription};
 use tokio::runtime::Handle;
 use tokio::sync::mpsc;
 use tokio::sync::mpsc::error::TrySendError;
 use tokio::task::JoinSet;
-use tokio_stream::wrappers::ReceiverStream;
-use tonic::transport::Channel;
 
+use crate::link::stream::{Reader, StreamError, Writer};
 use crate::placement::NodeIndex;
 use crate::supervise::Pulse;
 use crate::transport::{Endpoint, channel};
 
-/// Frames that may wait to be written to one node's stream.
-const SEND_QUEUE: usize = 256;
 const FIRST_RECONNECT: Duration = Duration::from_millis(50);
 const SLOWEST_RECONNECT: Duration = Duration::from_secs(2);
 /// Long, as the engine computes between looking after its streams.
@@ -74,6 +72,8 @@ enum LinkError {
     Hidden { got: u32, want: u32 },
     #[error("is draining")]
     Draining,
+    #[error(transparent)]
+    Stream(#[from] StreamError),
     #[error("the stream ended")]
     Ended,
 }
@@ -97,7 +97,7 @@ fn describe_status(status: &tonic::Status) -> String {
 pub struct LinkHandle {
     pub node: NodeIndex,
     pub endpoint: Endpoint,
-    queue: ArcSwapOption<mpsc::Sender<DispatchFrame>>,
+    stream: ArcSwapOption<Writer>,
     description: ArcSwapOption<NodeDescription>,
     detail: ArcSwap<String>,
     pub frames: AtomicU64,
@@ -111,7 +111,7 @@ impl LinkHandle {
         Arc::new(Self {
             node,
             endpoint,
-            queue: ArcSwapOption::empty(),
+            stream: ArcSwapOption::empty(),
             description: ArcSwapOption::empty(),
             detail: ArcSwap::from_pointee("not connected yet".to_owned()),
             frames: AtomicU64::new(0),
@@ -120,15 +120,12 @@ impl LinkHandle {
         })
     }
 
-    /// Queues a frame for writing; gives it back when the link is down or its queue full.
-    pub fn send(&self, frame: DispatchFrame) -> Result<(), Box<DispatchFrame>> {
-        let queue = self.queue.load();
-        let Some(queue) = queue.as_ref() else { return Err(Box::new(frame)) };
-        queue.try_send(frame).map_err(|error| match error {
-            TrySendError::Full(frame) | TrySendError::Closed(frame) => Box::new(frame),
-        })?;
-        self.frames.fetch_add(1, Ordering::Relaxed);
-        Ok(())
+    /// Hands an encoded frame to the stream; false when the link is down or has
+    /// too many frames unanswered. It leaves at the engine's next turn of the pump.
+    pub fn send(&self, frame: Bytes) -> bool {
+        let sent = self.stream.load().as_ref().is_some_and(|stream| stream.send(frame));
+        self.frames.fetch_add(u64::from(sent), Ordering::Relaxed);
+        sent
     }
 
     /// Who answers there, while the link is up.
@@ -149,14 +146,14 @@ impl LinkHandle {
         self.round_trip_us.store(mean, Ordering::Relaxed);
     }
 
-    fn up(&self, description: NodeDescription, queue: mpsc::Sender<DispatchFrame>) {
+    fn up(&self, description: NodeDescription, stream: Writer) {
         self.description.store(Some(Arc::new(description)));
-        self.queue.store(Some(Arc::new(queue)));
+        self.stream.store(Some(Arc::new(stream)));
         self.detail.store(Arc::new("up".to_owned()));
     }
 
     fn down(&self, reason: &LinkError) {
-        self.queue.store(None);
+        self.stream.store(None);
         self.description.store(None);
         self.detail.store(Arc::new(reason.to_string()));
     }
@@ -262,44 +259,31 @@ async fn session(parts: LinkParts) -> (LinkError, bool) {
         Ok(opened) => opened,
         Err(error) => return (error, false),
     };
-    let (description, mut replies, queue) = opened;
+    let (description, writer, mut reader) = opened;
     tracing::info!(node = description.node_id, endpoint = %handle.endpoint, "link is up");
-    handle.up(description, queue);
+    handle.up(description, writer);
     notify(&parts.fleet);
     let error = loop {
-        match replies.message().await {
-            Ok(Some(reply)) => {
-                deliver(&parts.events, LinkEvent::Reply(handle.node, reply)).await;
-            }
-            Ok(None) => break LinkError::Ended,
-            Err(status) => break Box::new(status).into(),
+        match reader.next().await {
+            Ok(reply) => deliver(&parts.events, LinkEvent::Reply(handle.node, reply)).await,
+            Err(error) => break error.into(),
         }
     };
     (error, true)
 }
 
-type Opened = (NodeDescription, tonic::Streaming<DispatchReply>, mpsc::Sender<DispatchFrame>);
-
-async fn open(parts: &LinkParts) -> Result<Opened, LinkError> {
-    let channel: Channel = channel(&parts.handle.endpoint)?;
+async fn open(parts: &LinkParts) -> Result<(NodeDescription, Writer, Reader), LinkError> {
+    let endpoint = &parts.handle.endpoint;
     let mut request = tonic::Request::new(DescribeRequest {});
     request.set_timeout(CALL_TIMEOUT);
-    let description = ExpertControlClient::new(channel.clone())
+    let description = ExpertControlClient::new(channel(endpoint)?)
         .describe(request)
         .await
         .map_err(Box::new)?
         .into_inner();
     parts.identity.check(&description)?;
-
-    let (queue, frames) = mpsc::channel(SEND_QUEUE);
-    let replies = ExpertDataClient::new(channel)
-        .max_decoding_message_size(MAX_MESSAGE_BYTES)
-        .max_encoding_message_size(MAX_MESSAGE_BYTES)
-        .dispatch(ReceiverStream::new(frames))
-        .await
-        .map_err(Box::new)?
-        .into_inner();
-    Ok((description, replies, queue))
+    let (writer, reader) = stream::open(endpoint).await?;
+    Ok((description, writer, reader))
 }
 
 /// Waits for room; a flood stalls only its own link.

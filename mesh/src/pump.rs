@@ -13,33 +13,50 @@ use tokio::runtime::{Builder, Handle, Runtime};
 
 /// Shared by what its one owner drives; clones are the same runtime.
 #[derive(Clone)]
-pub struct Pump(Arc<Runtime>);
+pub struct Pump(Arc<Owned>);
+
+struct Owned(Option<Runtime>);
+
+impl Drop for Owned {
+    fn drop(&mut self) {
+        // Its tasks end here. Blocking for them would be wrong where the last
+        // clone goes out of scope on another runtime.
+        if let Some(runtime) = self.0.take() {
+            runtime.shutdown_background();
+        }
+    }
+}
 
 impl Pump {
     /// # Errors
     /// The system gives no event queue.
     pub fn new() -> std::io::Result<Self> {
-        Builder::new_current_thread().enable_all().build().map(|runtime| Self(Arc::new(runtime)))
+        let runtime = Builder::new_current_thread().enable_all().build()?;
+        Ok(Self(Arc::new(Owned(Some(runtime)))))
     }
 
     /// For those who put tasks here from other threads.
     pub fn handle(&self) -> Handle {
-        self.0.handle().clone()
+        self.runtime().handle().clone()
     }
 
     /// Runs the tasks that can run and those that they wake, then returns.
     pub fn turn(&self) {
-        self.0.block_on(tokio::task::yield_now());
+        self.runtime().block_on(tokio::task::yield_now());
     }
 
     /// Drives the tasks until `future` is done.
     pub fn run<T>(&self, future: impl Future<Output = T>) -> T {
-        self.0.block_on(future)
+        self.runtime().block_on(future)
     }
 
     /// As [`Self::run`], for at most `time`; `None` when it ran out.
     pub fn run_for<T>(&self, time: Duration, future: impl Future<Output = T>) -> Option<T> {
-        self.0.block_on(async { tokio::time::timeout(time, future).await.ok() })
+        self.runtime().block_on(async { tokio::time::timeout(time, future).await.ok() })
+    }
+
+    fn runtime(&self) -> &Runtime {
+        self.0.0.as_ref().expect("taken only when dropped")
     }
 }
 

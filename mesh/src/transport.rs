@@ -21,13 +21,15 @@ use tonic::transport::{Channel, Server, Uri};
 /// few control calls; a gateway one stream per request it forwards.
 const MAX_STREAMS: u32 = 4096;
 /// HTTP/2 flow-control windows: a layer's largest frames fit without a stall.
-const STREAM_WINDOW: u32 = 8 << 20;
-const CONNECTION_WINDOW: u32 = 32 << 20;
-const MAX_HEADER_BYTES: u32 = 16 << 10;
-const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
-const KEEP_ALIVE_EVERY: Duration = Duration::from_secs(10);
+pub(crate) const STREAM_WINDOW: u32 = 8 << 20;
+pub(crate) const CONNECTION_WINDOW: u32 = 32 << 20;
+/// The longest HTTP/2 frame, the most there can be: rows arrive in one piece.
+pub(crate) const MAX_DATA: u32 = (1 << 24) - 1;
+pub(crate) const MAX_HEADER_BYTES: u32 = 16 << 10;
+pub(crate) const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
+pub(crate) const KEEP_ALIVE_EVERY: Duration = Duration::from_secs(10);
 /// Longer than any step of an engine, which answers no ping while it computes.
-const KEEP_ALIVE_TIMEOUT: Duration = Duration::from_secs(20);
+pub(crate) const KEEP_ALIVE_TIMEOUT: Duration = Duration::from_secs(20);
 
 /// Where a process listens or is reached: `host:port`, `http://host:port` or `unix:/path`.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -177,6 +179,7 @@ pub async fn serve_grpc(
         }
     };
     let server = Server::builder()
+        .max_frame_size(MAX_DATA)
         .max_concurrent_streams(MAX_STREAMS)
         .http2_max_header_list_size(MAX_HEADER_BYTES)
         .initial_stream_window_size(STREAM_WINDOW)

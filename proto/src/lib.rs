@@ -3,6 +3,7 @@
 //! - [`v1`]: messages and services generated from `mesh/v1/*.proto` (committed)
 //! - [`ids`]: newtypes for layers, experts, tickets, attempts, epochs
 //! - [`frame`]: activation frames: what they hold, checked before it is used
+//! - [`wire`]: messages written into and read from HTTP/2's buffers in place
 //!
 //! Nothing here opens a socket.
 
@@ -10,6 +11,7 @@
 
 pub mod frame;
 pub mod ids;
+pub mod wire;
 
 pub use ids::{Attempt, Epoch, ExpertId, LayerId, Ticket};
 

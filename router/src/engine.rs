@@ -220,7 +220,7 @@ impl Engine {
             for (lane, step) in self.steps.iter_mut().enumerate().take(lanes) {
                 if let Some((layer, span)) = away[lane].take() {
                     let _in_layer = span.enter();
-                    experts.wait(lane)?;
+                    experts.wait(lane, &step.routed())?;
                     trunk.absorb(layer, step, &|slot| experts.row(lane, slot));
                 }
                 if layer == layers {

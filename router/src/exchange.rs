@@ -1,21 +1,23 @@
 //! One layer's exchange with the expert nodes, from routed rows to gathered
 //! results: which slot went to which node, what came back, what to send again.
-//! Sans-IO: time, placement and replies come in as arguments, frames to send
-//! come out of [`Exchange::outbox`]. It simulates as it runs.
+//! Sans-IO: time, placement and replies come in as arguments; what to send comes
+//! out of [`Exchange::outbox`], to be written by [`Exchange::encode`]. It
+//! simulates as it runs. Its vectors are used again from layer to layer.
 //!
 //! Retry is per slot, not per frame: after a failure the slots of the lost
 //! frame are grouped anew over whichever nodes own their experts now. Every
 //! sending has its own ticket, so a late reply to a replaced ticket matches
 //! nothing and is dropped; a slot's result is taken once.
 
-use std::collections::HashMap;
+mod route;
+
 use std::time::{Duration, Instant};
 
-use bytes::{Bytes, BytesMut};
+use bytes::Bytes;
 use mesh::placement::{NodeIndex, Placement};
 use proto::frame::{self, FrameError};
 use proto::v1::{DispatchFrame, DispatchReply, Dtype, ErrorCode};
-use proto::{Attempt, ExpertId, LayerId, Ticket};
+use proto::{Attempt, Epoch, ExpertId, LayerId, Ticket};
 
 /// Failures of the same slots after which sending them again is paced.
 const PROMPT_RESENDS: u32 = 2;
@@ -64,11 +66,11 @@ pub enum ExchangeError {
     Refused { layer: LayerId, node: u16, code: ErrorCode, message: String },
 }
 
-/// A frame for a node's stream.
-#[derive(Debug)]
+/// A frame to be encoded for a node's stream.
+#[derive(Clone, Copy, Debug)]
 pub struct Outgoing {
     pub node: NodeIndex,
-    pub frame: DispatchFrame,
+    pub ticket: Ticket,
 }
 
 /// What a reply meant.
@@ -84,9 +86,11 @@ pub enum Taken {
 
 /// Slots (row × top_k + slot, ascending) sent together to one node.
 struct Open {
+    ticket: Ticket,
     node: NodeIndex,
     slots: Vec<u32>,
     attempt: Attempt,
+    epoch: Epoch,
     sent: Instant,
 }
 
@@ -111,16 +115,18 @@ pub struct Exchange {
     patience: Patience,
     next_ticket: u64,
     layer: LayerId,
-    rows: Bytes,
     experts: Vec<u32>,
-    traceparent: String,
     started: Instant,
-    open: HashMap<Ticket, Open>,
+    /// Few: about one per node that is asked.
+    open: Vec<Open>,
     parked: Vec<Parked>,
     replies: Vec<Bytes>,
     located: Vec<Location>,
     missing: usize,
     retries: u64,
+    /// Everything of a frame but its rows, for encoding; holds the layer's trace context.
+    head: DispatchFrame,
+    work: route::Work,
     pub outbox: Vec<Outgoing>,
 }
 
@@ -133,44 +139,45 @@ impl Exchange {
             patience,
             next_ticket: LANES as u64 + lane as u64,
             layer: LayerId(0),
-            rows: Bytes::new(),
             experts: Vec::new(),
-            traceparent: String::new(),
             started: now,
-            open: HashMap::new(),
+            open: Vec::new(),
             parked: Vec::new(),
             replies: Vec::new(),
             located: Vec::new(),
             missing: 0,
             retries: 0,
+            head: DispatchFrame::default(),
+            work: route::Work::default(),
             outbox: Vec::new(),
         }
     }
 
-    /// Opens a layer's exchange: `rows` in wire form, `experts[row * top_k + slot]`.
+    /// Opens a layer's exchange: `experts[row * top_k + slot]`.
     pub fn begin(
         &mut self,
         layer: LayerId,
-        rows: &[u8],
         experts: &[u32],
         traceparent: String,
         placement: &Placement,
         now: Instant,
     ) {
         self.layer = layer;
-        self.rows = Bytes::copy_from_slice(rows);
         self.experts.clear();
         self.experts.extend_from_slice(experts);
-        self.traceparent = traceparent;
+        self.head.traceparent = traceparent;
         self.started = now;
-        self.open.clear();
+        for open in self.open.drain(..) {
+            self.work.recycle(open.slots);
+        }
         self.parked.clear();
         self.replies.clear();
         self.located.clear();
         self.located.resize(experts.len(), Location::default());
         self.missing = experts.len();
         self.outbox.clear();
-        let slots = (0..experts.len() as u32).collect();
+        let mut slots = self.work.slots();
+        slots.extend(0..experts.len() as u32);
         self.route(slots, Attempt(0), None, placement, now);
     }
 
@@ -197,7 +204,7 @@ impl Exchange {
 
     /// When [`Self::on_time`] next has something to do.
     pub fn next_timeout(&self) -> Instant {
-        let attempts = self.open.values().map(|open| open.sent + self.patience.attempt);
+        let attempts = self.open.iter().map(|open| open.sent + self.patience.attempt);
         let retries = self.parked.iter().filter_map(|parked| parked.retry_at);
         let end = self.started + self.patience.expert_wait;
         attempts.chain(retries).min().map_or(end, |first| first.min(end))
@@ -215,15 +222,10 @@ impl Exchange {
         now: Instant,
     ) -> Result<Taken, ExchangeError> {
         let ticket = Ticket(reply.ticket);
-        let open = match self.open.remove(&ticket) {
-            Some(open) if open.node == node => open,
-            Some(open) => {
-                // Another node's ticket: whoever says so is confused or lies.
-                self.open.insert(ticket, open);
-                return Ok(Taken::Stale);
-            }
-            None => return Ok(Taken::Stale),
-        };
+        // Another node's ticket is as good as none: whoever says so is confused or lies.
+        let mine = |open: &Open| open.ticket == ticket && open.node == node;
+        let Some(at) = self.open.iter().position(mine) else { return Ok(Taken::Stale) };
+        let open = self.open.swap_remove(at);
         if let Some(error) = &reply.error {
             let code = ErrorCode::try_from(error.code).unwrap_or(ErrorCode::Unspecified);
             return self.refused(open, code, &error.message, placement, now);
@@ -236,6 +238,7 @@ impl Exchange {
                 }
                 self.missing -= open.slots.len();
                 self.replies.push(reply.rows);
+                self.work.recycle(open.slots);
                 Ok(Taken::Result(now - open.sent))
             }
             Ok(()) => {
@@ -300,7 +303,7 @@ impl Exchange {
     /// The node's stream ended: what it had not answered goes elsewhere.
     pub fn on_down(&mut self, node: NodeIndex, placement: &Placement, now: Instant) {
         let lost: Vec<Ticket> =
-            self.open.iter().filter(|(_, open)| open.node == node).map(|(&t, _)| t).collect();
+            self.open.iter().filter(|open| open.node == node).map(|open| open.ticket).collect();
         for ticket in lost {
             self.on_unsent(ticket, placement, now);
         }
@@ -308,7 +311,8 @@ impl Exchange {
 
     /// A frame could not be written: its slots go elsewhere.
     pub fn on_unsent(&mut self, ticket: Ticket, placement: &Placement, now: Instant) {
-        if let Some(open) = self.open.remove(&ticket) {
+        if let Some(at) = self.find(ticket) {
+            let open = self.open.swap_remove(at);
             self.retries += 1;
             self.resend(open, placement, now);
         }
@@ -345,16 +349,16 @@ impl Exchange {
         let slow: Vec<Ticket> = self
             .open
             .iter()
-            .filter(|(_, open)| now - open.sent >= self.patience.attempt)
-            .map(|(&ticket, _)| ticket)
+            .filter(|open| now - open.sent >= self.patience.attempt)
+            .map(|open| open.ticket)
             .collect();
         for ticket in slow {
-            let open = &self.open[&ticket];
-            if self.has_other_owner(open, placement) {
+            let Some(at) = self.find(ticket) else { continue };
+            if self.has_other_owner(&self.open[at], placement) {
                 self.on_unsent(ticket, placement, now);
-            } else if let Some(open) = self.open.get_mut(&ticket) {
+            } else {
                 // Nobody else can compute it, so go on waiting for this node.
-                open.sent = now;
+                self.open[at].sent = now;
             }
         }
         for parked in std::mem::take(&mut self.parked) {
@@ -368,9 +372,13 @@ impl Exchange {
         Ok(())
     }
 
+    fn find(&self, ticket: Ticket) -> Option<usize> {
+        self.open.iter().position(|open| open.ticket == ticket)
+    }
+
     fn gave_up(&self, waited: Duration) -> ExchangeError {
         let layer = self.layer;
-        match (self.parked.first(), self.open.values().next()) {
+        match (self.parked.first(), self.open.first()) {
             (Some(parked), _) => ExchangeError::NoOwner {
                 layer,
                 expert: ExpertId(self.experts[parked.slots[0] as usize]),
@@ -381,119 +389,6 @@ impl Exchange {
                 node: open.map_or(u16::MAX, |open| open.node.0),
                 waited,
             },
-        }
-    }
-
-    /// Groups slots by an owner of their expert and puts one frame per node in
-    /// the outbox. An expert's slots stay together, on its least loaded owner.
-    fn route(
-        &mut self,
-        slots: Vec<u32>,
-        attempt: Attempt,
-        avoid: Option<NodeIndex>,
-        placement: &Placement,
-        now: Instant,
-    ) {
-        let mut chosen: HashMap<u32, Option<NodeIndex>> = HashMap::new();
-        let mut per_node: Vec<(NodeIndex, Vec<u32>)> = Vec::new();
-        let mut ownerless = Vec::new();
-        for slot in slots {
-            let expert = self.experts[slot as usize];
-            let node = *chosen.entry(expert).or_insert_with(|| {
-                let load = |node: &NodeIndex| {
-                    per_node.iter().find(|(n, _)| n == node).map_or(0, |(_, slots)| slots.len())
-                };
-                let owners = placement.owners(self.layer, ExpertId(expert)).iter();
-                owners.copied().filter(|&owner| Some(owner) != avoid).min_by_key(load)
-            });
-            match node {
-                None => ownerless.push(slot),
-                Some(node) => match per_node.iter_mut().find(|(n, _)| *n == node) {
-                    Some((_, slots)) => slots.push(slot),
-                    None => per_node.push((node, vec![slot])),
-                },
-            }
-        }
-        if !ownerless.is_empty() {
-            // If only the avoided node owns them it gets another chance, after a
-            // pause in which the placement may learn that it is gone.
-            let retry_at = avoid.map(|_| now + self.patience.busy);
-            self.parked.push(Parked { slots: ownerless, attempt, retry_at });
-        }
-        for (node, slots) in per_node {
-            self.post(node, slots, attempt, placement, now);
-        }
-    }
-
-    /// Frames for `slots` (ascending), each small enough for one message.
-    fn post(
-        &mut self,
-        node: NodeIndex,
-        slots: Vec<u32>,
-        attempt: Attempt,
-        placement: &Placement,
-        now: Instant,
-    ) {
-        let Shape { hidden, dtype, top_k } = self.shape;
-        let most = frame::max_rows(hidden, dtype, top_k);
-        let mut rest = slots.as_slice();
-        while !rest.is_empty() {
-            let mut rows = 0;
-            let mut last = u32::MAX;
-            let end = rest
-                .iter()
-                .position(|slot| {
-                    let row = slot / top_k;
-                    rows += usize::from(row != last);
-                    last = row;
-                    rows > most
-                })
-                .unwrap_or(rest.len());
-            let (now_sent, later) = rest.split_at(end);
-            rest = later;
-            let ticket = Ticket(self.next_ticket);
-            self.next_ticket += LANES as u64;
-            let frame = self.frame(ticket, attempt, now_sent, placement);
-            self.open.insert(ticket, Open { node, slots: now_sent.to_vec(), attempt, sent: now });
-            self.outbox.push(Outgoing { node, frame });
-        }
-    }
-
-    fn frame(
-        &self,
-        ticket: Ticket,
-        attempt: Attempt,
-        slots: &[u32],
-        placement: &Placement,
-    ) -> DispatchFrame {
-        let width = self.shape.row_bytes();
-        let mut counts: Vec<u32> = Vec::new();
-        let mut rows = BytesMut::new();
-        let mut last = u32::MAX;
-        for &slot in slots {
-            let row = slot / self.shape.top_k;
-            if row != last {
-                last = row;
-                counts.push(0);
-                let from = row as usize * width;
-                rows.extend_from_slice(&self.rows[from..from + width]);
-            }
-            *counts.last_mut().expect("a row was just begun") += 1;
-        }
-        let timeout = self.patience.expert_wait.as_micros();
-        DispatchFrame {
-            ticket: ticket.0,
-            attempt: attempt.0,
-            layer: self.layer.0,
-            epoch: placement.epoch().0,
-            dtype: self.shape.dtype as i32,
-            hidden: self.shape.hidden,
-            timeout_us: u32::try_from(timeout).unwrap_or(u32::MAX),
-            slot_counts: counts,
-            experts: slots.iter().map(|&slot| self.experts[slot as usize]).collect(),
-            versions: Vec::new(),
-            traceparent: self.traceparent.clone(),
-            rows: rows.freeze(),
         }
     }
 }

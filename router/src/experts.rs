@@ -37,17 +37,18 @@ impl Experts {
         }
     }
 
-    /// Returns when every result of the lane's layer is there.
+    /// Returns when every result of the lane's layer is there. `routed` is what was
+    /// sent, for what has to be sent again.
     ///
     /// # Errors
     /// A result that cannot be had: the step must fail.
-    pub fn wait(&mut self, lane: usize) -> Result<(), ExchangeError> {
+    pub fn wait(&mut self, lane: usize, routed: &Routed<'_>) -> Result<(), ExchangeError> {
         match self {
             Self::Local(local) => {
                 local.compute();
                 Ok(())
             }
-            Self::Remote(remote) => remote.wait(lane),
+            Self::Remote(remote) => remote.wait(lane, routed),
         }
     }
 

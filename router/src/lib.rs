@@ -26,6 +26,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use arc_swap::{ArcSwap, ArcSwapOption};
+use bytes::BytesMut;
 use kernels::{Compute, Isa};
 use mesh::admin;
 use mesh::lifecycle::{Readiness, Shutdown};
@@ -175,6 +176,7 @@ pub async fn serve(config: Config, shutdown: Shutdown) -> Result<(), Error> {
             links: links.clone(),
             events,
             pump: pump.clone(),
+            wire: BytesMut::new(),
             placement: placement.clone(),
             metrics: metrics.clone(),
             epoch: Epoch(0),

@@ -4,6 +4,7 @@
 use mesh::placement::ExpertGrid;
 use proptest::prelude::*;
 use proto::v1::DispatchError;
+use proto::wire::{self, Messages};
 
 use super::*;
 
@@ -49,8 +50,15 @@ fn refuse(frame: &DispatchFrame, code: ErrorCode) -> DispatchReply {
     DispatchReply { ticket: frame.ticket, error: Some(error), ..Default::default() }
 }
 
+/// A frame as its node reads it.
+struct Sent {
+    node: NodeIndex,
+    frame: DispatchFrame,
+}
+
 struct Case {
     exchange: Exchange,
+    rows: Vec<u8>,
     experts: Vec<u32>,
     now: Instant,
 }
@@ -64,12 +72,25 @@ impl Case {
             .collect();
         let experts = experts.concat();
         let mut exchange = Exchange::new(SHAPE, PATIENCE, now, 0);
-        exchange.begin(LAYER, &rows, &experts, String::new(), placement, now);
-        Self { exchange, experts, now }
+        exchange.begin(LAYER, &experts, String::new(), placement, now);
+        Self { exchange, rows, experts, now }
     }
 
-    fn sent(&mut self) -> Vec<Outgoing> {
-        std::mem::take(&mut self.exchange.outbox)
+    fn sent(&mut self) -> Vec<Sent> {
+        let outbox = std::mem::take(&mut self.exchange.outbox);
+        let read = |out: Outgoing| {
+            let mut wire = bytes::BytesMut::new();
+            self.exchange.encode(out.ticket, &self.rows, &mut wire);
+            let mut messages = Messages::new(1 << 20);
+            messages.push(wire.freeze());
+            let mut frame = DispatchFrame::default();
+            wire::read(messages.take().unwrap().unwrap(), &mut frame).unwrap();
+            let shape = frame::Shape { hidden: 2, experts: EXPERTS, top_k: 2 };
+            frame::check(&frame, shape).unwrap();
+            assert_eq!(frame.ticket, out.ticket.0);
+            Sent { node: out.node, frame }
+        };
+        outbox.into_iter().map(read).collect()
     }
 
     fn assert_exact(&self) {

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use arc_swap::ArcSwap;
+use bytes::BytesMut;
 use mesh::link::{LinkEvent, LinkHandle};
 use mesh::placement::Placement;
 use mesh::pump::Pump;
@@ -14,7 +15,7 @@ use proto::{Epoch, LayerId, Ticket};
 use tokio::sync::mpsc::Receiver;
 use tracing::Span;
 
-use crate::exchange::{Exchange, ExchangeError, LANES, Taken, lane};
+use crate::exchange::{Exchange, ExchangeError, LANES, Outgoing, Taken, lane};
 use crate::metrics::RouterMetrics;
 
 /// How often a waiting engine looks whether the placement has changed.
@@ -28,6 +29,8 @@ pub struct Remote {
     pub events: Receiver<LinkEvent>,
     /// Where the streams live; driven here and nowhere else.
     pub pump: Pump,
+    /// What frames are written into; its memory comes back when they have left.
+    pub wire: BytesMut,
     pub placement: Arc<ArcSwap<Placement>>,
     pub metrics: RouterMetrics,
     pub epoch: Epoch,
@@ -41,13 +44,16 @@ impl Remote {
         let parent = propagate::traceparent(span);
         let (exchange, sent) = &mut self.lanes[lane];
         *sent = now;
-        exchange.begin(layer, routed.rows, routed.experts, parent, &placement, now);
-        self.flush(&placement, now);
+        exchange.begin(layer, routed.experts, parent, &placement, now);
+        self.flush(lane, routed.rows, &placement, now);
     }
 
-    /// Returns when the lane's rows are all there; takes what comes for others meanwhile.
-    pub fn wait(&mut self, waited: usize) -> Result<(), ExchangeError> {
+    /// Returns when the lane's rows are all there. What comes for another lane is
+    /// taken meanwhile; what it has to send again waits for its own call, which has its rows.
+    pub fn wait(&mut self, waited: usize, routed: &Routed<'_>) -> Result<(), ExchangeError> {
         let start = Instant::now();
+        let placement = self.placement.load_full();
+        self.flush(waited, routed.rows, &placement, start);
         while !self.lanes[waited].0.is_done() {
             let now = Instant::now();
             let next = self.lanes.iter().filter(|(exchange, _)| !exchange.is_done());
@@ -89,7 +95,7 @@ impl Remote {
                 // The links hold the senders for as long as the process serves.
                 Some(None) => std::thread::sleep(LOOK_AROUND),
             }
-            self.flush(&placement, now);
+            self.flush(waited, routed.rows, &placement, now);
         }
         self.metrics.exchange_wait.observe(start.elapsed().as_secs_f64());
         self.metrics.exchange.observe(self.lanes[waited].1.elapsed().as_secs_f64());
@@ -126,16 +132,19 @@ impl Remote {
 
     /// Writes what the exchange wants sent. What cannot be written is routed
     /// anew, which may put more into the outbox or park it.
-    fn flush(&mut self, placement: &Placement, now: Instant) {
-        for (exchange, _) in &mut self.lanes {
-            while let Some(out) = exchange.outbox.pop() {
-                let link = &self.links[out.node.0 as usize];
-                if let Err(frame) = link.send(out.frame) {
-                    exchange.on_unsent(Ticket(frame.ticket), placement, now);
-                }
+    fn flush(&mut self, lane: usize, rows: &[u8], placement: &Placement, now: Instant) {
+        let exchange = &mut self.lanes[lane].0;
+        let mut sent = false;
+        while let Some(Outgoing { node, ticket }) = exchange.outbox.pop() {
+            exchange.encode(ticket, rows, &mut self.wire);
+            match self.links[node.0 as usize].send(self.wire.split().freeze()) {
+                true => sent = true,
+                false => exchange.on_unsent(ticket, placement, now),
             }
         }
-        // The bytes leave now, before this thread computes on.
-        self.pump.turn();
+        if sent {
+            // The bytes leave now, before this thread computes on.
+            self.pump.turn();
+        }
     }
 }

@@ -1,0 +1,158 @@
+//! The `ExpertData` service, spoken without a codec: frames are read where
+//! HTTP/2 put them, replies leave in the buffer they were written into.
+
+use std::convert::Infallible;
+use std::future::{Ready, ready};
+use std::pin::Pin;
+use std::task::{Context, Poll};
+use std::time::Instant;
+
+use bytes::Bytes;
+use http::{HeaderMap, HeaderValue, Request, Response};
+use http_body::{Body as _, Frame};
+use proto::MAX_MESSAGE_BYTES;
+use proto::v1::DispatchFrame;
+use proto::wire::{self, Messages};
+use tokio::sync::mpsc;
+use tonic::body::Body;
+use tonic::server::NamedService;
+use tonic::{Code, Status};
+
+use crate::service::{Seen, Service};
+
+/// Frames of one stream that may be in work; further ones are not read yet.
+const FRAMES_IN_WORK: usize = 256;
+const DISPATCH: &str = "/moemesh.v1.ExpertData/Dispatch";
+
+/// Frames whose vectors wait to be used again.
+#[derive(Clone, Default)]
+pub struct Spare(std::sync::Arc<parking_lot::Mutex<Vec<DispatchFrame>>>);
+
+impl Spare {
+    pub fn take(&self) -> DispatchFrame {
+        self.0.lock().pop().unwrap_or_default()
+    }
+
+    /// Drops the frame's rows, keeps its vectors.
+    pub fn put(&self, mut frame: DispatchFrame) {
+        frame.rows = Bytes::new();
+        let mut spare = self.0.lock();
+        if spare.len() < FRAMES_IN_WORK {
+            spare.push(frame);
+        }
+    }
+}
+
+/// The gRPC service on a node's server.
+#[derive(Clone)]
+pub struct ExpertData(pub Service);
+
+impl NamedService for ExpertData {
+    const NAME: &'static str = "moemesh.v1.ExpertData";
+}
+
+impl tower::Service<Request<Body>> for ExpertData {
+    type Response = Response<Body>;
+    type Error = Infallible;
+    type Future = Ready<Result<Self::Response, Infallible>>;
+
+    fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<(), Infallible>> {
+        Poll::Ready(Ok(()))
+    }
+
+    fn call(&mut self, request: Request<Body>) -> Self::Future {
+        if request.uri().path() != DISPATCH {
+            return ready(Ok(Status::unimplemented("no such method").into_http()));
+        }
+        let (replies, leaving) = mpsc::channel(FRAMES_IN_WORK);
+        tokio::spawn(read(self.0.clone(), request.into_body(), replies));
+        let mut response = Response::new(Body::new(Replies { leaving, ended: false }));
+        let grpc = HeaderValue::from_static("application/grpc");
+        response.headers_mut().insert(http::header::CONTENT_TYPE, grpc);
+        ready(Ok(response))
+    }
+}
+
+/// Takes one stream's frames until it ends, breaks or the node is told to stop.
+async fn read(service: Service, mut body: Body, replies: mpsc::Sender<Result<Bytes, Status>>) {
+    let mut messages = Messages::new(MAX_MESSAGE_BYTES);
+    let mut seen = Seen::default();
+    let broken = loop {
+        // The permit comes first: what is read can always be answered.
+        let Ok(permit) = replies.clone().reserve_owned().await else { return };
+        let message = tokio::select! {
+            biased;
+            message = next(&mut messages, &mut body) => message,
+            () = service.stopped() => return,
+        };
+        let mut frame = service.spare().take();
+        match message.and_then(|message| {
+            message.map(|message| wire::read(message, &mut frame).map_err(invalid)).transpose()
+        }) {
+            Ok(Some(())) => service.take(frame, Instant::now(), permit, &mut seen),
+            Ok(None) => return,
+            Err(status) => break status,
+        }
+    };
+    tracing::debug!(status = %broken, "dispatch stream broke");
+    // What was taken before is answered first, as its permits are held.
+    let _ = replies.send(Err(broken)).await;
+}
+
+async fn next(messages: &mut Messages, body: &mut Body) -> Result<Option<Bytes>, Status> {
+    loop {
+        if let Some(message) = messages.take().map_err(invalid)? {
+            return Ok(Some(message));
+        }
+        match std::future::poll_fn(|cx| Pin::new(&mut *body).poll_frame(cx)).await {
+            Some(Ok(frame)) => {
+                if let Ok(data) = frame.into_data() {
+                    messages.push(data);
+                }
+            }
+            Some(Err(status)) => return Err(status),
+            None => {
+                messages.finish().map_err(invalid)?;
+                return Ok(None);
+            }
+        }
+    }
+}
+
+fn invalid(error: wire::WireError) -> Status {
+    let code = match error {
+        wire::WireError::Compressed => Code::Unimplemented,
+        _ => Code::InvalidArgument,
+    };
+    Status::new(code, error.to_string())
+}
+
+/// A stream's replies as a body; the status follows the last of them.
+struct Replies {
+    leaving: mpsc::Receiver<Result<Bytes, Status>>,
+    ended: bool,
+}
+
+impl http_body::Body for Replies {
+    type Data = Bytes;
+    type Error = Status;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, Status>>> {
+        if self.ended {
+            return Poll::Ready(None);
+        }
+        self.leaving.poll_recv(cx).map(|reply| {
+            let status = match reply {
+                Some(Ok(reply)) => return Some(Ok(Frame::data(reply))),
+                Some(Err(status)) => status,
+                None => Status::new(Code::Ok, ""),
+            };
+            self.ended = true;
+            let mut trailers = HeaderMap::new();
+            Some(status.add_header(&mut trailers).map(|()| Frame::trailers(trailers)))
+        })
+    }
+}

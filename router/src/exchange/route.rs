@@ -1,0 +1,151 @@
+//! From slots to frames: which owner is asked for which slots, and how a frame
+//! lies in the buffer that goes to its stream.
+
+use std::time::Instant;
+
+use bytes::{BufMut as _, BytesMut};
+use mesh::placement::{NodeIndex, Placement};
+use proto::frame;
+use proto::wire;
+use proto::{Attempt, ExpertId, Ticket};
+
+use super::{Exchange, LANES, Open, Outgoing, Parked, Shape};
+
+/// Vectors that routing uses again.
+#[derive(Default)]
+pub(super) struct Work {
+    /// Per expert, in one call of `route`: nothing yet, or whom it was given to.
+    chosen: Vec<Option<Option<NodeIndex>>>,
+    per_node: Vec<(NodeIndex, Vec<u32>)>,
+    spare: Vec<Vec<u32>>,
+}
+
+impl Work {
+    /// An empty list of slots.
+    pub fn slots(&mut self) -> Vec<u32> {
+        self.spare.pop().unwrap_or_default()
+    }
+
+    pub fn recycle(&mut self, mut slots: Vec<u32>) {
+        slots.clear();
+        self.spare.push(slots);
+    }
+}
+
+impl Exchange {
+    /// Groups slots by an owner of their expert and puts one frame per node in
+    /// the outbox. An expert's slots stay together, on its least loaded owner.
+    pub(super) fn route(
+        &mut self,
+        slots: Vec<u32>,
+        attempt: Attempt,
+        avoid: Option<NodeIndex>,
+        placement: &Placement,
+        now: Instant,
+    ) {
+        let mut work = std::mem::take(&mut self.work);
+        let mut ownerless = work.slots();
+        let most = slots.iter().map(|&slot| self.experts[slot as usize]).max();
+        work.chosen.clear();
+        work.chosen.resize(most.map_or(0, |most| most as usize + 1), None);
+        for &slot in &slots {
+            let expert = self.experts[slot as usize];
+            let node = *work.chosen[expert as usize].get_or_insert_with(|| {
+                let load = |node: &NodeIndex| {
+                    let mine = work.per_node.iter().find(|(n, _)| n == node);
+                    mine.map_or(0, |(_, slots)| slots.len())
+                };
+                let owners = placement.owners(self.layer, ExpertId(expert)).iter();
+                owners.copied().filter(|&owner| Some(owner) != avoid).min_by_key(load)
+            });
+            match node {
+                None => ownerless.push(slot),
+                Some(node) => match work.per_node.iter_mut().find(|(n, _)| *n == node) {
+                    Some((_, slots)) => slots.push(slot),
+                    None => {
+                        let mut first = work.spare.pop().unwrap_or_default();
+                        first.push(slot);
+                        work.per_node.push((node, first));
+                    }
+                },
+            }
+        }
+        work.recycle(slots);
+        if ownerless.is_empty() {
+            work.recycle(ownerless);
+        } else {
+            // If only the avoided node owns them it gets another chance, after a
+            // pause in which the placement may learn that it is gone.
+            let retry_at = avoid.map(|_| now + self.patience.busy);
+            self.parked.push(Parked { slots: ownerless, attempt, retry_at });
+        }
+        let mut per_node = std::mem::take(&mut work.per_node);
+        self.work = work;
+        for (node, slots) in per_node.drain(..) {
+            self.post(node, slots, attempt, placement, now);
+        }
+        self.work.per_node = per_node;
+    }
+
+    /// Frames for `slots` (ascending), each small enough for one message.
+    fn post(
+        &mut self,
+        node: NodeIndex,
+        mut slots: Vec<u32>,
+        attempt: Attempt,
+        placement: &Placement,
+        now: Instant,
+    ) {
+        let Shape { hidden, dtype, top_k } = self.shape;
+        let most = frame::max_rows(hidden, dtype, top_k);
+        while !slots.is_empty() {
+            let mut rows = 0;
+            let mut last = u32::MAX;
+            let end = slots.iter().position(|slot| {
+                let row = slot / top_k;
+                rows += usize::from(row != last);
+                last = row;
+                rows > most
+            });
+            let later = match end {
+                Some(end) => slots.split_off(end),
+                None => self.work.slots(),
+            };
+            let ticket = Ticket(self.next_ticket);
+            self.next_ticket += LANES as u64;
+            let epoch = placement.epoch();
+            self.open.push(Open { ticket, node, slots, attempt, epoch, sent: now });
+            self.outbox.push(Outgoing { node, ticket });
+            slots = later;
+        }
+        self.work.recycle(slots);
+    }
+
+    /// Appends the frame of an open ticket to `buffer`, as it goes to the
+    /// stream. `rows` are the layer's, in wire form. Nothing if it is not open.
+    pub fn encode(&mut self, ticket: Ticket, rows: &[u8], buffer: &mut BytesMut) {
+        let Some(open) = self.open.iter().find(|open| open.ticket == ticket) else { return };
+        let Shape { hidden, dtype, top_k } = self.shape;
+        let timeout = self.patience.expert_wait.as_micros();
+        let head = &mut self.head;
+        head.ticket = ticket.0;
+        head.attempt = open.attempt.0;
+        head.layer = self.layer.0;
+        head.epoch = open.epoch.0;
+        head.dtype = dtype as i32;
+        head.hidden = hidden;
+        head.timeout_us = u32::try_from(timeout).unwrap_or(u32::MAX);
+        head.experts.clear();
+        head.experts.extend(open.slots.iter().map(|&slot| self.experts[slot as usize]));
+        head.slot_counts.clear();
+        let each_row = open.slots.chunk_by(|a, b| a / top_k == b / top_k);
+        head.slot_counts.extend(each_row.clone().map(|slots| slots.len() as u32));
+        let width = self.shape.row_bytes();
+        wire::put(buffer, head, head.slot_counts.len() * width, |buffer| {
+            for slots in each_row {
+                let from = (slots[0] / top_k) as usize * width;
+                buffer.put_slice(&rows[from..from + width]);
+            }
+        });
+    }
+}
