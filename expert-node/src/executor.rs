@@ -1,21 +1,20 @@
-//! The one thread that computes. It takes every frame that is queued, up to a
-//! bound, groups their rows by expert, runs them through the kernels' pool and
-//! answers each frame. The async pool never computes and this thread never
-//! waits for a socket: a frame carries the permit its reply needs.
+//! The one task that computes, on the thread that reads the frames: a frame is
+//! read, computed and answered without waking another thread. It takes every
+//! frame that has been read, up to a bound, groups their rows by expert, runs
+//! them through the kernels' pool and answers each frame. It never waits for a
+//! socket: a frame carries the permit its reply needs.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use bytes::BytesMut;
-use crossbeam_channel::{Receiver, Sender};
 use mesh::telemetry::propagate;
 use model::{ExpertGroup, ExpertScratch, Numerics, forward_experts};
 use proto::frame::all_finite;
 use proto::v1::{DispatchError, DispatchFrame, DispatchReply, Dtype, ErrorCode};
 use proto::{ExpertId, LayerId};
-use tokio::sync::mpsc::OwnedPermit;
-use tokio::sync::oneshot;
+use tokio::sync::mpsc::{OwnedPermit, UnboundedReceiver};
 use tonic::Status;
 
 use crate::admission::Admission;
@@ -44,21 +43,8 @@ pub struct Parts {
     pub metrics: NodeMetrics,
 }
 
-/// Starts the thread. The receiver resolves when it has ended: after the last
-/// sender of jobs is gone, or by a panic.
-pub fn start(parts: Parts) -> std::io::Result<(Sender<Job>, oneshot::Receiver<()>)> {
-    // Jobs are bounded by admission, which counts rows; a job has at least one.
-    let (queue, jobs) = crossbeam_channel::unbounded();
-    let (ended, end) = oneshot::channel::<()>();
-    std::thread::Builder::new().name("executor".into()).spawn(move || {
-        let _ended = ended;
-        Executor { parts, x: Vec::new(), out: Vec::new(), scratch: ExpertScratch::default() }
-            .run(&jobs);
-    })?;
-    Ok((queue, end))
-}
-
-struct Executor {
+/// See the module's text.
+pub struct Executor {
     parts: Parts,
     /// Input and result rows of a batch, in wire form, grouped by expert.
     x: Vec<u8>,
@@ -67,8 +53,14 @@ struct Executor {
 }
 
 impl Executor {
-    fn run(&mut self, jobs: &Receiver<Job>) {
-        while let Ok(first) = jobs.recv() {
+    pub fn new(parts: Parts) -> Self {
+        Self { parts, x: Vec::new(), out: Vec::new(), scratch: ExpertScratch::default() }
+    }
+
+    /// Computes what is queued until the last sender of jobs is gone. Between two
+    /// batches the streams get their turn: replies leave, frames come in.
+    pub async fn run(mut self, mut jobs: UnboundedReceiver<Job>) {
+        while let Some(first) = jobs.recv().await {
             let mut rows = first.slots;
             let mut batch = vec![first];
             while rows < BATCH_ROWS
@@ -80,6 +72,7 @@ impl Executor {
             self.parts.admission.leave(rows);
             self.parts.metrics.queued_rows.set(self.parts.admission.queued() as i64);
             self.compute(batch);
+            tokio::task::yield_now().await;
         }
     }
 

@@ -6,7 +6,7 @@
 //! - [`service`]: frames in, checked and admitted; replies out
 //! - [`admission`]: the bound on queued rows
 //! - [`batcher`]: regroups queued rows by expert, across frames and routers
-//! - [`executor`]: the one thread that computes
+//! - [`executor`]: computes, on the thread that serves the streams
 //! - [`store`]: which experts are resident, and how much each has worked
 
 #![forbid(unsafe_code)]
@@ -25,14 +25,18 @@ use std::sync::atomic::Ordering;
 use mesh::admin;
 use mesh::lifecycle::{Readiness, Shutdown};
 use mesh::metrics::Metrics;
-use mesh::transport::{self, Endpoint, TransportError};
+use mesh::pump::Pump;
+use mesh::transport::{self, Endpoint, Listener, TransportError};
 use model::{Checkpoint, LoadError, Numerics};
 use proto::MAX_MESSAGE_BYTES;
 use proto::v1::expert_control_server::ExpertControlServer;
 use proto::v1::expert_data_server::ExpertDataServer;
+use tokio::sync::mpsc::UnboundedReceiver;
+use tokio::sync::{mpsc, oneshot};
 use tonic::service::Routes;
 
 use crate::admission::Admission;
+use crate::executor::{Executor, Job};
 use crate::metrics::NodeMetrics;
 use crate::service::Service;
 use crate::store::Store;
@@ -116,15 +120,16 @@ pub async fn serve(config: Config, shutdown: Shutdown) -> Result<(), Error> {
     let node = metrics.register(NodeMetrics::new);
     let admission = Arc::new(Admission::new(config.max_queued_rows));
     let isa = config.isa.unwrap_or_else(kernels::Isa::detect);
-    let (queue, mut executor) = executor::start(executor::Parts {
+    let executor = Executor::new(executor::Parts {
         compute: kernels::Compute::new(isa, config.threads),
         numerics: config.numerics,
         hidden: checkpoint.config().hidden,
         store: store.clone(),
         admission: admission.clone(),
         metrics: node.clone(),
-    })
-    .map_err(Error::Thread)?;
+    });
+    // Jobs are bounded by admission, which counts rows; a job has at least one.
+    let (queue, jobs) = mpsc::unbounded_channel();
 
     let service =
         Service::new(&config, isa, &checkpoint, store, queue, admission.clone(), node, &shutdown);
@@ -144,11 +149,11 @@ pub async fn serve(config: Config, shutdown: Shutdown) -> Result<(), Error> {
             readiness.set(Err("draining".to_owned()));
         }
     };
-    tokio::select! {
-        served = transport::serve_grpc(listener, routes, drained) => served?,
-        // The thread ends only when the service's queue is dropped, or by a panic.
-        _ = &mut executor => return Err(Error::Executor),
-    }
+    let serving = compute_and_serve(listener, executor, jobs, async move |listener| {
+        transport::serve_grpc(listener, routes, drained).await
+    })?;
+    // Nothing is said by a thread that panicked.
+    serving.await.unwrap_or(Err(Error::Executor))?;
     if let Some(Ok(served)) = match side {
         Some(side) => Some(side.await),
         None => None,
@@ -157,4 +162,33 @@ pub async fn serve(config: Config, shutdown: Shutdown) -> Result<(), Error> {
     }
     tracing::info!(refused = admission.refused.load(Ordering::Relaxed), "drained");
     Ok(())
+}
+
+/// Starts the thread that serves and computes: a frame's way through the node
+/// wakes no other. The receiver hears why it ended.
+fn compute_and_serve(
+    listener: Listener,
+    executor: Executor,
+    jobs: UnboundedReceiver<Job>,
+    serve: impl AsyncFnOnce(Listener) -> Result<(), TransportError> + Send + 'static,
+) -> Result<oneshot::Receiver<Result<(), Error>>, Error> {
+    let pump = Pump::new().map_err(Error::Thread)?;
+    let (said, ended) = oneshot::channel();
+    std::thread::Builder::new()
+        .name("executor".into())
+        .spawn(move || {
+            let outcome = pump.run(async move {
+                let computing = tokio::spawn(executor.run(jobs));
+                let listener = listener.adopt().map_err(Error::Thread)?;
+                tokio::select! {
+                    served = serve(listener) => served.map_err(Error::Transport),
+                    // It ends only when the service's queue is dropped, or by a panic.
+                    _ = computing => Err(Error::Executor),
+                }
+            });
+            // Dropped by who waits only when the process ends anyway.
+            let _ = said.send(outcome);
+        })
+        .map_err(Error::Thread)?;
+    Ok(ended)
 }

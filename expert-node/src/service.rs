@@ -1,13 +1,12 @@
 //! The node's gRPC face. A frame is checked, admitted and queued here; every
 //! refusal is a typed reply on the stream, so that one bad frame harms neither
-//! its neighbours nor the stream. Nothing computes on these threads.
+//! its neighbours nor the stream.
 
 use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
-use crossbeam_channel::Sender;
 use mesh::lifecycle::Shutdown;
 use model::Checkpoint;
 use proto::frame::{self, Shape, all_finite};
@@ -18,7 +17,7 @@ use proto::v1::{
     NodeDescription, NodeStatus, NodeStatusRequest,
 };
 use proto::{ExpertId, LayerId, MAX_MESSAGE_BYTES};
-use tokio::sync::mpsc;
+use tokio::sync::mpsc::{self, UnboundedSender};
 use tokio_stream::Stream;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
@@ -44,7 +43,7 @@ struct Inner {
     dtype: Dtype,
     shape: Shape,
     store: Arc<Store>,
-    queue: Sender<Job>,
+    queue: UnboundedSender<Job>,
     admission: Arc<Admission>,
     metrics: NodeMetrics,
     shutdown: Shutdown,
@@ -57,7 +56,7 @@ impl Service {
         isa: kernels::Isa,
         checkpoint: &Checkpoint,
         store: Arc<Store>,
-        queue: Sender<Job>,
+        queue: UnboundedSender<Job>,
         admission: Arc<Admission>,
         metrics: NodeMetrics,
         shutdown: &Shutdown,

@@ -2,6 +2,7 @@
 //!
 //! - [`transport`]: endpoints, listeners, channels; the one place that opens sockets
 //! - [`link`]: the actor that keeps one data stream to one expert node
+//! - [`pump`]: the runtime that a computing thread drives itself
 //! - [`placement`]: which live node owns which expert, and the pure planner
 //! - [`supervise`]: actors rebuilt from a factory when they stop or panic
 //! - [`lifecycle`]: shutdown and readiness
@@ -17,6 +18,7 @@ pub mod lifecycle;
 pub mod link;
 pub mod metrics;
 pub mod placement;
+pub mod pump;
 pub mod supervise;
 pub mod telemetry;
 pub mod transport;

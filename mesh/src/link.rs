@@ -3,8 +3,9 @@
 //! It connects, asks who is there, refuses a node of another model or numerics
 //! class, opens the stream and pumps replies into the engine's channel. When
 //! the stream ends it says so in the same channel, after the last reply, and
-//! connects again with backoff. Frames do not pass through its mailbox: the
-//! engine writes them to the stream's queue through a [`LinkHandle`].
+//! connects again with backoff. Neither frames nor replies pass through its mailbox: the
+//! stream lives on the engine's own runtime (see [`crate::pump`]), and the engine
+//! writes to it through a [`LinkHandle`].
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -12,12 +13,14 @@ use std::time::Duration;
 
 use actix::{Actor, ActorFutureExt as _, AsyncContext as _, Context, Recipient, WrapFuture as _};
 use arc_swap::{ArcSwap, ArcSwapOption};
-use crossbeam_channel::{Sender, TrySendError};
 use proto::MAX_MESSAGE_BYTES;
 use proto::v1::expert_control_client::ExpertControlClient;
 use proto::v1::expert_data_client::ExpertDataClient;
 use proto::v1::{DescribeRequest, DispatchFrame, DispatchReply, NodeDescription};
+use tokio::runtime::Handle;
 use tokio::sync::mpsc;
+use tokio::sync::mpsc::error::TrySendError;
+use tokio::task::JoinSet;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::transport::Channel;
 
@@ -29,7 +32,8 @@ use crate::transport::{Endpoint, channel};
 const SEND_QUEUE: usize = 256;
 const FIRST_RECONNECT: Duration = Duration::from_millis(50);
 const SLOWEST_RECONNECT: Duration = Duration::from_secs(2);
-const CALL_TIMEOUT: Duration = Duration::from_secs(5);
+/// Long, as the engine computes between looking after its streams.
+const CALL_TIMEOUT: Duration = Duration::from_secs(20);
 
 /// What a link tells the engine, in the order it happened.
 #[derive(Debug)]
@@ -121,9 +125,7 @@ impl LinkHandle {
         let queue = self.queue.load();
         let Some(queue) = queue.as_ref() else { return Err(Box::new(frame)) };
         queue.try_send(frame).map_err(|error| match error {
-            mpsc::error::TrySendError::Full(frame) | mpsc::error::TrySendError::Closed(frame) => {
-                Box::new(frame)
-            }
+            TrySendError::Full(frame) | TrySendError::Closed(frame) => Box::new(frame),
         })?;
         self.frames.fetch_add(1, Ordering::Relaxed);
         Ok(())
@@ -165,7 +167,9 @@ impl LinkHandle {
 pub struct LinkParts {
     pub handle: Arc<LinkHandle>,
     pub identity: Identity,
-    pub events: Sender<LinkEvent>,
+    pub events: mpsc::Sender<LinkEvent>,
+    /// Where the data stream lives: the engine's own runtime.
+    pub pump: Handle,
     pub fleet: FleetAddress,
 }
 
@@ -182,7 +186,18 @@ impl Link {
     }
 
     fn connect(&mut self, ctx: &mut Context<Self>) {
-        let session = session(self.parts.clone()).into_actor(self);
+        let parts = self.parts.clone();
+        // Ends the session with the actor.
+        let mut stream = JoinSet::new();
+        stream.spawn_on(session(parts), &self.parts.pump);
+        let session = async move {
+            match stream.join_next().await {
+                Some(Ok(ended)) => ended,
+                // It panicked, or the engine is gone.
+                Some(Err(_)) | None => (LinkError::Ended, true),
+            }
+        }
+        .into_actor(self);
         ctx.spawn(session.map(|(error, was_up), link, ctx| link.lost(&error, was_up, ctx)));
     }
 
@@ -287,15 +302,10 @@ async fn open(parts: &LinkParts) -> Result<Opened, LinkError> {
     Ok((description, replies, queue))
 }
 
-/// Waits for room without blocking the arbiter; a flood stalls only its own link.
-async fn deliver(events: &Sender<LinkEvent>, mut event: LinkEvent) {
-    loop {
-        match events.try_send(event) {
-            Ok(()) | Err(TrySendError::Disconnected(_)) => return,
-            Err(TrySendError::Full(back)) => event = back,
-        }
-        tokio::time::sleep(Duration::from_millis(1)).await;
-    }
+/// Waits for room; a flood stalls only its own link.
+async fn deliver(events: &mpsc::Sender<LinkEvent>, event: LinkEvent) {
+    // Nobody hears it when the engine has ended, and then the process does too.
+    let _ = events.send(event).await;
 }
 
 impl Identity {

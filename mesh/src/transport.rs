@@ -26,7 +26,8 @@ const CONNECTION_WINDOW: u32 = 32 << 20;
 const MAX_HEADER_BYTES: u32 = 16 << 10;
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
 const KEEP_ALIVE_EVERY: Duration = Duration::from_secs(10);
-const KEEP_ALIVE_TIMEOUT: Duration = Duration::from_secs(5);
+/// Longer than any step of an engine, which answers no ping while it computes.
+const KEEP_ALIVE_TIMEOUT: Duration = Duration::from_secs(20);
 
 /// Where a process listens or is reached: `host:port`, `http://host:port` or `unix:/path`.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -89,6 +90,19 @@ impl Listener {
             ),
             Self::Unix(_, path) => Endpoint::Unix(path.clone()),
         }
+    }
+
+    /// The same socket on the runtime that calls this, which will serve it.
+    ///
+    /// # Errors
+    /// The system refuses.
+    pub fn adopt(self) -> std::io::Result<Self> {
+        Ok(match self {
+            Self::Tcp(listener) => Self::Tcp(TcpListener::from_std(listener.into_std()?)?),
+            Self::Unix(listener, path) => {
+                Self::Unix(UnixListener::from_std(listener.into_std()?)?, path)
+            }
+        })
     }
 }
 

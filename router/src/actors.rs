@@ -1,14 +1,14 @@
 //! Where the router's actors live: one thread with one arbiter, apart from the
-//! threads that serve gRPC. Each actor is kept alive by a supervisor; those of
-//! the links also run the node streams, so a frame and its reply stay on one core.
+//! threads that serve gRPC. Each actor is kept alive by a supervisor; the
+//! streams of the links run on the engine's thread.
 
 use std::sync::Arc;
 
 use actix::Addr;
-use crossbeam_channel::Sender;
 use mesh::link::{FleetAddress, Identity, Link, LinkEvent, LinkParts};
 use mesh::supervise;
-use tokio::sync::oneshot;
+use tokio::runtime::Handle;
+use tokio::sync::{mpsc, oneshot};
 
 use crate::fleet::{Fleet, FleetParts};
 use crate::intake::{Intake, IntakeParts};
@@ -19,7 +19,9 @@ pub(crate) struct Cast {
     pub fleet: FleetParts,
     pub intake: IntakeParts,
     pub identity: Identity,
-    pub link_events: Sender<LinkEvent>,
+    pub link_events: mpsc::Sender<LinkEvent>,
+    /// The engine's runtime, where the links' streams live.
+    pub pump: Handle,
     pub view: Arc<View>,
 }
 
@@ -48,7 +50,7 @@ pub(crate) fn start(cast: Cast) -> std::io::Result<Actors> {
 }
 
 fn play(cast: Cast) {
-    let Cast { fleet, intake, identity, link_events, view } = cast;
+    let Cast { fleet, intake, identity, link_events, pump, view } = cast;
     actix::spawn(supervise::keep(
         "intake".to_owned(),
         move |pulse| Some(Intake::new(intake.clone(), pulse)),
@@ -72,6 +74,7 @@ fn play(cast: Cast) {
             handle: handle.clone(),
             identity: identity.clone(),
             events: link_events.clone(),
+            pump: pump.clone(),
             fleet: current.clone(),
         };
         actix::spawn(supervise::keep(

@@ -11,10 +11,12 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use crossbeam_channel::{Receiver, RecvTimeoutError};
+use mesh::pump::Pump;
 use model::sample::Scratch;
 use model::{Chunk, KvPool, LogitRows, Step, StepError, Trunk};
 use proto::LayerId;
+use tokio::sync::mpsc::Receiver;
+use tokio::sync::mpsc::error::TryRecvError;
 use tracing::Span;
 
 use crate::exchange::ExchangeError;
@@ -59,6 +61,8 @@ pub struct Parts {
     pub scheduler: Scheduler,
     pub sampling: Scratch,
     pub jobs: Receiver<Job>,
+    /// The streams to the nodes live on it.
+    pub pump: Pump,
     pub gauges: Arc<Gauges>,
     pub metrics: RouterMetrics,
 }
@@ -113,8 +117,8 @@ impl Engine {
         loop {
             match self.parts.jobs.try_recv() {
                 Ok(job) => self.accept(job),
-                Err(crossbeam_channel::TryRecvError::Empty) => return true,
-                Err(crossbeam_channel::TryRecvError::Disconnected) => return false,
+                Err(TryRecvError::Empty) => return true,
+                Err(TryRecvError::Disconnected) => return false,
             }
         }
     }
@@ -122,18 +126,18 @@ impl Engine {
     /// Waits for a job, or a moment when sequences are paused or have left.
     fn idle(&mut self, open: bool) -> bool {
         if !open {
-            std::thread::sleep(IDLE);
+            self.parts.pump.run_for(IDLE, std::future::pending::<()>());
             return false;
         }
-        let job = if self.parts.scheduler.is_empty() {
-            self.parts.jobs.recv().map_err(|_| RecvTimeoutError::Disconnected)
-        } else {
-            self.parts.jobs.recv_timeout(IDLE)
+        let Parts { pump, jobs, scheduler, .. } = &mut self.parts;
+        let job = match scheduler.is_empty() {
+            true => Some(pump.run(jobs.recv())),
+            false => pump.run_for(IDLE, jobs.recv()),
         };
         match job {
-            Ok(job) => self.accept(job),
-            Err(RecvTimeoutError::Timeout) => {}
-            Err(RecvTimeoutError::Disconnected) => return false,
+            Some(Some(job)) => self.accept(job),
+            Some(None) => return false,
+            None => {}
         }
         true
     }

@@ -6,9 +6,10 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use actix::{Actor, AsyncContext as _, Context, Handler, Message, WrapFuture as _};
-use crossbeam_channel::{Sender, TrySendError};
 use mesh::lifecycle::Shutdown;
 use mesh::supervise::Pulse;
+use tokio::sync::mpsc::Sender;
+use tokio::sync::mpsc::error::TrySendError;
 use tokio::sync::watch;
 
 use crate::engine::{Gauges, Job};
@@ -77,13 +78,14 @@ impl Handler<Submit> for Intake {
         if shutdown.is_triggered() {
             return Err(Refused::Draining);
         }
-        let waiting = gauges.waiting.load(Ordering::Relaxed) as usize + jobs.len();
+        let waiting =
+            gauges.waiting.load(Ordering::Relaxed) as usize + jobs.max_capacity() - jobs.capacity();
         if waiting >= *max_waiting {
             return Err(Refused::Full(waiting));
         }
         jobs.try_send(*job).map_err(|error| match error {
             TrySendError::Full(_) => Refused::Full(*max_waiting),
-            TrySendError::Disconnected(_) => Refused::Draining,
+            TrySendError::Closed(_) => Refused::Draining,
         })
     }
 }

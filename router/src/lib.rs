@@ -32,13 +32,14 @@ use mesh::lifecycle::{Readiness, Shutdown};
 use mesh::link::{Identity, LinkHandle};
 use mesh::metrics::Metrics;
 use mesh::placement::{ExpertGrid, NodeIndex, Placement};
+use mesh::pump::Pump;
 use mesh::transport::{self, Endpoint, TransportError};
 use model::sample::Scratch;
 use model::{Checkpoint, KvError, KvPool, LoadError, Numerics, Trunk};
 use proto::v1::Dtype;
 use proto::v1::inference_server::InferenceServer;
 use proto::{Epoch, LayerId, MAX_MESSAGE_BYTES};
-use tokio::sync::watch;
+use tokio::sync::{mpsc, watch};
 use tonic::service::Routes;
 
 use crate::engine::{Engine, Gauges};
@@ -143,7 +144,8 @@ pub async fn serve(config: Config, shutdown: Shutdown) -> Result<(), Error> {
         experts: model.experts as u32,
     };
     let placement = Arc::new(ArcSwap::from_pointee(Placement::empty(grid)));
-    let (link_events, events) = crossbeam_channel::bounded(LINK_EVENTS);
+    let (link_events, events) = mpsc::channel(LINK_EVENTS);
+    let pump = Pump::new()?;
     let experts = if links.is_empty() {
         readiness.set(Ok(()));
         Experts::Local(Box::new(Local::load(&checkpoint, config.numerics, compute)?))
@@ -166,6 +168,7 @@ pub async fn serve(config: Config, shutdown: Shutdown) -> Result<(), Error> {
             exchange: Exchange::new(shape, patience, Instant::now()),
             links: links.clone(),
             events,
+            pump: pump.clone(),
             placement: placement.clone(),
             metrics: metrics.clone(),
             epoch: Epoch(0),
@@ -174,7 +177,7 @@ pub async fn serve(config: Config, shutdown: Shutdown) -> Result<(), Error> {
     };
 
     let gauges = Arc::new(Gauges::default());
-    let (jobs, inbox) = crossbeam_channel::bounded(config.max_waiting.max(1));
+    let (jobs, inbox) = mpsc::channel(config.max_waiting.max(1));
     let engine = Engine::new(engine::Parts {
         trunk,
         kv,
@@ -188,6 +191,7 @@ pub async fn serve(config: Config, shutdown: Shutdown) -> Result<(), Error> {
         }),
         sampling,
         jobs: inbox,
+        pump: pump.clone(),
         gauges: gauges.clone(),
         metrics: metrics.clone(),
     });
@@ -229,6 +233,7 @@ pub async fn serve(config: Config, shutdown: Shutdown) -> Result<(), Error> {
             hidden: model.hidden as u32,
         },
         link_events,
+        pump: pump.handle(),
         view: view.clone(),
     })?;
 

@@ -5,12 +5,13 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use arc_swap::ArcSwap;
-use crossbeam_channel::{Receiver, RecvTimeoutError};
 use mesh::link::{LinkEvent, LinkHandle};
 use mesh::placement::Placement;
+use mesh::pump::Pump;
 use mesh::telemetry::propagate;
 use model::Routed;
 use proto::{Epoch, LayerId, Ticket};
+use tokio::sync::mpsc::Receiver;
 use tracing::Span;
 
 use crate::exchange::{Exchange, ExchangeError, Taken};
@@ -24,6 +25,8 @@ pub struct Remote {
     pub exchange: Exchange,
     pub links: Arc<[Arc<LinkHandle>]>,
     pub events: Receiver<LinkEvent>,
+    /// Where the streams live; driven here and nowhere else.
+    pub pump: Pump,
     pub placement: Arc<ArcSwap<Placement>>,
     pub metrics: RouterMetrics,
     pub epoch: Epoch,
@@ -46,7 +49,10 @@ impl Remote {
         while !self.exchange.is_done() {
             let now = Instant::now();
             let pause = self.exchange.next_timeout().saturating_duration_since(now);
-            let event = self.events.recv_timeout(pause.min(LOOK_AROUND));
+            let event = match self.events.try_recv() {
+                Ok(event) => Some(Some(event)),
+                Err(_) => self.pump.run_for(pause.min(LOOK_AROUND), self.events.recv()),
+            };
             let now = Instant::now();
             let placement = self.placement.load_full();
             if placement.epoch() != self.epoch {
@@ -54,7 +60,7 @@ impl Remote {
                 self.exchange.on_placement(&placement, now);
             }
             match event {
-                Ok(LinkEvent::Reply(node, reply)) => {
+                Some(Some(LinkEvent::Reply(node, reply))) => {
                     match self.exchange.on_reply(node, reply, &placement, now)? {
                         Taken::Result(took) => {
                             self.links[node.0 as usize].observe(took);
@@ -64,16 +70,16 @@ impl Remote {
                         Taken::Stale => _ = self.metrics.stale_replies.inc(),
                     }
                 }
-                Ok(LinkEvent::Down(node)) => {
+                Some(Some(LinkEvent::Down(node))) => {
                     let before = self.exchange.retries();
                     self.exchange.on_down(node, &placement, now);
                     if self.exchange.retries() > before {
                         self.count_retry(node.0);
                     }
                 }
-                Err(RecvTimeoutError::Timeout) => self.exchange.on_time(&placement, now)?,
+                None => self.exchange.on_time(&placement, now)?,
                 // The links hold the senders for as long as the process serves.
-                Err(RecvTimeoutError::Disconnected) => std::thread::sleep(LOOK_AROUND),
+                Some(None) => std::thread::sleep(LOOK_AROUND),
             }
             self.flush(&placement, now);
         }
@@ -105,5 +111,7 @@ impl Remote {
                 self.exchange.on_unsent(Ticket(frame.ticket), placement, now);
             }
         }
+        // The bytes leave now, before this thread computes on.
+        self.pump.turn();
     }
 }

@@ -1,0 +1,73 @@
+//! The runtime that a computing thread owns and drives itself. The streams it
+//! works with live here, so a frame goes from the computation to the socket and
+//! back without waking another thread.
+//!
+//! Nothing runs while its owner computes: sockets fill their buffers, timers
+//! come late. Whoever puts a task here allows for that.
+
+use std::future::Future;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::runtime::{Builder, Handle, Runtime};
+
+/// Shared by what its one owner drives; clones are the same runtime.
+#[derive(Clone)]
+pub struct Pump(Arc<Runtime>);
+
+impl Pump {
+    /// # Errors
+    /// The system gives no event queue.
+    pub fn new() -> std::io::Result<Self> {
+        Builder::new_current_thread().enable_all().build().map(|runtime| Self(Arc::new(runtime)))
+    }
+
+    /// For those who put tasks here from other threads.
+    pub fn handle(&self) -> Handle {
+        self.0.handle().clone()
+    }
+
+    /// Runs the tasks that can run and those that they wake, then returns.
+    pub fn turn(&self) {
+        self.0.block_on(tokio::task::yield_now());
+    }
+
+    /// Drives the tasks until `future` is done.
+    pub fn run<T>(&self, future: impl Future<Output = T>) -> T {
+        self.0.block_on(future)
+    }
+
+    /// As [`Self::run`], for at most `time`; `None` when it ran out.
+    pub fn run_for<T>(&self, time: Duration, future: impl Future<Output = T>) -> Option<T> {
+        self.0.block_on(async { tokio::time::timeout(time, future).await.ok() })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicBool, Ordering};
+
+    use super::*;
+
+    #[test]
+    fn a_turn_runs_what_another_thread_put_there() {
+        let pump = Pump::new().unwrap();
+        let ran = Arc::new(AtomicBool::new(false));
+        let (handle, flag) = (pump.handle(), ran.clone());
+        std::thread::spawn(move || {
+            handle.spawn(async move { flag.store(true, Ordering::Relaxed) });
+        })
+        .join()
+        .unwrap();
+        assert!(!ran.load(Ordering::Relaxed));
+        pump.turn();
+        assert!(ran.load(Ordering::Relaxed));
+    }
+
+    #[test]
+    fn time_runs_out() {
+        let pump = Pump::new().unwrap();
+        assert_eq!(pump.run_for(Duration::from_millis(1), std::future::pending::<()>()), None);
+        assert_eq!(pump.run_for(Duration::from_secs(9), async { 7 }), Some(7));
+    }
+}
