@@ -223,6 +223,8 @@ pub enum BenchCommand {
     Serve(BenchServeArgs),
     /// Measure a mesh beside another engine, in alternating rounds
     Compare(BenchCompareArgs),
+    /// Measure products and experts beside what the machine does at most
+    Kernels(BenchKernelsArgs),
     /// Write a checkpoint with random weights to measure with
     MakeCheckpoint(MakeCheckpointArgs),
 }

@@ -101,6 +101,7 @@ async fn run(command: Command) -> anyhow::Result<()> {
         Command::Bench(args) => match args.what {
             BenchCommand::Serve(args) => bench::serve::run(args).await,
             BenchCommand::Compare(args) => bench::compare::run(args).await,
+            BenchCommand::Kernels(args) => bench::kernels::run(&args),
             BenchCommand::MakeCheckpoint(args) => bench::checkpoint::make(&args),
         },
         Command::Completions { shell } => {

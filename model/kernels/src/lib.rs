@@ -21,6 +21,8 @@ mod device;
 mod dot;
 mod isa;
 mod lanes;
+#[doc(hidden)]
+pub mod limits;
 mod mat;
 mod packed;
 mod pool;
