@@ -97,6 +97,9 @@ impl<'a> Right<'a> {
 
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
 unsafe fn pack(x: &[bf16], rows: usize, k: usize, into: &mut Packed) {
+    if rows == 0 {
+        return;
+    }
     let (columns, steps) = (columns(rows), into.width() / STEP);
     let tiles = rows.div_ceil(EDGE);
     let segments = into.segments().to_vec();
@@ -140,9 +143,13 @@ fn lanes(count: usize) -> __mmask16 {
 /// Whether this CPU has bf16 tiles, the system permits them to this process, and they add up as defined.
 pub(super) fn available() -> bool {
     static AVAILABLE: OnceLock<bool> = OnceLock::new();
-    // SAFETY: tried only where the instruction is there and permitted.
     *AVAILABLE.get_or_init(|| {
-        present() && permitted() && trials::pass(16, |acc, w, x| unsafe { trials::once(acc, w, x) })
+        present()
+            && permitted()
+            && trials::pass(16, |acc, w, x| {
+                // SAFETY: tried only where the instruction is there and permitted.
+                unsafe { trials::once(acc, w, x) }
+            })
     })
 }
 
