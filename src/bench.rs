@@ -4,12 +4,14 @@
 //! - [`dispatch`]: the round trip of a layer's rows beside a raw echo
 //! - [`serve`]: a server or a mesh under load; [`report`]: what it prints
 //! - [`compare`]: a mesh beside another engine
+//! - [`kernels`]: products and experts beside the machine's limits
 //! - [`load`]: requests and when their answers came; [`procs`]: what processes cost
 //! - [`stats`]: percentiles, medians, random numbers
 
 pub mod checkpoint;
 pub mod compare;
 pub mod dispatch;
+pub mod kernels;
 mod load;
 mod procs;
 mod report;

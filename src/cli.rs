@@ -225,6 +225,8 @@ pub enum BenchCommand {
     Compare(BenchCompareArgs),
     /// Measure the round trip of a layer's rows beside a raw echo of the same bytes
     Dispatch(BenchDispatchArgs),
+    /// Measure products and experts beside what the machine does at most
+    Kernels(BenchKernelsArgs),
     /// Write a checkpoint with random weights to measure with
     MakeCheckpoint(MakeCheckpointArgs),
 }

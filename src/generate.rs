@@ -112,6 +112,7 @@ async fn stream(
         temperature: request.temperature,
         seed: request.seed,
         ignore_eos: false,
+        count_each: false,
     };
     let summary = match complete(server, &ask, write).await {
         // Whoever read the text has enough of it, as in `… | head -1`.

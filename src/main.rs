@@ -102,6 +102,7 @@ async fn run(command: Command) -> anyhow::Result<()> {
             BenchCommand::Serve(args) => bench::serve::run(args).await,
             BenchCommand::Compare(args) => bench::compare::run(args).await,
             BenchCommand::Dispatch(args) => bench::dispatch::run(args).await,
+            BenchCommand::Kernels(args) => bench::kernels::run(&args),
             BenchCommand::MakeCheckpoint(args) => bench::checkpoint::make(&args),
         },
         Command::Completions { shell } => {

@@ -76,6 +76,20 @@ fn the_cut_of_the_prompt_changes_no_bit() {
 }
 
 #[test]
+fn micro_batches_change_no_bit() {
+    block_on(async {
+        for numerics in ["bf16", "f32"] {
+            let fixture = Fixture::load("plain");
+            let never = plan(&fixture, numerics).router("micro_batches", "\"never\"");
+            let want = all_scores(never.start().await, &fixture).await;
+            let always = plan(&fixture, numerics).router("micro_batches", "\"always\"");
+            let got = all_scores(always.start().await, &fixture).await;
+            assert_same(&format!("{numerics}, two micro-batches"), &fixture, &want, &got);
+        }
+    });
+}
+
+#[test]
 fn neighbours_in_the_batch_change_no_bit() {
     block_on(async {
         for numerics in ["bf16", "f32"] {

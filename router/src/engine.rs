@@ -4,6 +4,7 @@
 //! channel of jobs and read its [`Gauges`].
 
 mod job;
+mod overlap;
 mod stream;
 
 use std::collections::HashMap;
@@ -19,11 +20,13 @@ use tokio::sync::mpsc::Receiver;
 use tokio::sync::mpsc::error::TryRecvError;
 use tracing::Span;
 
-use crate::exchange::ExchangeError;
+use crate::exchange::{ExchangeError, LANES};
 use crate::experts::Experts;
 use crate::metrics::RouterMetrics;
 use crate::scheduler::{Pages, Part, Scheduler, SeqId};
 pub use job::Job;
+pub use overlap::Splitting;
+use overlap::{Overlap, halves};
 use stream::{Next, Stream};
 
 /// How long an engine with nothing to compute waits before it looks for
@@ -60,6 +63,7 @@ pub struct Parts {
     pub experts: Experts,
     pub scheduler: Scheduler,
     pub sampling: Scratch,
+    pub splitting: Splitting,
     pub jobs: Receiver<Job>,
     /// The streams to the nodes live on it.
     pub pump: Pump,
@@ -71,7 +75,9 @@ pub struct Parts {
 pub struct Engine {
     parts: Parts,
     streams: HashMap<SeqId, Stream>,
-    step: Step,
+    overlap: Overlap,
+    /// One per micro-batch.
+    steps: [Step; LANES],
 }
 
 impl Pages for KvPool {
@@ -86,7 +92,8 @@ impl Pages for KvPool {
 
 impl Engine {
     pub fn new(parts: Parts) -> Self {
-        Self { parts, streams: HashMap::new(), step: Step::default() }
+        let overlap = Overlap::new(parts.splitting);
+        Self { parts, streams: HashMap::new(), overlap, steps: Default::default() }
     }
 
     /// Runs until every sender of jobs is gone and every sequence has ended.
@@ -103,11 +110,7 @@ impl Engine {
                 open = self.idle(open);
                 continue;
             }
-            let start = Instant::now();
-            match self.forward(&plan) {
-                Ok(()) => self.answer(&plan, start),
-                Err(error) => self.fail(&plan, &error),
-            }
+            self.compute(&plan);
             self.publish();
         }
     }
@@ -176,35 +179,61 @@ impl Engine {
         self.parts.scheduler.remove(id, &mut self.parts.kv);
     }
 
-    /// One step through all layers. What it leaves is the logits of the wanted rows.
-    fn forward(&mut self, plan: &[Part]) -> Result<(), Failure> {
+    /// One step, as a whole or as two micro-batches.
+    fn compute(&mut self, plan: &[Part]) {
+        let start = Instant::now();
+        let rows = plan.iter().map(|part| part.len).sum();
+        let split = self.parts.experts.lanes() > 1 && self.overlap.split(rows);
+        let batches = if split { halves(plan) } else { (plan.to_vec(), Vec::new()) };
+        let batches = [batches.0, batches.1];
+        if let Err(error) = self.forward(plan, &batches) {
+            return self.fail(plan, &error);
+        }
+        for (lane, batch) in batches.iter().enumerate() {
+            self.answer(lane, batch);
+        }
+        let took = start.elapsed();
+        self.overlap.observe(rows, split, took);
+        self.parts.scheduler.took(plan, took);
+        self.parts.metrics.step.observe(took.as_secs_f64());
+    }
+
+    /// Runs all layers. What it leaves is the logits of the wanted rows. A micro-batch
+    /// goes on to its next layer while the rows of the other are away; the bits
+    /// depend on neither.
+    fn forward(&mut self, plan: &[Part], batches: &[Vec<Part>; LANES]) -> Result<(), Failure> {
         let rows: usize = plan.iter().map(|part| part.len).sum();
         let span = self.step_span(plan, rows);
         let _in_step = span.enter();
         self.parts.metrics.step_rows.observe(rows as f64);
-        let chunks: Vec<Chunk<'_>> = plan
-            .iter()
-            .filter_map(|part| {
-                let sequence = self.parts.scheduler.get(part.id)?;
-                let logits = self.streams.get(&part.id)?.wanted_logits(part);
-                Some(Chunk {
-                    tokens: &sequence.tokens[part.start..part.start + part.len],
-                    start: part.start,
-                    pages: &sequence.pages,
-                    logits,
-                })
-            })
-            .collect();
-        self.parts.trunk.begin(&mut self.step, &chunks, &self.parts.kv)?;
-        for layer in 0..self.parts.trunk.config().layers {
-            let span = tracing::debug_span!("layer", layer);
-            let _in_layer = span.enter();
-            if self.parts.trunk.attend(layer, &mut self.step, &mut self.parts.kv) {
-                self.parts.experts.send(LayerId(layer as u32), &self.step.routed(), &span);
-                self.parts.trunk.shared(layer, &mut self.step);
-                self.parts.experts.wait(&self.step.routed())?;
-                let experts = &self.parts.experts;
-                self.parts.trunk.absorb(layer, &mut self.step, &|slot| experts.row(slot));
+        let mut lanes = 0;
+        for (step, batch) in self.steps.iter_mut().zip(batches).filter(|(_, b)| !b.is_empty()) {
+            let chunks = chunks(&self.parts.scheduler, &self.streams, batch);
+            self.parts.trunk.begin(step, &chunks, &self.parts.kv)?;
+            lanes += 1;
+        }
+        let Parts { trunk, kv, experts, .. } = &mut self.parts;
+        let layers = trunk.config().layers;
+        // The layer whose results each lane waits for, and its span.
+        let mut away: [Option<(usize, Span)>; LANES] = Default::default();
+        for layer in 0..=layers {
+            for (lane, step) in self.steps.iter_mut().enumerate().take(lanes) {
+                if let Some((layer, span)) = away[lane].take() {
+                    let _in_layer = span.enter();
+                    experts.wait(lane, &step.routed())?;
+                    trunk.absorb(layer, step, &|slot| experts.row(lane, slot));
+                }
+                if layer == layers {
+                    continue;
+                }
+                let span = tracing::debug_span!("layer", layer, lane);
+                let in_layer = span.enter();
+                if trunk.attend(layer, step, kv) {
+                    experts.send(lane, LayerId(layer as u32), &step.routed(), &span);
+                    trunk.shared(layer, step);
+                    drop(in_layer);
+                    away[lane] = Some((layer, span));
+                }
             }
         }
         Ok(())
@@ -226,11 +255,14 @@ impl Engine {
         span
     }
 
-    /// Samples every finished row and sends what the streams are owed.
-    fn answer(&mut self, plan: &[Part], start: Instant) {
+    /// Samples every finished row of a micro-batch and sends what the streams are owed.
+    fn answer(&mut self, lane: usize, plan: &[Part]) {
+        if plan.is_empty() {
+            return;
+        }
         let Parts { trunk, scheduler, sampling, gauges, metrics, .. } = &mut self.parts;
         let vocab = trunk.config().vocab;
-        let mut logits = trunk.logits(&mut self.step);
+        let mut logits = trunk.logits(&mut self.steps[lane]);
         let mut ended = Vec::new();
         for &part in plan {
             let Some(stream) = self.streams.get_mut(&part.id) else { continue };
@@ -268,9 +300,6 @@ impl Engine {
                 }
             }
         }
-        let took = start.elapsed();
-        self.parts.scheduler.took(plan, took);
-        self.parts.metrics.step.observe(took.as_secs_f64());
         for id in ended {
             self.end(id);
         }
@@ -299,4 +328,24 @@ impl Engine {
         self.parts.metrics.waiting.set(waiting as i64);
         self.parts.metrics.kv_pages_used.set(used as i64);
     }
+}
+
+/// A plan's parts as the trunk takes them.
+fn chunks<'a>(
+    scheduler: &'a Scheduler,
+    streams: &HashMap<SeqId, Stream>,
+    plan: &[Part],
+) -> Vec<Chunk<'a>> {
+    plan.iter()
+        .filter_map(|part| {
+            let sequence = scheduler.get(part.id)?;
+            let logits = streams.get(&part.id)?.wanted_logits(part);
+            Some(Chunk {
+                tokens: &sequence.tokens[part.start..part.start + part.len],
+                start: part.start,
+                pages: &sequence.pages,
+                logits,
+            })
+        })
+        .collect()
 }

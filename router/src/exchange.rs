@@ -22,6 +22,14 @@ use proto::{Attempt, Epoch, ExpertId, LayerId, Ticket};
 /// Failures of the same slots after which sending them again is paced.
 const PROMPT_RESENDS: u32 = 2;
 
+/// Exchanges that may be open at once over the same streams: one per micro-batch.
+pub const LANES: usize = 2;
+
+/// The lane whose exchange gave out `ticket`.
+pub fn lane(ticket: Ticket) -> usize {
+    (ticket.0 % LANES as u64) as usize
+}
+
 /// How long an exchange waits for what.
 #[derive(Clone, Copy, Debug)]
 pub struct Patience {
@@ -123,11 +131,13 @@ pub struct Exchange {
 }
 
 impl Exchange {
-    pub fn new(shape: Shape, patience: Patience, now: Instant) -> Self {
+    /// `lane` is below [`LANES`] and tells the tickets of exchanges apart that
+    /// share their nodes' streams.
+    pub fn new(shape: Shape, patience: Patience, now: Instant, lane: usize) -> Self {
         Self {
             shape,
             patience,
-            next_ticket: 1,
+            next_ticket: LANES as u64 + lane as u64,
             layer: LayerId(0),
             experts: Vec::new(),
             started: now,

@@ -1,5 +1,5 @@
 //! The seam between the trunk and the experts: send a layer's rows, do
-//! something else, wait for the results. Two implementations behind the same
+//! something else, wait for the results. Each micro-batch of a step has a lane. Two implementations behind the same
 //! call: nodes over gRPC, and experts inside this process (`--expert-nodes 0`),
 //! whose rows pass through the same wire dtype and so give the same bits.
 
@@ -10,7 +10,7 @@ use model::Routed;
 use proto::LayerId;
 use tracing::Span;
 
-use crate::exchange::ExchangeError;
+use crate::exchange::{ExchangeError, LANES};
 use local::Local;
 use remote::Remote;
 
@@ -21,34 +21,42 @@ pub enum Experts {
 }
 
 impl Experts {
-    /// Sends a layer's rows to the owners of their experts; returns at once.
-    pub fn send(&mut self, layer: LayerId, routed: &Routed<'_>, span: &Span) {
+    /// Micro-batches that may be away at once. One where nobody else computes them.
+    pub fn lanes(&self) -> usize {
         match self {
-            Self::Local(local) => local.send(layer, routed),
-            Self::Remote(remote) => remote.send(layer, routed, span),
+            Self::Local(_) => 1,
+            Self::Remote(_) => LANES,
         }
     }
 
-    /// Returns when every result of the layer is there. `routed` is what was sent,
-    /// for what has to be sent again.
+    /// Sends a layer's rows to the owners of their experts; returns at once.
+    pub fn send(&mut self, lane: usize, layer: LayerId, routed: &Routed<'_>, span: &Span) {
+        match self {
+            Self::Local(local) => local.send(layer, routed),
+            Self::Remote(remote) => remote.send(lane, layer, routed, span),
+        }
+    }
+
+    /// Returns when every result of the lane's layer is there. `routed` is what was
+    /// sent, for what has to be sent again.
     ///
     /// # Errors
     /// A result that cannot be had: the step must fail.
-    pub fn wait(&mut self, routed: &Routed<'_>) -> Result<(), ExchangeError> {
+    pub fn wait(&mut self, lane: usize, routed: &Routed<'_>) -> Result<(), ExchangeError> {
         match self {
             Self::Local(local) => {
                 local.compute();
                 Ok(())
             }
-            Self::Remote(remote) => remote.wait(routed),
+            Self::Remote(remote) => remote.wait(lane, routed),
         }
     }
 
-    /// The result of slot `row * top_k + slot`, in wire form.
-    pub fn row(&self, slot: usize) -> &[u8] {
+    /// The result of the lane's slot `row * top_k + slot`, in wire form.
+    pub fn row(&self, lane: usize, slot: usize) -> &[u8] {
         match self {
             Self::Local(local) => local.row(slot),
-            Self::Remote(remote) => remote.row(slot),
+            Self::Remote(remote) => remote.row(lane, slot),
         }
     }
 

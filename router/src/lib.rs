@@ -45,6 +45,7 @@ use proto::{Epoch, LayerId, MAX_MESSAGE_BYTES};
 use tokio::sync::{mpsc, watch};
 use tonic::service::Routes;
 
+pub use crate::engine::Splitting;
 use crate::engine::{Engine, Gauges};
 use crate::exchange::{Exchange, Patience, Shape};
 use crate::experts::Experts;
@@ -84,6 +85,8 @@ pub struct Config {
     /// Time between two tokens of a stream that prompts may not push beyond;
     /// `None` shares a step's time fairly among sequences.
     pub tpot_target: Option<Duration>,
+    /// Whether steps run as two micro-batches.
+    pub micro_batches: Splitting,
     pub max_running: usize,
     pub max_waiting: usize,
     /// How long a step waits for an expert without a live owner.
@@ -168,7 +171,10 @@ pub async fn serve(config: Config, shutdown: Shutdown) -> Result<(), Error> {
             busy: BUSY_PAUSE,
         };
         Experts::Remote(Box::new(Remote {
-            exchange: Exchange::new(shape, patience, Instant::now()),
+            lanes: std::array::from_fn(|lane| {
+                let now = Instant::now();
+                (Exchange::new(shape, patience, now, lane), now)
+            }),
             links: links.clone(),
             events,
             pump: pump.clone(),
@@ -176,7 +182,6 @@ pub async fn serve(config: Config, shutdown: Shutdown) -> Result<(), Error> {
             placement: placement.clone(),
             metrics: metrics.clone(),
             epoch: Epoch(0),
-            sent: Instant::now(),
         }))
     };
 
@@ -194,6 +199,7 @@ pub async fn serve(config: Config, shutdown: Shutdown) -> Result<(), Error> {
             tpot_target: config.tpot_target,
         }),
         sampling,
+        splitting: config.micro_batches,
         jobs: inbox,
         pump: pump.clone(),
         gauges: gauges.clone(),

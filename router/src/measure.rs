@@ -73,7 +73,7 @@ impl Dispatcher {
             Patience { attempt: PATIENCE, expert_wait: PATIENCE, busy: Duration::from_millis(5) };
         let now = Instant::now();
         let remote = Remote {
-            exchange: Exchange::new(shape, patience, now),
+            lanes: std::array::from_fn(|lane| (Exchange::new(shape, patience, now, lane), now)),
             links,
             events,
             pump: pump.clone(),
@@ -81,7 +81,6 @@ impl Dispatcher {
             placement,
             metrics: Metrics::default().register(RouterMetrics::new),
             epoch: Epoch(0),
-            sent: now,
         };
         while let Err(missing) = readiness.get() {
             if now.elapsed() > PATIENCE {
@@ -98,13 +97,13 @@ impl Dispatcher {
     /// # Errors
     /// As an engine's step would fail.
     pub fn round_trip(&mut self, routed: &Routed<'_>) -> Result<(), ExchangeError> {
-        self.remote.send(self.layer, routed, &Span::none());
-        self.remote.wait(routed)
+        self.remote.send(0, self.layer, routed, &Span::none());
+        self.remote.wait(0, routed)
     }
 
     /// The result of a slot.
     pub fn row(&self, slot: usize) -> &[u8] {
-        self.remote.row(slot)
+        self.remote.row(0, slot)
     }
 }
 

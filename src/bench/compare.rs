@@ -164,9 +164,8 @@ async fn sample(
     let meter = Meter::start(&engine.processes);
     let rate = match workload {
         Workload::Decode { streams, tokens } => {
-            let (prompt, answer) = (Length::exactly(args.prompt_tokens), Length::exactly(tokens));
-            let done = load::closed(target, first, streams, 1, Shape { prompt, answer }).await?;
-            done.together().context("the streams did not run together: raise --decode-tokens")?
+            let prompt = Length::exactly(args.prompt_tokens);
+            load::decode(&target, first, streams, prompt, tokens).await?
         }
         Workload::Prefill { tokens } => {
             let shape = Shape { prompt: Length::exactly(tokens), answer: Length::exactly(1) };

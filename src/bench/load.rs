@@ -5,13 +5,17 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use anyhow::Context as _;
+use anyhow::{Context as _, bail};
+use parking_lot::Mutex;
 use tokio::task::JoinSet;
 
 use crate::bench::stats::{Random, Times, arrivals};
 use crate::client::ClientError;
 use crate::client::http::Server;
-use crate::client::openai::{Ask, Prompt, Summary, complete};
+use crate::client::openai::{Ask, Prompt, Summary, complete_counted};
+
+/// How often what streams have written is looked at.
+const LOOK_EVERY: Duration = Duration::from_millis(5);
 
 /// A server, and how it is asked.
 #[derive(Debug)]
@@ -20,8 +24,16 @@ pub struct Target {
     model: String,
     /// Prompts are made of token ids below this.
     vocab: u32,
-    /// It takes prompts as text only.
+    asking: Asking,
+}
+
+/// What of the API a server takes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Asking {
+    /// Prompts as text, not as token ids.
     text: bool,
+    /// Tokens counted in every event.
+    count_each: bool,
 }
 
 /// How long prompts and answers are, in tokens.
@@ -78,22 +90,32 @@ impl std::str::FromStr for Length {
 #[derive(Clone, Debug)]
 pub struct Answer {
     pub summary: Summary,
-    /// When each piece of text came.
-    pub pieces: Vec<Instant>,
+    pub pieces: Vec<Piece>,
+}
+
+/// A piece of text.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Piece {
+    /// When it came.
+    pub at: Instant,
+    /// Tokens that came with it.
+    pub tokens: u64,
 }
 
 impl Target {
     /// Asks once, which pays for pages and connections that later requests find ready,
-    /// and finds out whether the server takes token ids.
+    /// and finds out what the server takes.
     pub async fn open(server: Server, model: String, vocab: u32) -> Result<Self, ClientError> {
-        let mut target = Self { server, model, vocab: vocab.max(2), text: false };
+        let asking = Asking { text: false, count_each: true };
+        let mut target = Self { server, model, vocab: vocab.max(2), asking };
         let shape = Shape { prompt: Length::exactly(16), answer: Length::exactly(8) };
-        match target.ask(0, shape).await {
-            Err(ClientError::Refused { .. }) => {
-                target.text = true;
-                target.ask(0, shape).await?;
+        let last = Asking { text: true, count_each: false };
+        for asking in [asking, Asking { count_each: false, ..asking }, last] {
+            target.asking = asking;
+            match target.ask(0, shape).await {
+                Err(ClientError::Refused { .. }) if asking != last => {}
+                done => return done.map(|_| target),
             }
-            done => drop(done?),
         }
         Ok(target)
     }
@@ -103,18 +125,13 @@ impl Target {
     }
 
     pub fn takes_ids(&self) -> bool {
-        !self.text
+        !self.asking.text
     }
 
     /// Asks request number `key`.
     pub async fn ask(&self, key: u64, shape: Shape) -> Result<Answer, ClientError> {
         let mut pieces = Vec::new();
-        let ask = self.request(key, shape);
-        let summary = complete::<ClientError>(&self.server, &ask, |_| {
-            pieces.push(Instant::now());
-            Ok(())
-        })
-        .await?;
+        let summary = self.follow(key, shape, |piece| pieces.push(piece)).await?;
         Ok(Answer { summary, pieces })
     }
 
@@ -123,11 +140,12 @@ impl Target {
         &self,
         key: u64,
         shape: Shape,
-        mut piece: impl FnMut(Instant),
+        mut heard: impl FnMut(Piece),
     ) -> Result<Summary, ClientError> {
-        let ask = self.request(key, shape);
-        complete::<ClientError>(&self.server, &ask, |_| {
-            piece(Instant::now());
+        let mut before = 0;
+        complete_counted::<ClientError>(&self.server, &self.request(key, shape), |_, tokens| {
+            heard(Piece { at: Instant::now(), tokens: tokens.saturating_sub(before) });
+            before = tokens;
             Ok(())
         })
         .await
@@ -140,7 +158,7 @@ impl Target {
         };
         let length = shape.prompt.draw(&mut random);
         let prompt = ids(&mut random, length);
-        let prompt = match self.text {
+        let prompt = match self.asking.text {
             true => Prompt::Text(words(&prompt)),
             false => Prompt::Tokens(prompt),
         };
@@ -151,6 +169,7 @@ impl Target {
             temperature: Some(0.0),
             seed: None,
             ignore_eos: true,
+            count_each: self.asking.count_each,
         }
     }
 }
@@ -164,7 +183,7 @@ fn words(ids: &[u32]) -> String {
 impl Answer {
     /// Times between one piece and the next.
     pub fn gaps(&self) -> impl Iterator<Item = Duration> {
-        self.pieces.windows(2).map(|pair| pair[1] - pair[0])
+        self.pieces.windows(2).map(|pair| pair[1].at - pair[0].at)
     }
 }
 
@@ -194,21 +213,6 @@ impl Done {
 
     pub fn itl(&self) -> Times {
         Times::new(self.answers.iter().flat_map(Answer::gaps))
-    }
-
-    /// Tokens a second while all answers were being written: from when the last one
-    /// began to when the first one ended. `None` if that was no time worth measuring.
-    pub fn together(&self) -> Option<f64> {
-        let begun = self.answers.iter().map(|answer| answer.pieces.first()).max()??;
-        let ended = self.answers.iter().map(|answer| answer.pieces.last()).min()??;
-        let window = ended.checked_duration_since(*begun)?.as_secs_f64();
-        let pieces = self.answers.iter().flat_map(|answer| &answer.pieces);
-        let within = pieces.clone().filter(|&at| at > begun && at <= ended).count();
-        let all = pieces.count();
-        // Half of what was asked for at least: less would be chance.
-        let enough = window > 0.0 && within * 2 >= all;
-        // A piece may be of several tokens.
-        enough.then(|| within as f64 / window * self.tokens() as f64 / all as f64)
     }
 }
 
@@ -258,6 +262,84 @@ pub async fn open(
     Ok(Done { answers, wall: began.elapsed() })
 }
 
+/// Streams that run until they are dropped, and what has been heard of them.
+pub struct Streams {
+    running: JoinSet<Result<Summary, ClientError>>,
+    heard: Vec<Arc<Mutex<Vec<Piece>>>>,
+}
+
+impl Streams {
+    /// `count` requests, numbered from `first` on.
+    pub fn start(target: &Arc<Target>, first: u64, count: usize, shape: Shape) -> Self {
+        let heard: Vec<Arc<Mutex<Vec<Piece>>>> = (0..count).map(|_| Arc::default()).collect();
+        let mut running = JoinSet::new();
+        for (key, heard) in (first..).zip(&heard) {
+            let (target, heard) = (target.clone(), heard.clone());
+            running.spawn(async move {
+                target.follow(key, shape, |piece| heard.lock().push(piece)).await
+            });
+        }
+        Self { running, heard }
+    }
+
+    pub fn heard(&self) -> Vec<Vec<Piece>> {
+        self.heard.iter().map(|heard| heard.lock().clone()).collect()
+    }
+
+    /// Waits until `enough` of what has been heard. False if a stream ended before.
+    pub async fn until(&mut self, enough: impl Fn(&[Vec<Piece>]) -> bool) -> anyhow::Result<bool> {
+        loop {
+            if enough(&self.heard()) {
+                return Ok(true);
+            }
+            tokio::select! {
+                () = tokio::time::sleep(LOOK_EVERY) => {}
+                done = self.running.join_next() => {
+                    done.context("there is no stream")?.context("a stream failed")??;
+                    return Ok(enough(&self.heard()));
+                }
+            }
+        }
+    }
+}
+
+/// Tokens a second of `streams` streams while all of them run, each `tokens` long
+/// or so, prompts left out.
+pub async fn decode(
+    target: &Arc<Target>,
+    first: u64,
+    streams: usize,
+    prompt: Length,
+    tokens: usize,
+) -> anyhow::Result<f64> {
+    let shape = Shape { prompt, answer: Length::exactly(answer_for(tokens)) };
+    let mut running = Streams::start(target, first, streams, shape);
+    let wanted = (streams * tokens) as u64;
+    running.until(|heard| together(heard).is_some_and(|(count, _)| count >= wanted)).await?;
+    match together(&running.heard()) {
+        // An end that came too soon leaves chance.
+        Some((count, seconds)) if count * 2 >= wanted => Ok(count as f64 / seconds),
+        _ => bail!("the streams did not run together long enough: raise --decode-tokens"),
+    }
+}
+
+/// Tokens that a stream asks for to be there for `tokens` tokens' time with all
+/// the others, however late they begin.
+pub const fn answer_for(tokens: usize) -> usize {
+    2 * tokens + 64
+}
+
+/// Tokens, and the seconds that they took, from when the last stream began to now,
+/// or to when the first one ended.
+fn together(heard: &[Vec<Piece>]) -> Option<(u64, f64)> {
+    let begun = heard.iter().map(|pieces| pieces.first().map(|piece| piece.at)).max()??;
+    let ended = heard.iter().filter_map(|pieces| pieces.last()).map(|piece| piece.at).min()?;
+    let seconds = ended.checked_duration_since(begun)?.as_secs_f64();
+    let within = heard.iter().flatten().filter(|piece| piece.at > begun && piece.at <= ended);
+    let begun_all = heard.iter().all(|pieces| !pieces.is_empty());
+    (begun_all && seconds > 0.0).then(|| (within.map(|piece| piece.tokens).sum(), seconds))
+}
+
 async fn finished<T: 'static>(
     mut running: JoinSet<Result<T, ClientError>>,
 ) -> anyhow::Result<Vec<T>> {
@@ -274,7 +356,8 @@ mod tests {
 
     fn target(text: bool) -> Target {
         let server = Server::from_url("http://127.0.0.1:1", None).unwrap();
-        Target { server, model: "m".to_owned(), vocab: 300, text }
+        let asking = Asking { text, count_each: false };
+        Target { server, model: "m".to_owned(), vocab: 300, asking }
     }
 
     #[test]
@@ -307,18 +390,16 @@ mod tests {
     #[test]
     fn streams_are_counted_while_all_of_them_run() {
         let start = Instant::now();
-        let answer = |from: u64, to: u64| Answer {
-            summary: Summary { completion_tokens: to - from + 1, ..Summary::default() },
-            pieces: (from..=to).map(|ms| start + Duration::from_millis(10 * ms)).collect(),
+        let pieces = |from: u64, to: u64, tokens| -> Vec<Piece> {
+            let at = |ms| start + Duration::from_millis(10 * ms);
+            (from..=to).map(|ms| Piece { at: at(ms), tokens }).collect()
         };
-        let done = |answers| Done { answers, wall: Duration::from_secs(1) };
-        // Both run from 20 ms to 100 ms: eight pieces each.
-        let rate = done(vec![answer(0, 10), answer(2, 12)]).together().unwrap();
-        assert!((rate - 200.0).abs() < 1e-6, "{rate}");
-        let one = done(vec![answer(0, 10)]).together().unwrap();
-        assert!((one - 100.0).abs() < 1e-6, "{one}");
-        assert_eq!(done(vec![answer(0, 3), answer(5, 9)]).together(), None, "one after the other");
-        assert_eq!(done(vec![answer(0, 10), answer(9, 19)]).together(), None, "hardly together");
-        assert_eq!(done(vec![]).together(), None);
+        // Both run from 20 ms to 100 ms: eight pieces each, the one's of two tokens.
+        let (count, seconds) = together(&[pieces(0, 10, 1), pieces(2, 12, 2)]).unwrap();
+        assert!(count == 24 && (seconds - 0.08).abs() < 1e-9, "{count} {seconds}");
+        assert_eq!(together(&[pieces(0, 10, 1)]).unwrap().0, 10);
+        assert_eq!(together(&[pieces(0, 3, 1), pieces(5, 9, 1)]), None, "one after the other");
+        assert_eq!(together(&[pieces(0, 3, 1), Vec::new()]), None, "one has not begun");
+        assert_eq!(together(&[]), None);
     }
 }

@@ -221,9 +221,14 @@ mod tests {
     #[test]
     fn children_are_found_and_measured() {
         let mut child = std::process::Command::new("sleep").arg("30").spawn().unwrap();
-        let found = below(std::process::id());
-        let sleeper = found.iter().find(|process| process.pid == child.id()).unwrap();
-        assert_eq!(sleeper.name, "sleep");
+        let sleeper = loop {
+            // Until it has become the program, it has the name of this one.
+            let found = below(std::process::id()).into_iter().find(|p| p.pid == child.id());
+            if let Some(sleeper) = found.filter(|process| process.name == "sleep") {
+                break sleeper;
+            }
+        };
+        let sleeper = &sleeper;
         assert!(Memory::of(std::slice::from_ref(sleeper)).peak_rss > 0.1);
         let meter = Meter::start(std::slice::from_ref(sleeper));
         let usage = meter.stop();

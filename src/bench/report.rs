@@ -35,8 +35,6 @@ pub struct Row {
     /// Tokens that the rate counts.
     pub tokens: u64,
     pub wall: Duration,
-    /// Tokens a second while all streams ran.
-    pub together: Option<f64>,
     /// Time to the first token, of each request.
     pub first: Times,
     /// Time per token after the first, of each request that has one.
@@ -154,7 +152,6 @@ fn row_json(row: &Row) -> Value {
         "measured": row.what,
         "load": row.load,
         "tokens_per_second": row.rate(),
-        "tokens_per_second_together": row.together,
         "requests": row.requests,
         "prompt_tokens": row.prompt_tokens,
         "seconds": row.wall.as_secs_f64(),
@@ -211,7 +208,6 @@ mod tests {
             prompt_tokens: 16,
             tokens: 3,
             wall: Duration::from_secs(2),
-            together: Some(2.0),
             first: Times::new([Duration::from_millis(415)]),
             per_token: Times::default(),
             gaps: Times::new([Duration::from_millis(5)]),

@@ -2,18 +2,15 @@
 //! closed or an open loop, prefill, and what a long prompt does to running streams.
 
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
-use anyhow::{Context as _, bail};
-use parking_lot::Mutex;
-use tokio::task::JoinSet;
+use anyhow::{Context as _, bail, ensure};
 
-use crate::bench::load::{self, Done, Length, Shape, Target};
+use crate::bench::load::{self, Done, Length, Piece, Shape, Streams, Target};
 use crate::bench::procs::{self, Memory, Meter, Process};
 use crate::bench::report::{self, Intrusion, Report, Row};
 use crate::bench::stats::Times;
 use crate::cli::BenchServeArgs;
-use crate::client::ClientError;
 use crate::client::http::Server;
 use crate::client::openai::first_model;
 use crate::config::local::Local;
@@ -154,7 +151,6 @@ impl Run {
             prompt_tokens: done.prompt_tokens(),
             tokens: done.tokens(),
             wall: done.wall,
-            together: done.together(),
             first: done.ttft(),
             per_token: done.tpot(),
             gaps: done.itl(),
@@ -174,42 +170,21 @@ impl Run {
         let first = self.take(streams + 1);
         let answer = Length::exactly(args.decode_tokens.most().max(args.prompt_tokens.most()));
         let shape = Shape { prompt: args.prompt_tokens, answer };
-        let heard: Vec<Arc<Mutex<Vec<Instant>>>> = (0..streams).map(|_| Arc::default()).collect();
-        let mut running = JoinSet::new();
-        for (key, heard) in (first + 1..).zip(&heard) {
-            let (target, heard) = (self.target.clone(), heard.clone());
-            running.spawn(async move {
-                target.follow(key, shape, |at| heard.lock().push(at)).await.map(drop)
-            });
-        }
-        let ended = |done: Option<Result<Result<(), ClientError>, _>>| -> anyhow::Result<()> {
-            done.context("there was no stream")?.context("a stream failed")??;
-            bail!("a stream ended before the long prompt was answered: raise --decode-tokens")
-        };
-        while heard.iter().any(|heard| heard.lock().len() < BEFORE) {
-            tokio::select! {
-                () = tokio::time::sleep(Duration::from_millis(5)) => {}
-                done = running.join_next() => ended(done)?,
-            }
-        }
+        let mut running = Streams::start(&self.target, first + 1, streams, shape);
+        let early = "a stream ended before the long prompt was answered: raise --decode-tokens";
+        let warm = running.until(|heard| heard.iter().all(|pieces| pieces.len() >= BEFORE));
+        ensure!(warm.await?, early);
         let asked = Instant::now();
         let long = Shape { prompt: Length::exactly(prompt), answer: Length::exactly(1) };
         let took = tokio::select! {
             answer = self.target.ask(first, long) => answer?.summary.first,
-            done = running.join_next() => return Err(ended(done).err().unwrap_or_else(|| {
-                anyhow::anyhow!("a stream ended early")
-            })),
+            ended = running.until(|_| false) => bail!(ended.map(|_| early)?),
         };
         // The gap that the answer falls into ends only now.
         let until = asked + took;
-        while heard.iter().any(|heard| heard.lock().last().is_none_or(|last| *last <= until)) {
-            tokio::select! {
-                () = tokio::time::sleep(Duration::from_millis(5)) => {}
-                done = running.join_next() => ended(done)?,
-            }
-        }
-        running.abort_all();
-        let all: Vec<Vec<Instant>> = heard.iter().map(|heard| heard.lock().clone()).collect();
+        let over = |pieces: &Vec<Piece>| pieces.last().is_some_and(|piece| piece.at > until);
+        ensure!(running.until(|heard| heard.iter().all(over)).await?, early);
+        let all = running.heard();
         let (before, during) = split(&all, asked, until);
         Ok(Intrusion { streams, prompt, took, before, during })
     }
@@ -217,10 +192,10 @@ impl Run {
 
 /// The gaps that ended before `asked`, when all streams ran, and those that
 /// overlap the time from then to `until`.
-fn split(streams: &[Vec<Instant>], asked: Instant, until: Instant) -> (Times, Times) {
-    let begun = streams.iter().filter_map(|pieces| pieces.first()).max().copied();
+fn split(streams: &[Vec<Piece>], asked: Instant, until: Instant) -> (Times, Times) {
+    let begun = streams.iter().filter_map(|pieces| pieces.first()).map(|piece| piece.at).max();
     let begun = begun.unwrap_or(asked);
-    let gaps = || streams.iter().flat_map(|pieces| pieces.windows(2).map(|w| (w[0], w[1])));
+    let gaps = || streams.iter().flat_map(|pieces| pieces.windows(2).map(|w| (w[0].at, w[1].at)));
     let before = gaps().filter(|&(from, to)| from >= begun && to <= asked);
     let during = gaps().filter(|&(from, to)| to > asked && from < until);
     (Times::new(before.map(|(from, to)| to - from)), Times::new(during.map(|(from, to)| to - from)))
@@ -228,13 +203,16 @@ fn split(streams: &[Vec<Instant>], asked: Instant, until: Instant) -> (Times, Ti
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use super::*;
 
     #[test]
     fn a_stall_counts_where_it_overlaps_the_long_prompt() {
         let start = Instant::now();
-        let at = |ms: &[u64]| ms.iter().map(|ms| start + Duration::from_millis(*ms)).collect();
-        let streams: [Vec<Instant>; 2] = [at(&[0, 10, 20, 30, 95, 105]), at(&[5, 15, 25, 90, 100])];
+        let piece = |ms: &u64| Piece { at: start + Duration::from_millis(*ms), tokens: 1 };
+        let at = |ms: &[u64]| ms.iter().map(piece).collect();
+        let streams: [Vec<Piece>; 2] = [at(&[0, 10, 20, 30, 95, 105]), at(&[5, 15, 25, 90, 100])];
         let when = |ms| start + Duration::from_millis(ms);
         let (before, during) = split(&streams, when(30), when(80));
         // From 5 ms on, when both run: three gaps of the one, two of the other.

@@ -217,3 +217,31 @@ Examples:
   moemesh bench compare --model bench-m --expert-nodes 2 --peer llama.cpp --peer-model bench-m.gguf
   moemesh bench compare --model bench-m --expert-nodes 2 --peer vllm --peer-program venv/bin/python
   moemesh bench compare --expert-nodes 2 --peer moemesh --peer-args \"--expert-nodes 0\"";
+
+#[derive(Debug, Args)]
+#[command(after_help = KERNELS_EXAMPLES)]
+pub struct BenchKernelsArgs {
+    /// Rows of activations that share a weight
+    #[arg(long, value_name = "N,…", value_delimiter = ',', default_values_t = [1, 4, 16, 64, 256])]
+    pub rows: Vec<usize>,
+    /// Threads that compute
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    pub threads: usize,
+    /// What activations are rounded to
+    #[arg(long, value_name = "CLASS", default_value = "bf16", value_parser = ["bf16", "f32"])]
+    pub numerics: String,
+    /// Instruction set [default: the fastest that this CPU has]
+    #[arg(long, value_name = "NAME")]
+    pub isa: Option<String>,
+    /// Checkpoint whose experts are measured [default: the bundled tiny model]
+    #[arg(long, value_name = "DIR")]
+    pub model: Option<PathBuf>,
+    /// Print JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
+const KERNELS_EXAMPLES: &str = "\
+Examples:
+  moemesh bench kernels --model bench-m
+  moemesh bench kernels --threads 2 --rows 1,256 --isa avx2";

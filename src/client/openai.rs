@@ -28,6 +28,8 @@ pub struct Ask {
     pub seed: Option<u64>,
     /// Go on to `max_tokens` whatever the model says.
     pub ignore_eos: bool,
+    /// Count tokens in every event, as vLLM does when asked.
+    pub count_each: bool,
 }
 
 impl Ask {
@@ -58,6 +60,9 @@ impl Ask {
         }
         if self.ignore_eos {
             body["ignore_eos"] = json!(true);
+        }
+        if self.count_each {
+            body["stream_options"]["continuous_usage_stats"] = json!(true);
         }
         body
     }
@@ -96,6 +101,16 @@ pub async fn complete<E: From<ClientError>>(
     ask: &Ask,
     mut piece: impl FnMut(&str) -> Result<(), E>,
 ) -> Result<Summary, E> {
+    complete_counted(server, ask, |text, _| piece(text)).await
+}
+
+/// [`complete`], which also tells how many tokens there are so far: as the server
+/// counts them, or else one for each event.
+pub async fn complete_counted<E: From<ClientError>>(
+    server: &Server,
+    ask: &Ask,
+    mut piece: impl FnMut(&str, u64) -> Result<(), E>,
+) -> Result<Summary, E> {
     let asked = Instant::now();
     let mut events = server.events(ask.path(), &ask.body()).await?;
     let mut summary = Summary::default();
@@ -126,7 +141,7 @@ pub async fn complete<E: From<ClientError>>(
         summary.rest = now - summary.first;
         pieces += 1;
         if !text.is_empty() {
-            piece(text)?;
+            piece(text, counted.unwrap_or(pieces))?;
         }
     }
     if !finished {
@@ -173,6 +188,7 @@ mod tests {
             temperature: None,
             seed: Some(7),
             ignore_eos: true,
+            count_each: false,
         };
         let want = json!({
             "model": "m", "max_tokens": 3, "stream": true,
@@ -180,6 +196,9 @@ mod tests {
             "prompt": [1, 2], "seed": 7, "ignore_eos": true,
         });
         assert_eq!((ask.path(), ask.body()), ("/v1/completions", want));
+        let counted = Ask { count_each: true, ..ask.clone() }.body();
+        assert_eq!(counted["stream_options"]["continuous_usage_stats"], true);
+        assert_eq!(counted["stream_options"]["include_usage"], true);
         let chat = Ask { prompt: Prompt::Chat("hi".to_owned()), ..ask };
         assert_eq!(chat.path(), "/v1/chat/completions");
         assert_eq!(chat.body()["messages"], json!([{ "role": "user", "content": "hi" }]));

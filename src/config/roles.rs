@@ -217,6 +217,12 @@ fn router(reader: &mut Reader<'_>) -> Result<Process, ConfigError> {
             "Time between two tokens of a running stream that prompts may not push it beyond.\n\
              Unset: prompts share a step's time with the streams in proportion to their number.",
         )?,
+        micro_batches: reader.or(
+            "micro_batches",
+            router::Splitting::Auto,
+            "Whether a step runs as two micro-batches, one computing while the other's rows are\n\
+             with the experts: auto (where measured to be faster), always or never.",
+        )?,
         max_running: reader.within("max_running", 64, 1..=65_536, "Sequences computed at once.")?,
         max_waiting: reader.within(
             "max_waiting",

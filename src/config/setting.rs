@@ -154,6 +154,16 @@ impl Setting for Vec<Endpoint> {
     }
 }
 
+impl Setting for router::Splitting {
+    fn from_text(text: &str) -> Result<Self, String> {
+        text.parse()
+    }
+
+    fn to_toml(&self) -> String {
+        quoted(self.to_string())
+    }
+}
+
 impl Setting for Weights {
     fn from_text(text: &str) -> Result<Self, String> {
         text.parse()

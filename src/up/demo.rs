@@ -29,6 +29,7 @@ pub async fn show(server: &Server) -> Result<(), ShowError> {
         // The same text every time: sampling depends on seed and position only.
         seed: Some(1),
         ignore_eos: false,
+        count_each: false,
     };
     let (bold, plain) =
         if std::io::stdout().is_terminal() { ("\x1b[1m", "\x1b[0m") } else { ("", "") };

@@ -1,6 +1,6 @@
 //! How fast each rung of the ladder is, beside what this machine could do in the same minute.
 //!
-//! Each line first checks the device against the scalar one, bit for bit, then times a product on one thread
+//! Each line first checks the device against the plain one of its class, bit for bit, then times a product on one thread
 //! with weights that come from memory, as they do in decoding, and prints the best of several passes. `cargo bench -p
 //! kernels` runs all of it; arguments that name instruction sets, or numbers of rows, choose among them.
 
@@ -24,7 +24,7 @@ fn main() {
     }
     let chosen: Vec<String> = env::args().skip(1).filter(|a| !a.starts_with('-')).collect();
     let wanted = |isa: Isa| {
-        let names = ["scalar", "avx2", "avx512", "avx512bf16"];
+        let names = ["scalar", "avx2", "avx512", "avx512bf16", "amx"];
         !chosen.iter().any(|c| names.contains(&c.as_str())) || chosen.contains(&isa.to_string())
     };
     let mut rows: Vec<usize> = chosen.iter().filter_map(|c| c.parse().ok()).collect();
@@ -79,7 +79,7 @@ fn measure(isa: Isa, dtype: DType, bf16_class: bool, rows: usize) -> (f64, f64) 
     let part = mats[0].rows(100..117);
     let (mut got, mut want) = (vec![0.0f32; rows * 17], vec![0.0f32; rows * 17]);
     device.matmul(x, rows, part, &mut got, 17);
-    Kernels::new(Isa::Scalar).matmul(x, rows, part, &mut want, 17);
+    Kernels::reference(isa).matmul(x, rows, part, &mut want, 17);
     assert!(got.iter().zip(&want).all(|(g, w)| g.to_bits() == w.to_bits()), "bits differ");
 
     let passes = if isa == Isa::Scalar { 1 } else { PASSES };
@@ -211,6 +211,12 @@ fn fma_peak(isa: Isa) -> (f64, f64) {
             // SAFETY: as above.
             (f, best_rate(2 * 32 * 20, || unsafe { peak::bf16() }))
         }
+        Isa::Amx => {
+            // SAFETY: as above.
+            let f = best_rate(2 * 16 * 20, || unsafe { peak::avx512() });
+            // SAFETY: as above.
+            (f, best_rate(2 * 16 * 16 * 32 * 4, || unsafe { peak::amx() }))
+        }
     }
 }
 
@@ -222,7 +228,7 @@ fn fma_peak(_: Isa) -> (f64, f64) {
 #[cfg(target_arch = "x86_64")]
 mod peak {
     use super::{ROUNDS, black_box};
-    use std::arch::x86_64::*;
+    use std::arch::{asm, x86_64::*};
 
     #[target_feature(enable = "avx2,fma")]
     pub unsafe fn avx2() {
@@ -259,5 +265,29 @@ mod peak {
             }
         }
         black_box(acc);
+    }
+
+    /// Four sums of tiles in turn, each of 16 by 16 elements and 32 products.
+    pub unsafe fn amx() {
+        #[repr(C, align(64))]
+        struct Config([u8; 64]);
+        let mut config = Config([0; 64]);
+        config.0[0] = 1;
+        for tile in 0..8 {
+            (config.0[16 + 2 * tile], config.0[48 + tile]) = (64, 16);
+        }
+        // SAFETY: the caller has AMX; a valid configuration, and no memory but it.
+        unsafe {
+            asm!("ldtilecfg [{}]", in(reg) &raw const config);
+            for _ in 0..ROUNDS {
+                asm!(
+                    "tdpbf16ps tmm0, tmm4, tmm6",
+                    "tdpbf16ps tmm1, tmm4, tmm7",
+                    "tdpbf16ps tmm2, tmm5, tmm6",
+                    "tdpbf16ps tmm3, tmm5, tmm7"
+                );
+            }
+            asm!("tilerelease");
+        }
     }
 }

@@ -10,9 +10,10 @@ use crate::mat::{Acts, Mat};
 use crate::packed::{Out, Packed};
 use crate::product::product;
 use crate::rowwise as row;
+use crate::tile::Defined;
 use crate::transposed::Transposed;
 #[cfg(target_arch = "x86_64")]
-use crate::x86::{Avx2, Avx512, HardwarePairs};
+use crate::x86::{Amx, Avx2, Avx512, HardwarePairs};
 use half::bf16;
 use std::cell::RefCell;
 use std::fmt;
@@ -78,14 +79,37 @@ pub trait Device: Sync {
     fn to_bf16(&self, x: &[f32], y: &mut [bf16]);
 }
 
+/// How the activations of one class are laid out and multiplied.
+pub(crate) trait Multiply: Send + Sync + 'static {
+    /// See [`Device::pack`].
+    fn pack(x: Acts<'_>, rows: usize, w: &Mat<'_>, into: &mut Packed);
+
+    /// See [`Device::matmul_packed`].
+    ///
+    /// # Safety
+    /// The CPU has the instructions that this is made of.
+    unsafe fn product(x: &Packed, w: &Mat<'_>, y: &mut Out<'_>);
+}
+
+impl<D: Dot> Multiply for D {
+    fn pack(x: Acts<'_>, rows: usize, w: &Mat<'_>, into: &mut Packed) {
+        into.fill::<D>(x, rows, w);
+    }
+
+    unsafe fn product(x: &Packed, w: &Mat<'_>, y: &mut Out<'_>) {
+        // SAFETY: the caller's.
+        unsafe { product::<D>(x, w, y) }
+    }
+}
+
 /// A device made of an instruction set and the way it multiplies bf16 activations.
 struct Unit<S, B>(PhantomData<(S, B)>);
 
-impl<S: Simd + Registers, B: Dot> Device for Unit<S, B> {
+impl<S: Simd + Registers, B: Multiply> Device for Unit<S, B> {
     fn pack(&self, x: Acts<'_>, rows: usize, w: Mat<'_>, into: &mut Packed) {
         match x {
             Acts::F32(_) => into.fill::<Wide<S>>(x, rows, &w),
-            Acts::Bf16(_) => into.fill::<B>(x, rows, &w),
+            Acts::Bf16(_) => B::pack(x, rows, &w, into),
         }
     }
 
@@ -93,7 +117,7 @@ impl<S: Simd + Registers, B: Dot> Device for Unit<S, B> {
         // SAFETY: a unit is handed out only where its instruction set is available (`Kernels::new`).
         unsafe {
             if x.is::<B>() {
-                product::<B>(x, &w, y);
+                B::product(x, &w, y);
             } else {
                 product::<Wide<S>>(x, &w, y);
             }
@@ -176,10 +200,20 @@ impl Kernels {
             Isa::Avx512 => &Unit::<Avx512, Split<Avx512>>(PhantomData),
             #[cfg(target_arch = "x86_64")]
             Isa::Avx512Bf16 => &Unit::<Avx512, HardwarePairs>(PhantomData),
+            #[cfg(target_arch = "x86_64")]
+            Isa::Amx => &Unit::<Avx512, Amx>(PhantomData),
             #[cfg(not(target_arch = "x86_64"))]
             other => unreachable!("{other} is not available here"),
         };
         Kernels { isa, device }
+    }
+
+    /// The plain device whose bits those of `isa` are: slow, and there on every CPU.
+    pub fn reference(isa: Isa) -> Kernels {
+        match isa {
+            Isa::Amx => Kernels { isa, device: &Unit::<Scalar, Defined>(PhantomData) },
+            _ => Kernels::new(Isa::Scalar),
+        }
     }
 
     /// The best device of this CPU.

@@ -2,7 +2,8 @@
 //!
 //! AVX512-BF16 counts as available only if VDPBF16PS rounds as this crate's bf16 class is defined. Intel
 //! documents that order; some CPUs have been reported to round differently, and a mesh whose nodes disagree in the last bit would
-//! break the promise that every replica gives the same answer. Such a CPU uses AVX-512 without it.
+//! break the promise that every replica gives the same answer. Such a CPU uses AVX-512 without it. AMX is held to its own
+//! class's definition in the same way.
 
 use std::fmt;
 use std::str::FromStr;
@@ -22,17 +23,19 @@ pub enum Isa {
     Avx512,
     /// AVX-512 with BF16 dot products.
     Avx512Bf16,
+    /// AVX-512 with AMX tiles of bf16, whose products are a numerics class of their own.
+    Amx,
 }
 
 /// A name that is no [`Isa`]'s.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
-#[error("unknown instruction set {0:?}: one of scalar, avx2, avx512, avx512bf16")]
+#[error("unknown instruction set {0:?}: one of scalar, avx2, avx512, avx512bf16, amx")]
 pub struct UnknownIsa(String);
 
 impl Isa {
-    const ALL: [Isa; 4] = [Isa::Scalar, Isa::Avx2, Isa::Avx512, Isa::Avx512Bf16];
+    const ALL: [Isa; 5] = [Isa::Scalar, Isa::Avx2, Isa::Avx512, Isa::Avx512Bf16, Isa::Amx];
 
-    /// The fastest that this CPU has and that gives the scalar kernels' bits on it (`selfcheck.rs`).
+    /// The fastest that this CPU has and that gives its class's bits on it (`selfcheck.rs`).
     pub fn detect() -> Isa {
         static DETECTED: OnceLock<Isa> = OnceLock::new();
         let sound = |isa: &Isa| *isa == Isa::Scalar || selfcheck::agrees(*isa);
@@ -64,6 +67,15 @@ impl Isa {
             Isa::Avx2 => "avx2",
             Isa::Avx512 => "avx512",
             Isa::Avx512Bf16 => "avx512bf16",
+            Isa::Amx => "amx",
+        }
+    }
+
+    /// What sets this one's bf16 products apart from the common order (`lib.rs`), as a part of the class's name.
+    pub const fn bf16_kind(self) -> Option<&'static str> {
+        match self {
+            Isa::Amx => Some("amx"),
+            Isa::Scalar | Isa::Avx2 | Isa::Avx512 | Isa::Avx512Bf16 => None,
         }
     }
 }

@@ -11,6 +11,10 @@
 //!   as Intel documents it. Weights stored as f32 are rounded to bf16. The tree is the same.
 //! - **FP8 weights** (e4m3, a scale per block). Within a k-block lanes gather the unscaled codes as above, from zero; then
 //!   `sum = fma(block, scale, sum)` in each lane. A NaN code makes its output NaN.
+//! - **Product, bf16 activations, AMX tiles.** A class of its own ([`Isa::bf16_kind`]), since TDPBF16PS adds up in another
+//!   order: of each 32 elements one sum takes the even and one the odd ones, ascending, from zero, each a multiply-add
+//!   rounded and flushed as above; the two are added to each other, and that to the output. FP8 blocks start from zero
+//!   and are scaled as above.
 //! - **Transposed product.** One f32 fused multiply-add per row of the weight, in order; an FP8 element is its code
 //!   times its scale, rounded once.
 //!
@@ -21,12 +25,15 @@ mod device;
 mod dot;
 mod isa;
 mod lanes;
+#[doc(hidden)]
+pub mod limits;
 mod mat;
 mod packed;
 mod pool;
 mod product;
 mod rowwise;
 mod selfcheck;
+mod tile;
 mod transposed;
 #[cfg(target_arch = "x86_64")]
 mod x86;

@@ -261,6 +261,11 @@ impl<'a> Mat<'a> {
         &self.bytes[row * self.stride..][..self.k * self.dtype.size()]
     }
 
+    /// Bytes from one row to the next.
+    pub(crate) const fn stride(&self) -> usize {
+        self.stride
+    }
+
     pub(crate) fn scales(&self) -> Option<Scales<'a>> {
         self.scales
     }

@@ -76,17 +76,8 @@ impl Packed {
     }
 
     pub(crate) fn fill<D: Dot>(&mut self, x: Acts<'_>, rows: usize, w: &Mat<'_>) {
-        let k = w.k();
-        assert_eq!(Some(x.len()), rows.checked_mul(k), "activations of [{rows}, {k}]");
-        self.segments.clear();
-        self.width = 0;
-        for (from, to) in w.segments() {
-            let (full, tail) = ((to - from) / STEP, (to - from) % STEP);
-            let segment = Segment { from, at: self.width, full, tail };
-            self.width += segment.steps() * STEP;
-            self.segments.push(segment);
-        }
-        (self.rows, self.k, self.class) = (rows, k, Some(TypeId::of::<D>()));
+        self.lay::<D>(x.len(), rows, w);
+        let k = self.k;
         let out = aligned::<D::Elem>(&mut self.buf, rows * self.width);
         for r in 0..rows {
             for s in &self.segments {
@@ -99,16 +90,41 @@ impl Packed {
         }
     }
 
-    /// Whether these rows were packed for class `D` and a weight laid out like `w`.
-    pub(crate) fn fits<D: Dot>(&self, w: &Mat<'_>) -> bool {
-        self.is::<D>()
+    /// Sets shape, segments and class for `len` activations; the caller writes the elements.
+    pub(crate) fn lay<C: 'static>(&mut self, len: usize, rows: usize, w: &Mat<'_>) {
+        let k = w.k();
+        assert_eq!(Some(len), rows.checked_mul(k), "activations of [{rows}, {k}]");
+        self.segments.clear();
+        self.width = 0;
+        for (from, to) in w.segments() {
+            let (full, tail) = ((to - from) / STEP, (to - from) % STEP);
+            let segment = Segment { from, at: self.width, full, tail };
+            self.width += segment.steps() * STEP;
+            self.segments.push(segment);
+        }
+        (self.rows, self.k, self.class) = (rows, k, Some(TypeId::of::<C>()));
+    }
+
+    /// Whether these rows were packed for class `C` and a weight laid out like `w`.
+    pub(crate) fn fits<C: 'static>(&self, w: &Mat<'_>) -> bool {
+        self.is::<C>()
             && self.k == w.k()
             && self.segments.iter().map(|s| s.from).eq(w.segments().map(|s| s.0))
     }
 
-    /// Whether these rows were packed for class `D`.
-    pub(crate) fn is<D: Dot>(&self) -> bool {
-        self.class == Some(TypeId::of::<D>())
+    /// Whether these rows were packed for class `C`.
+    pub(crate) fn is<C: 'static>(&self) -> bool {
+        self.class == Some(TypeId::of::<C>())
+    }
+
+    /// At least `len` elements of a layout of the class's own, zeroed or stale.
+    pub(crate) fn cells_mut<T: Pod>(&mut self, len: usize) -> &mut [T] {
+        aligned(&mut self.buf, len)
+    }
+
+    /// The first `len` elements that [`Packed::cells_mut`] gave to be written.
+    pub(crate) fn cells<T: Pod>(&self, len: usize) -> &[T] {
+        &bytemuck::cast_slice(&self.buf)[..len]
     }
 
     pub(crate) fn data<D: Dot>(&self) -> &[D::Elem] {

@@ -1,4 +1,4 @@
-//! An instruction set is chosen only after it has reproduced the scalar kernels' bits on this very CPU. The crate's
+//! An instruction set is chosen only after it has reproduced the plain kernels' bits on this very CPU. The crate's
 //! promise (`lib.rs`) is that all of them agree, and not every CPU can be had when the kernels are written; one that
 //! rounds differently costs speed here, not the answer. Takes well under a millisecond, once per process.
 
@@ -14,10 +14,10 @@ const N: usize = 37;
 const K: usize = 299;
 const FP8_BLOCK: (usize, usize) = (16, 128);
 
-/// Whether `isa`, which the CPU must have, gives the scalar kernels' bits.
+/// Whether `isa`, which the CPU must have, gives the bits of its class's plain kernels.
 pub(crate) fn agrees(isa: Isa) -> bool {
     let inputs = Inputs::new();
-    inputs.outputs(Kernels::new(isa)) == inputs.outputs(Kernels::new(Isa::Scalar))
+    inputs.outputs(Kernels::new(isa)) == inputs.outputs(Kernels::reference(isa))
 }
 
 struct Inputs {

@@ -1,13 +1,15 @@
 //! The x86-64 instruction sets: which the CPU has, and its record of underflows.
 //!
-//! `avx2.rs` and `avx512.rs` are thin: each method is an instruction or a few. What they refuse is to change how
+//! `avx2.rs` and `avx512.rs` are thin: each method is an instruction or a few; `amx.rs` has a product of its own. What they refuse is to change how
 //! the CPU rounds or treats subnormals: MXCSR's modes belong to the compiler. Only its sticky exception flags are
 //! read and cleared, to learn whether a subnormal occurred at all.
 
+mod amx;
 mod avx2;
 mod avx512;
 mod pairs;
 
+pub(crate) use amx::Amx;
 pub(crate) use avx2::Avx2;
 pub(crate) use avx512::Avx512;
 #[cfg(test)]
@@ -32,6 +34,7 @@ pub(crate) fn has(isa: Isa) -> bool {
         Isa::Avx2 => avx2,
         Isa::Avx512 => avx512,
         Isa::Avx512Bf16 => avx512 && is_x86_feature_detected!("avx512bf16") && pairs::conforms(),
+        Isa::Amx => avx512 && is_x86_feature_detected!("avx512vbmi") && amx::available(),
     }
 }
 

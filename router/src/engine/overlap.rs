@@ -2,7 +2,10 @@
 //! the other's rows are with the experts. Two read the trunk's weights twice, so
 //! it pays only where the experts' answers are waited for: which it is depends
 //! on machines and network, so it is measured, for each size of step anew.
+//! Splitting changes no bit.
 
+use std::fmt;
+use std::str::FromStr;
 use std::time::Duration;
 
 use crate::scheduler::Part;
@@ -18,6 +21,40 @@ const NEW: f64 = 0.25;
 /// Two have to be faster by this much: half as many rows a frame cost the nodes more.
 const MARGIN: f64 = 0.97;
 
+/// What an operator says about splitting.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Splitting {
+    /// Where it was measured to be faster.
+    #[default]
+    Auto,
+    /// Every step of more than one row.
+    Always,
+    Never,
+}
+
+impl fmt::Display for Splitting {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Auto => "auto",
+            Self::Always => "always",
+            Self::Never => "never",
+        })
+    }
+}
+
+impl FromStr for Splitting {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        match text {
+            "auto" => Ok(Self::Auto),
+            "always" => Ok(Self::Always),
+            "never" => Ok(Self::Never),
+            _ => Err(format!("`{text}` is none of auto, always, never")),
+        }
+    }
+}
+
 /// What was measured for one size of step: seconds per row, as a whole and split.
 #[derive(Clone, Copy, Default)]
 struct Size {
@@ -28,18 +65,21 @@ struct Size {
 
 /// See the module's text. Pure: times come in as arguments.
 pub(super) struct Overlap {
+    splitting: Splitting,
     sizes: [Size; SIZES],
 }
 
 impl Overlap {
-    pub fn new() -> Self {
-        Self { sizes: [Size::default(); SIZES] }
+    pub fn new(splitting: Splitting) -> Self {
+        Self { splitting, sizes: [Size::default(); SIZES] }
     }
 
     /// Whether a step of `rows` rows is to be split.
     pub fn split(&mut self, rows: usize) -> bool {
-        if rows < LEAST_ROWS {
-            return false;
+        match self.splitting {
+            Splitting::Auto if rows >= LEAST_ROWS => {}
+            Splitting::Auto | Splitting::Never => return false,
+            Splitting::Always => return rows > 1,
         }
         let size = &mut self.sizes[rows.ilog2() as usize];
         size.steps = size.steps.wrapping_add(1);
@@ -67,7 +107,7 @@ impl Overlap {
 
 /// Cuts a plan in two of about as many rows each. A long part is cut inside:
 /// every layer's keys of the first half are written before the second reads
-/// them. Returns where the second micro-batch begins in `plan`, and the plan.
+/// them.
 pub(super) fn halves(plan: &[Part]) -> (Vec<Part>, Vec<Part>) {
     let rows: usize = plan.iter().map(|part| part.len).sum();
     let (mut first, mut second) = (Vec::with_capacity(plan.len()), Vec::new());
@@ -94,7 +134,7 @@ mod tests {
 
     /// Seconds of 100 steps of `rows` rows, and how many of the last 64 were split.
     fn run(rows: usize, whole: u64, split: u64) -> usize {
-        let mut overlap = Overlap::new();
+        let mut overlap = Overlap::new(Splitting::Auto);
         let mut split_last = 0;
         for step in 0..128 {
             let now = overlap.split(rows);
@@ -115,7 +155,7 @@ mod tests {
 
     #[test]
     fn a_network_that_becomes_slow_is_noticed() {
-        let mut overlap = Overlap::new();
+        let mut overlap = Overlap::new(Splitting::Auto);
         for _ in 0..64 {
             let now = overlap.split(32);
             overlap.observe(32, now, Duration::from_micros(if now { 1500 } else { 1000 }));

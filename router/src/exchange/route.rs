@@ -9,7 +9,7 @@ use proto::frame;
 use proto::wire;
 use proto::{Attempt, ExpertId, Ticket};
 
-use super::{Exchange, Open, Outgoing, Parked, Shape};
+use super::{Exchange, LANES, Open, Outgoing, Parked, Shape};
 
 /// Vectors that routing uses again.
 #[derive(Default)]
@@ -112,7 +112,7 @@ impl Exchange {
                 None => self.work.slots(),
             };
             let ticket = Ticket(self.next_ticket);
-            self.next_ticket += 1;
+            self.next_ticket += LANES as u64;
             let epoch = placement.epoch();
             self.open.push(Open { ticket, node, slots, attempt, epoch, sent: now });
             self.outbox.push(Outgoing { node, ticket });

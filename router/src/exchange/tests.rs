@@ -71,7 +71,7 @@ impl Case {
             .flat_map(f32::to_le_bytes)
             .collect();
         let experts = experts.concat();
-        let mut exchange = Exchange::new(SHAPE, PATIENCE, now);
+        let mut exchange = Exchange::new(SHAPE, PATIENCE, now, 0);
         exchange.begin(LAYER, &experts, String::new(), placement, now);
         Self { exchange, rows, experts, now }
     }

@@ -1,5 +1,5 @@
-//! Experts behind links: runs one [`Exchange`] per layer against the real
-//! clock, the current placement and the nodes' streams.
+//! Experts behind links: runs one [`Exchange`] per layer and micro-batch against
+//! the real clock, the current placement and the nodes' streams.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -11,11 +11,11 @@ use mesh::placement::Placement;
 use mesh::pump::Pump;
 use mesh::telemetry::propagate;
 use model::Routed;
-use proto::{Epoch, LayerId};
+use proto::{Epoch, LayerId, Ticket};
 use tokio::sync::mpsc::Receiver;
 use tracing::Span;
 
-use crate::exchange::{Exchange, ExchangeError, Outgoing, Taken};
+use crate::exchange::{Exchange, ExchangeError, LANES, Outgoing, Taken, lane};
 use crate::metrics::RouterMetrics;
 
 /// How often a waiting engine looks whether the placement has changed.
@@ -23,7 +23,8 @@ const LOOK_AROUND: Duration = Duration::from_millis(20);
 
 /// See the module's text.
 pub struct Remote {
-    pub exchange: Exchange,
+    /// Each with the time its rows were sent.
+    pub lanes: [(Exchange, Instant); LANES],
     pub links: Arc<[Arc<LinkHandle>]>,
     pub events: Receiver<LinkEvent>,
     /// Where the streams live; driven here and nowhere else.
@@ -33,38 +34,42 @@ pub struct Remote {
     pub placement: Arc<ArcSwap<Placement>>,
     pub metrics: RouterMetrics,
     pub epoch: Epoch,
-    pub sent: Instant,
 }
 
 impl Remote {
-    pub fn send(&mut self, layer: LayerId, routed: &Routed<'_>, span: &Span) {
+    pub fn send(&mut self, lane: usize, layer: LayerId, routed: &Routed<'_>, span: &Span) {
         let now = Instant::now();
         let placement = self.placement.load_full();
-        self.epoch = placement.epoch();
-        self.sent = now;
+        self.look(&placement, now);
         let parent = propagate::traceparent(span);
-        self.exchange.begin(layer, routed.experts, parent, &placement, now);
-        self.flush(routed.rows, &placement, now);
+        let (exchange, sent) = &mut self.lanes[lane];
+        *sent = now;
+        exchange.begin(layer, routed.experts, parent, &placement, now);
+        self.flush(lane, routed.rows, &placement, now);
     }
 
-    pub fn wait(&mut self, routed: &Routed<'_>) -> Result<(), ExchangeError> {
+    /// Returns when the lane's rows are all there. What comes for another lane is
+    /// taken meanwhile; what it has to send again waits for its own call, which has its rows.
+    pub fn wait(&mut self, waited: usize, routed: &Routed<'_>) -> Result<(), ExchangeError> {
         let start = Instant::now();
-        while !self.exchange.is_done() {
+        let placement = self.placement.load_full();
+        self.flush(waited, routed.rows, &placement, start);
+        while !self.lanes[waited].0.is_done() {
             let now = Instant::now();
-            let pause = self.exchange.next_timeout().saturating_duration_since(now);
+            let next = self.lanes.iter().filter(|(exchange, _)| !exchange.is_done());
+            let next = next.map(|(exchange, _)| exchange.next_timeout()).min().unwrap_or(now);
+            let pause = next.saturating_duration_since(now);
             let event = match self.events.try_recv() {
                 Ok(event) => Some(Some(event)),
                 Err(_) => self.pump.run_for(pause.min(LOOK_AROUND), self.events.recv()),
             };
             let now = Instant::now();
             let placement = self.placement.load_full();
-            if placement.epoch() != self.epoch {
-                self.epoch = placement.epoch();
-                self.exchange.on_placement(&placement, now);
-            }
+            self.look(&placement, now);
             match event {
                 Some(Some(LinkEvent::Reply(node, reply))) => {
-                    match self.exchange.on_reply(node, reply, &placement, now)? {
+                    let exchange = &mut self.lanes[lane(Ticket(reply.ticket))].0;
+                    match exchange.on_reply(node, reply, &placement, now)? {
                         Taken::Result(took) => {
                             self.links[node.0 as usize].observe(took);
                             self.metrics.round_trip.observe(took.as_secs_f64());
@@ -74,29 +79,49 @@ impl Remote {
                     }
                 }
                 Some(Some(LinkEvent::Down(node))) => {
-                    let before = self.exchange.retries();
-                    self.exchange.on_down(node, &placement, now);
-                    if self.exchange.retries() > before {
+                    let before = self.retries();
+                    for (exchange, _) in &mut self.lanes {
+                        exchange.on_down(node, &placement, now);
+                    }
+                    if self.retries() > before {
                         self.count_retry(node.0);
                     }
                 }
-                None => self.exchange.on_time(&placement, now)?,
+                None => {
+                    for (exchange, _) in self.lanes.iter_mut().filter(|(e, _)| !e.is_done()) {
+                        exchange.on_time(&placement, now)?;
+                    }
+                }
                 // The links hold the senders for as long as the process serves.
                 Some(None) => std::thread::sleep(LOOK_AROUND),
             }
-            self.flush(routed.rows, &placement, now);
+            self.flush(waited, routed.rows, &placement, now);
         }
         self.metrics.exchange_wait.observe(start.elapsed().as_secs_f64());
-        self.metrics.exchange.observe(self.sent.elapsed().as_secs_f64());
+        self.metrics.exchange.observe(self.lanes[waited].1.elapsed().as_secs_f64());
         Ok(())
     }
 
-    pub fn row(&self, slot: usize) -> &[u8] {
-        self.exchange.row(slot)
+    pub fn row(&self, lane: usize, slot: usize) -> &[u8] {
+        self.lanes[lane].0.row(slot)
     }
 
     pub fn in_flight(&self) -> usize {
-        self.exchange.in_flight()
+        self.lanes.iter().map(|(exchange, _)| exchange.in_flight()).sum()
+    }
+
+    fn retries(&self) -> u64 {
+        self.lanes.iter().map(|(exchange, _)| exchange.retries()).sum()
+    }
+
+    /// Tells the open exchanges of a placement that they do not know yet.
+    fn look(&mut self, placement: &Placement, now: Instant) {
+        if placement.epoch() != self.epoch {
+            self.epoch = placement.epoch();
+            for (exchange, _) in &mut self.lanes {
+                exchange.on_placement(placement, now);
+            }
+        }
     }
 
     fn count_retry(&self, node: u16) {
@@ -107,13 +132,14 @@ impl Remote {
 
     /// Writes what the exchange wants sent. What cannot be written is routed
     /// anew, which may put more into the outbox or park it.
-    fn flush(&mut self, rows: &[u8], placement: &Placement, now: Instant) {
+    fn flush(&mut self, lane: usize, rows: &[u8], placement: &Placement, now: Instant) {
+        let exchange = &mut self.lanes[lane].0;
         let mut sent = false;
-        while let Some(Outgoing { node, ticket }) = self.exchange.outbox.pop() {
-            self.exchange.encode(ticket, rows, &mut self.wire);
+        while let Some(Outgoing { node, ticket }) = exchange.outbox.pop() {
+            exchange.encode(ticket, rows, &mut self.wire);
             match self.links[node.0 as usize].send(self.wire.split().freeze()) {
                 true => sent = true,
-                false => self.exchange.on_unsent(ticket, placement, now),
+                false => exchange.on_unsent(ticket, placement, now),
             }
         }
         if sent {

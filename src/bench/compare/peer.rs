@@ -10,7 +10,7 @@ use anyhow::{Context as _, bail};
 use rustix::process::{Pid, Signal, kill_process};
 use tokio::process::{Child, Command};
 
-use crate::bench::load::Target;
+use crate::bench::load::{Target, answer_for};
 use crate::bench::procs::{self, Process};
 use crate::cli::{BenchCompareArgs, PeerKind};
 use crate::client::http::Server;
@@ -51,7 +51,8 @@ pub fn command(
     local: &Local,
     model: &Path,
 ) -> anyhow::Result<PeerCommand> {
-    let longest = (args.prompt_tokens + args.decode_tokens).max(args.prefill_tokens + 1);
+    let answer = answer_for(args.decode_tokens);
+    let longest = (args.prompt_tokens + answer).max(args.prefill_tokens + 1);
     let streams = args.streams.iter().copied().max().unwrap_or(1).max(1);
     let port = std::net::TcpListener::bind(("127.0.0.1", 0))?.local_addr()?.port();
     let (name, template) = match (&args.peer, &args.peer_command) {

@@ -1,7 +1,7 @@
 //! Products: every device against the scalar one, that against the definition, and the definition against f64.
 
 use super::{Kind, Random, bits, matmul, others, scalar};
-use crate::lanes::{fma_flush, tree};
+use crate::lanes::{flush, fma_flush, tree};
 use crate::{Acts, Compute, DType, Isa, Kernels, Mat, fp8_to_f32, round_bf16};
 use half::bf16;
 use proptest::prelude::*;
@@ -68,6 +68,27 @@ struct Case {
     gap: usize,
 }
 
+/// A class of products, by its order.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Class {
+    F32,
+    /// bf16 activations, in lanes.
+    Bf16,
+    /// bf16 activations, in tiles.
+    Tiles,
+}
+
+impl Class {
+    /// The class of `device` for activations in f32, or in bf16.
+    fn of(device: &Kernels, bf16: bool) -> Class {
+        match (bf16, device.isa()) {
+            (false, _) => Class::F32,
+            (true, Isa::Amx) => Class::Tiles,
+            (true, _) => Class::Bf16,
+        }
+    }
+}
+
 impl Case {
     fn acts(&self, class: bool) -> Acts<'_> {
         if class { Acts::Bf16(&self.x16) } else { Acts::F32(&self.x32) }
@@ -79,7 +100,7 @@ impl Case {
     }
 
     /// The definition of a product, written as it reads in `lib.rs`.
-    fn defined(&self, class: bool) -> Vec<f32> {
+    fn defined(&self, class: Class) -> Vec<f32> {
         let w = &self.w;
         let mut out = Vec::new();
         for r in 0..self.rows {
@@ -89,20 +110,25 @@ impl Case {
                 while from < w.cols {
                     let to = (from..w.cols).find(|j| w.block_of(*j) != w.block_of(from));
                     let to = to.unwrap_or(w.cols);
-                    let pair = |j: usize| {
-                        if j < to { (w.at(n, j).0, self.x(class, r, j)) } else { (0.0, 0.0) }
+                    let pair = |j: usize| match j < to {
+                        true => (w.at(n, j).0, self.x(class != Class::F32, r, j)),
+                        false => (0.0, 0.0),
                     };
                     let mut acc = [0.0f32; 16];
                     for step in (from..to).step_by(32) {
+                        if class == Class::Tiles {
+                            acc[0] = in_tiles(acc[0], std::array::from_fn(|i| pair(step + i)));
+                            continue;
+                        }
                         for (lane, acc) in acc.iter_mut().enumerate() {
                             let order = match class {
-                                true => [step + 2 * lane + 1, step + 2 * lane],
-                                false => [step + lane, step + lane + 16],
+                                Class::F32 => [step + lane, step + lane + 16],
+                                _ => [step + 2 * lane + 1, step + 2 * lane],
                             };
                             for (a, x) in order.map(pair) {
                                 *acc = match class {
-                                    true => fma_flush(round_bf16(a).to_f32(), x, *acc),
-                                    false => a.mul_add(x, *acc),
+                                    Class::F32 => a.mul_add(x, *acc),
+                                    _ => fma_flush(round_bf16(a).to_f32(), x, *acc),
                                 };
                             }
                         }
@@ -116,11 +142,20 @@ impl Case {
                     };
                     from = to;
                 }
-                out.push(tree(total));
+                out.push(if class == Class::Tiles { total[0] } else { tree(total) });
             }
         }
         out
     }
+}
+
+/// `acc` plus 32 products as a tile adds them, written as it reads in `lib.rs`.
+fn in_tiles(acc: f32, pairs: [(f32, f32); 32]) -> f32 {
+    let mut sums = [0.0; 2];
+    for (i, (w, x)) in pairs.into_iter().enumerate() {
+        sums[i % 2] = fma_flush(round_bf16(w).to_f32(), x, sums[i % 2]);
+    }
+    flush(acc + flush(sums[0] + sums[1]))
 }
 
 fn kinds() -> impl Strategy<Value = Kind> {
@@ -137,7 +172,8 @@ prop_compose! {
         kind in kinds(),
         nan in prop::bool::weighted(0.1),
         (rows, n) in prop_oneof![
-            (0usize..5, 0usize..40), (5usize..20, 1usize..40), (250usize..270, 1usize..5)
+            (0usize..5, 0usize..40), (5usize..20, 1usize..40), (20usize..70, 1usize..40),
+            (250usize..270, 1usize..5)
         ],
         k in prop_oneof![0usize..70, 500usize..560, 1020usize..1060],
         block in prop_oneof![
@@ -182,11 +218,12 @@ proptest! {
     #[test]
     fn every_device_gives_the_defined_bits(case in cases()) {
         let ldy = case.w.rows + case.gap;
-        for class in [false, true] {
-            let want = bits(&case.defined(class));
-            for device in std::iter::once(scalar()).chain(others()) {
-                let got = matmul(&device, case.acts(class), case.rows, case.w.mat(), ldy);
-                prop_assert_eq!(&bits(&got), &want, "{} bf16 class {}", device.isa(), class);
+        for bf16 in [false, true] {
+            for device in [scalar(), Kernels::reference(Isa::Amx)].into_iter().chain(others()) {
+                let class = Class::of(&device, bf16);
+                let got = matmul(&device, case.acts(bf16), case.rows, case.w.mat(), ldy);
+                let want = bits(&case.defined(class));
+                prop_assert_eq!(&bits(&got), &want, "{} in class {:?}", device.isa(), class);
             }
         }
     }
@@ -242,8 +279,9 @@ proptest! {
     #[test]
     fn near_the_exact_sum(case in cases()) {
         prop_assume!(case.w.cols > 0);
-        for class in [false, true] {
-            let got = matmul(&scalar(), case.acts(class), case.rows, case.w.mat(), case.w.rows);
+        let tiles = Kernels::reference(Isa::Amx);
+        for (device, class) in [(scalar(), false), (scalar(), true), (tiles, true)] {
+            let got = matmul(&device, case.acts(class), case.rows, case.w.mat(), case.w.rows);
             for (i, got) in got.iter().enumerate() {
                 let (r, n) = (i / case.w.rows, i % case.w.rows);
                 let (mut sum, mut size) = (0.0f64, 0.0f64);
@@ -254,9 +292,9 @@ proptest! {
                     (sum, size) = (sum + p, size + p.abs());
                 }
                 prop_assume!(size.is_nan() || size < 1e30);
-                // Each lane rounds once an element and once a block; flushing loses up to the smallest normal number
-                // an element, times a scale of at most 2^13.
-                let steps = (case.w.cols / 8 + 12) as f64;
+                // Each sum rounds once an element (in tiles sixteen at most) and once a block; flushing loses up to the
+                // smallest normal number an element, times a scale of at most 2^13.
+                let steps = (case.w.cols / 8 + 20) as f64;
                 let tolerance = size * steps * 2f64.powi(-24)
                     + case.w.cols as f64 * f64::from(f32::MIN_POSITIVE) * 8192.0;
                 prop_assert!(
@@ -289,7 +327,7 @@ fn pairs_load_as_defined() {
         let mut out = Out::new(&mut y, case.rows, n, n);
         // SAFETY: AVX-512 is there.
         unsafe { product::<EmulatedPairs>(&packed, &case.w.mat(), &mut out) };
-        prop_assert_eq!(bits(&y), bits(&case.defined(true)));
+        prop_assert_eq!(bits(&y), bits(&case.defined(Class::Bf16)));
         Ok(())
     };
     TestRunner::default().run(&cases(), test).unwrap();

@@ -1,0 +1,154 @@
+//! What this machine can do at most, for `moemesh bench`: how fast memory is read, and how fast
+//! multiply-adds go that never leave the registers. Of use only beside measurements of the same minute.
+
+use std::hint::black_box;
+use std::sync::Barrier;
+use std::time::Instant;
+
+/// Bytes that are read, more than the caches hold that one machine has to itself.
+const FOOTPRINT: usize = 1 << 30;
+const PASSES: usize = 4;
+/// Multiply-adds of each accumulator in one pass.
+const ROUNDS: usize = 1 << 21;
+
+/// GFLOP/s of fused multiply-adds on `threads` threads.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Peaks {
+    pub f32: f64,
+    /// Of pairs of bf16 values with VDPBF16PS, where the CPU has it.
+    pub bf16: Option<f64>,
+}
+
+/// Measures [`Peaks`].
+pub fn peaks(threads: usize) -> Peaks {
+    #[cfg(target_arch = "x86_64")]
+    {
+        let avx2 = is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma");
+        let avx512 = is_x86_feature_detected!("avx512f");
+        let rate = |flops: usize, f: fn()| {
+            flops as f64 * ROUNDS as f64 * threads as f64 / best(threads, |_| f()) / 1e9
+        };
+        // SAFETY, of the calls below: the instruction set was found to be there.
+        let f32 = match (avx512, avx2) {
+            // SAFETY: as above.
+            (true, _) => rate(2 * 16 * x86::ACCUMULATORS, || unsafe { x86::avx512() }),
+            // SAFETY: as above.
+            (_, true) => rate(2 * 8 * x86::ACCUMULATORS, || unsafe { x86::avx2() }),
+            _ => rate(2 * PLAIN, plain),
+        };
+        let has_bf16 = avx512 && is_x86_feature_detected!("avx512bf16");
+        // SAFETY: as above.
+        let bf16 = || rate(2 * 32 * x86::ACCUMULATORS, || unsafe { x86::bf16() });
+        Peaks { f32, bf16: has_bf16.then(bf16) }
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    {
+        let seconds = best(threads, |_| plain());
+        let flops = (2 * PLAIN * ROUNDS * threads) as f64;
+        Peaks { f32: flops / seconds / 1e9, bf16: None }
+    }
+}
+
+/// GB/s at which `threads` threads read memory together, each its own part in four streams.
+pub fn read_bandwidth(threads: usize) -> f64 {
+    let data = vec![1u64; FOOTPRINT / 8];
+    let part = data.len() / threads / 64 * 64;
+    let seconds = best(threads, |thread| {
+        black_box(read(&data[thread * part..(thread + 1) * part]));
+    });
+    (8 * part * threads) as f64 / seconds / 1e9
+}
+
+fn read(data: &[u64]) -> u64 {
+    let (lines, _) = data.as_chunks::<8>();
+    let (half, rest) = lines.split_at(lines.len() / 2);
+    let ((a, b), (c, d)) = (half.split_at(half.len() / 2), rest.split_at(rest.len() / 2));
+    let mut sums = [0u64; 8];
+    for (((a, b), c), d) in a.iter().zip(b).zip(c).zip(d) {
+        for (i, sum) in sums.iter_mut().enumerate() {
+            *sum ^= a[i] ^ b[i] ^ c[i] ^ d[i];
+        }
+    }
+    sums.iter().fold(0, |all, sum| all ^ sum)
+}
+
+/// Seconds of the fastest of several passes that `threads` threads make side by side.
+fn best(threads: usize, work: impl Fn(usize) + Sync) -> f64 {
+    let barrier = Barrier::new(threads);
+    let run = |thread: usize| {
+        let pass = || {
+            barrier.wait();
+            let start = Instant::now();
+            work(thread);
+            barrier.wait();
+            start.elapsed().as_secs_f64()
+        };
+        (0..PASSES).map(|_| pass()).fold(f64::INFINITY, f64::min)
+    };
+    std::thread::scope(|scope| {
+        for thread in 1..threads {
+            let run = &run;
+            scope.spawn(move || run(thread));
+        }
+        run(0)
+    })
+}
+
+/// Independent accumulators of [`plain`].
+const PLAIN: usize = 16;
+
+fn plain() {
+    let mut acc = black_box([1.0f32; PLAIN]);
+    let (a, b) = (black_box(0.9f32), black_box(0.1f32));
+    for _ in 0..ROUNDS {
+        // Two roundings: without the instruction, a fused one would be a function call.
+        acc = acc.map(|x| x * a + b);
+    }
+    black_box(acc);
+}
+
+#[cfg(target_arch = "x86_64")]
+mod x86 {
+    use super::{ROUNDS, black_box};
+    use std::arch::x86_64::*;
+
+    /// As many chains as hide the latency of two units.
+    pub const ACCUMULATORS: usize = 12;
+
+    #[target_feature(enable = "avx2,fma")]
+    pub unsafe fn avx2() {
+        let (a, b) = (_mm256_set1_ps(black_box(0.9)), _mm256_set1_ps(black_box(0.1)));
+        let mut acc = [_mm256_set1_ps(1.0); ACCUMULATORS];
+        for _ in 0..ROUNDS {
+            for acc in &mut acc {
+                *acc = _mm256_fmadd_ps(*acc, a, b);
+            }
+        }
+        black_box(acc);
+    }
+
+    #[target_feature(enable = "avx512f")]
+    pub unsafe fn avx512() {
+        let (a, b) = (_mm512_set1_ps(black_box(0.9)), _mm512_set1_ps(black_box(0.1)));
+        let mut acc = [_mm512_set1_ps(1.0); ACCUMULATORS];
+        for _ in 0..ROUNDS {
+            for acc in &mut acc {
+                *acc = _mm512_fmadd_ps(*acc, a, b);
+            }
+        }
+        black_box(acc);
+    }
+
+    #[target_feature(enable = "avx512f,avx512bf16")]
+    pub unsafe fn bf16() {
+        // SAFETY: both are 512 bits, and any bits are bf16 values.
+        let a: __m512bh = unsafe { std::mem::transmute(_mm512_set1_epi16(black_box(0x3f00))) };
+        let mut acc = [_mm512_set1_ps(1.0); ACCUMULATORS];
+        for _ in 0..ROUNDS {
+            for acc in &mut acc {
+                *acc = _mm512_dpbf16_ps(*acc, a, a);
+            }
+        }
+        black_box(acc);
+    }
+}

@@ -1,0 +1,199 @@
+//! The bf16 class of AMX tiles (`tile.rs` defines it), on TDPBF16PS.
+//!
+//! A weight's rows are the left operand as they are stored, sixteen outputs by 32 elements of k; activations are the right
+//! one, packed once as pairs of k by rows; sums are [outputs][rows]. Up to two tiles of rows stream the weight
+//! (`strip.rs`); more pass blocks of it over tiles of rows (`block.rs`). The permission that Linux wants is asked for
+//! once, with a trial of the instruction against the definition: a CPU that differs in a bit does not get to use it.
+
+mod block;
+mod panel;
+mod strip;
+#[cfg(test)]
+mod tests;
+mod tiles;
+mod trials;
+
+use super::amx::tiles::{EDGE, Tiles};
+use crate::device::Multiply;
+use crate::lanes::STEP;
+use crate::mat::{Acts, Mat, round_bf16};
+use crate::packed::{Out, Packed};
+use half::bf16;
+use std::arch::asm;
+use std::arch::x86_64::*;
+use std::sync::OnceLock;
+
+/// The product of bf16 activations by tiles.
+pub(crate) struct Amx;
+
+impl Multiply for Amx {
+    fn pack(x: Acts<'_>, rows: usize, w: &Mat<'_>, into: &mut Packed) {
+        into.lay::<Amx>(x.len(), rows, w);
+        match x {
+            // SAFETY: packed only by a device of this kind, so AVX-512 is there.
+            Acts::Bf16(x) => unsafe { pack(x, rows, w.k(), into) },
+            Acts::F32(x) => {
+                let x: Vec<bf16> = x.iter().map(|x| round_bf16(*x)).collect();
+                // SAFETY: as above.
+                unsafe { pack(&x, rows, w.k(), into) };
+            }
+        }
+    }
+
+    unsafe fn product(x: &Packed, w: &Mat<'_>, y: &mut Out<'_>) {
+        assert!(x.fits::<Amx>(w), "activations packed for another weight layout");
+        assert_eq!(y.shape(), (x.rows(), w.n()), "the output of a product [rows, n]");
+        let rows = x.rows();
+        if rows == 0 || w.n() == 0 {
+            return;
+        }
+        // SAFETY: the CPU has tiles and they are permitted, by the caller's word; the shapes agree.
+        unsafe {
+            let _tiles = Tiles::configure(columns(rows));
+            match rows.div_ceil(EDGE) {
+                1 => strip::product::<1>(x, w, y),
+                2 => strip::product::<2>(x, w, y),
+                _ => block::product(x, w, y),
+            }
+        }
+    }
+}
+
+/// Rows of activations in one tile. Beyond one tile all are full, with rows of zeros, so that one configuration does.
+fn columns(rows: usize) -> usize {
+    rows.min(EDGE)
+}
+
+/// Packed activations as tiles: `[tile of rows][step of k][pair of k][row]`, each cell a pair of bf16.
+#[derive(Clone, Copy)]
+struct Right<'a> {
+    cells: &'a [u32],
+    columns: usize,
+    steps: usize,
+}
+
+impl<'a> Right<'a> {
+    fn of(x: &'a Packed) -> Right<'a> {
+        let (columns, steps) = (columns(x.rows()), x.width() / STEP);
+        let tiles = x.rows().div_ceil(EDGE);
+        Right { cells: x.cells(tiles * steps * EDGE * columns), columns, steps }
+    }
+
+    /// The tile of rows `tile` at step `step`, and those of the steps after it.
+    fn at(&self, tile: usize, step: usize) -> *const u8 {
+        self.cells[(tile * self.steps + step) * EDGE * self.columns..].as_ptr().cast()
+    }
+
+    /// Bytes of one tile.
+    fn tile_bytes(&self) -> usize {
+        EDGE * self.columns * 4
+    }
+
+    /// Bytes of one row of a tile.
+    fn stride(&self) -> usize {
+        self.columns * 4
+    }
+}
+
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
+unsafe fn pack(x: &[bf16], rows: usize, k: usize, into: &mut Packed) {
+    if rows == 0 {
+        return;
+    }
+    let (columns, steps) = (columns(rows), into.width() / STEP);
+    let tiles = rows.div_ceil(EDGE);
+    let segments = into.segments().to_vec();
+    let cells = into.cells_mut::<u32>(tiles * steps * EDGE * columns);
+    let lanes = lanes(columns);
+    for (tile, cells) in cells.chunks_exact_mut((steps * EDGE * columns).max(1)).enumerate() {
+        let first = tile * EDGE;
+        let count = EDGE.min(rows - first);
+        for s in &segments {
+            for i in 0..s.steps() {
+                let len = if i < s.full { STEP } else { s.tail };
+                let cells = &mut cells[(s.at / STEP + i) * EDGE * columns..][..EDGE * columns];
+                let mask = u32::MAX >> (STEP - len);
+                let mut pairs = [_mm512_setzero_si512(); EDGE];
+                for (r, pairs) in pairs[..count].iter_mut().enumerate() {
+                    let from = (first + r) * k + s.from + i * STEP;
+                    let x = &x[from..from + len];
+                    // SAFETY: `len` elements are there, and no others are read.
+                    *pairs = unsafe { _mm512_maskz_loadu_epi16(mask, x.as_ptr().cast()) };
+                }
+                if columns > 1 {
+                    pairs = panel::transposed(pairs);
+                    for (row, pairs) in cells.chunks_exact_mut(columns).zip(pairs) {
+                        // SAFETY: as many lanes as the row has.
+                        unsafe { _mm512_mask_storeu_epi32(row.as_mut_ptr().cast(), lanes, pairs) };
+                    }
+                } else {
+                    // SAFETY: one row's sixteen pairs.
+                    unsafe { _mm512_storeu_si512(cells.as_mut_ptr().cast(), pairs[0]) };
+                }
+            }
+        }
+    }
+}
+
+/// The first `count` of sixteen lanes.
+fn lanes(count: usize) -> __mmask16 {
+    u16::MAX >> (EDGE - count)
+}
+
+/// Whether this CPU has bf16 tiles, the system permits them to this process, and they add up as defined.
+pub(super) fn available() -> bool {
+    static AVAILABLE: OnceLock<bool> = OnceLock::new();
+    *AVAILABLE.get_or_init(|| {
+        present()
+            && permitted()
+            && trials::pass(16, |acc, w, x| {
+                // SAFETY: tried only where the instruction is there and permitted.
+                unsafe { trials::once(acc, w, x) }
+            })
+    })
+}
+
+/// AMX-TILE and AMX-BF16, tiles of sixteen rows of 64 bytes, and a system that saves them.
+fn present() -> bool {
+    #[allow(unused_unsafe, reason = "safe in later compilers")]
+    // SAFETY: every x86-64 CPU has CPUID.
+    unsafe {
+        let leaf = |leaf, sub| __cpuid_count(leaf, sub);
+        if leaf(0, 0).eax < 0x1d || leaf(1, 0).ecx >> 27 & 1 == 0 {
+            return false;
+        }
+        let (tile, bf16) = (leaf(7, 0).edx >> 24 & 1, leaf(7, 0).edx >> 22 & 1);
+        if tile & bf16 == 0 || leaf(0x1d, 0).eax < 1 {
+            return false;
+        }
+        let palette = leaf(0x1d, 1);
+        // SAFETY: OSXSAVE, checked above, says that XGETBV may be used.
+        let saved = {
+            let (low, _high): (u32, u32);
+            asm!("xgetbv", in("ecx") 0, out("eax") low, out("edx") _high, options(nomem, nostack));
+            low >> 17 & 3 == 3
+        };
+        let (bytes_per_row, names) = (palette.ebx & 0xffff, palette.ebx >> 16);
+        saved && bytes_per_row >= 64 && names >= 8 && palette.ecx & 0xffff >= 16
+    }
+}
+
+/// Asks Linux for tile data, which counts for the whole process.
+#[cfg(target_os = "linux")]
+fn permitted() -> bool {
+    const ARCH_PRCTL: i64 = 158;
+    const ARCH_REQ_XCOMP_PERM: i64 = 0x1023;
+    const TILE_DATA: i64 = 18;
+    let mut answer = ARCH_PRCTL;
+    // SAFETY: the system call takes two numbers and touches no memory of ours; it changes RCX and R11.
+    unsafe {
+        asm!("syscall", inlateout("rax") answer, in("rdi") ARCH_REQ_XCOMP_PERM, in("rsi") TILE_DATA,
+            lateout("rcx") _, lateout("r11") _, options(nostack));
+    }
+    answer == 0
+}
+
+#[cfg(not(target_os = "linux"))]
+fn permitted() -> bool {
+    false
+}
