@@ -5,6 +5,7 @@
 
 pub mod local;
 pub mod remote;
+pub mod spin;
 
 use model::Routed;
 use proto::LayerId;

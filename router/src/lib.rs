@@ -51,6 +51,7 @@ use crate::exchange::{Exchange, Patience, Shape};
 use crate::experts::Experts;
 use crate::experts::local::Local;
 use crate::experts::remote::Remote;
+use crate::experts::spin::Spin;
 use crate::metrics::RouterMetrics;
 use crate::scheduler::{Limits, Scheduler};
 use crate::service::{Facts, Service, View};
@@ -182,6 +183,7 @@ pub async fn serve(config: Config, shutdown: Shutdown) -> Result<(), Error> {
             placement: placement.clone(),
             metrics: metrics.clone(),
             epoch: Epoch(0),
+            spin: Spin::default(),
         }))
     };
 

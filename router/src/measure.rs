@@ -20,6 +20,7 @@ use tracing::Span;
 use crate::actors::{self, Actors, Cast};
 use crate::exchange::{Exchange, ExchangeError, Patience, Shape};
 use crate::experts::remote::Remote;
+use crate::experts::spin::Spin;
 use crate::fleet::FleetParts;
 use crate::metrics::RouterMetrics;
 
@@ -81,13 +82,14 @@ impl Dispatcher {
             placement,
             metrics: Metrics::default().register(RouterMetrics::new),
             epoch: Epoch(0),
+            spin: Spin::default(),
         };
         while let Err(missing) = readiness.get() {
             if now.elapsed() > PATIENCE {
                 actors.stop();
                 return Err(missing);
             }
-            pump.run(tokio::time::sleep(Duration::from_millis(1)));
+            pump.run_for(Duration::from_millis(1), std::future::pending::<()>());
         }
         Ok(Self { remote, layer, actors: Some(actors) })
     }

@@ -16,6 +16,7 @@ use tokio::sync::mpsc::Receiver;
 use tracing::Span;
 
 use crate::exchange::{Exchange, ExchangeError, LANES, Outgoing, Taken, lane};
+use crate::experts::spin::Spin;
 use crate::metrics::RouterMetrics;
 
 /// How often a waiting engine looks whether the placement has changed.
@@ -34,6 +35,7 @@ pub struct Remote {
     pub placement: Arc<ArcSwap<Placement>>,
     pub metrics: RouterMetrics,
     pub epoch: Epoch,
+    pub spin: Spin,
 }
 
 impl Remote {
@@ -54,6 +56,8 @@ impl Remote {
         let start = Instant::now();
         let placement = self.placement.load_full();
         self.flush(waited, routed.rows, &placement, start);
+        let idle = !self.lanes[waited].0.is_done();
+        let awake = idle && self.spin.choose(routed.count);
         while !self.lanes[waited].0.is_done() {
             let now = Instant::now();
             let next = self.lanes.iter().filter(|(exchange, _)| !exchange.is_done());
@@ -61,6 +65,10 @@ impl Remote {
             let pause = next.saturating_duration_since(now);
             let event = match self.events.try_recv() {
                 Ok(event) => Some(Some(event)),
+                Err(_) if awake && now - start < Spin::LIMIT => {
+                    self.pump.turn();
+                    continue;
+                }
                 Err(_) => self.pump.run_for(pause.min(LOOK_AROUND), self.events.recv()),
             };
             let now = Instant::now();
@@ -97,7 +105,11 @@ impl Remote {
             }
             self.flush(waited, routed.rows, &placement, now);
         }
-        self.metrics.exchange_wait.observe(start.elapsed().as_secs_f64());
+        let waited_for = start.elapsed();
+        if idle {
+            self.spin.observe(routed.count, awake, waited_for);
+        }
+        self.metrics.exchange_wait.observe(waited_for.as_secs_f64());
         self.metrics.exchange.observe(self.lanes[waited].1.elapsed().as_secs_f64());
         Ok(())
     }
@@ -134,17 +146,19 @@ impl Remote {
     /// anew, which may put more into the outbox or park it.
     fn flush(&mut self, lane: usize, rows: &[u8], placement: &Placement, now: Instant) {
         let exchange = &mut self.lanes[lane].0;
-        let mut sent = false;
-        while let Some(Outgoing { node, ticket }) = exchange.outbox.pop() {
-            exchange.encode(ticket, rows, &mut self.wire);
-            match self.links[node.0 as usize].send(self.wire.split().freeze()) {
-                true => sent = true,
-                false => exchange.on_unsent(ticket, placement, now),
+        if exchange.outbox.is_empty() {
+            return;
+        }
+        // On the pump, where waking the connections costs no system call.
+        self.pump.run(async {
+            while let Some(Outgoing { node, ticket }) = exchange.outbox.pop() {
+                exchange.encode(ticket, rows, &mut self.wire);
+                if !self.links[node.0 as usize].send(self.wire.split().freeze()) {
+                    exchange.on_unsent(ticket, placement, now);
+                }
             }
-        }
-        if sent {
             // The bytes leave now, before this thread computes on.
-            self.pump.turn();
-        }
+            tokio::task::yield_now().await;
+        });
     }
 }
