@@ -30,7 +30,7 @@ proto:
 
 # The table of README.md
 bench:
-    cargo run --release -- bench text
+    cargo run --release -- bench serve
 
 # Kernels against the machine's limits
 ladder:

@@ -87,3 +87,37 @@ fn completion_scripts_are_printed() {
         assert!(success && stdout.contains("expert-node"), "{shell}");
     }
 }
+
+#[test]
+fn help_lists_every_benchmark() {
+    let (success, stdout, _) = run(moemesh().args(["bench", "--help"]));
+    assert!(success);
+    for what in ["serve", "compare", "kernels", "make-checkpoint"] {
+        let listed = stdout.lines().any(|line| line.trim_start().starts_with(what));
+        assert!(listed, "{what} is not in:\n{stdout}");
+        let (success, stdout, _) = run(moemesh().args(["bench", what, "--help"]));
+        assert!(success && stdout.contains("Examples:"), "{what}: {stdout}");
+    }
+}
+
+#[test]
+fn a_made_checkpoint_is_served_and_not_written_over() {
+    let dir = std::env::temp_dir().join(format!("moemesh-made-{}", std::process::id()));
+    let path = dir.to_str().unwrap();
+    for dtype in ["bf16", "fp8"] {
+        let make = ["bench", "make-checkpoint", path, "--size", "xs", "--dtype", dtype];
+        let (success, stdout, stderr) = run(moemesh().args(make));
+        assert!(success && stdout.contains("8 experts top-2"), "{stdout}{stderr}");
+        let generate = ["generate", "abcd efgh", "--model", path, "--max-tokens", "8"];
+        let (success, stdout, stderr) = run(moemesh().args(generate));
+        assert!(success && !stdout.trim().is_empty(), "{stdout}{stderr}");
+        assert!(refused(&make).contains("is not empty"));
+        std::fs::remove_dir_all(&dir).unwrap();
+    }
+}
+
+#[test]
+fn a_rate_has_to_be_one() {
+    assert!(refused(&["bench", "serve", "--rate", "0"]).contains("--rate 0"));
+    assert!(refused(&["bench", "compare", "--rounds", "1"]).contains("--peer"));
+}

@@ -49,6 +49,11 @@ impl Row {
     fn rate(&self) -> f64 {
         self.tokens as f64 / self.wall.as_secs_f64()
     }
+
+    /// Share of the CPU that others took; unknown where the server's processes are.
+    fn others(&self) -> Option<f64> {
+        (!self.usage.cpu.is_empty()).then_some(self.usage.others)
+    }
 }
 
 /// What a long prompt did to running streams.
@@ -83,7 +88,7 @@ impl Report {
         for row in &self.rows {
             let _ = writeln!(
                 text,
-                "| {} | {} | {:.1} | {} | {} | {} | {} | {:.0} % |",
+                "| {} | {} | {:.1} | {} | {} | {} | {} | {} |",
                 row.what,
                 row.load,
                 row.rate(),
@@ -91,7 +96,8 @@ impl Report {
                 row.per_token.cell(),
                 row.gaps.cell(),
                 cpu_cell(&row.usage),
-                100.0 * row.usage.others,
+                row.others()
+                    .map_or_else(|| "–".to_owned(), |part| format!("{:.0} %", 100.0 * part)),
             );
         }
         if let Some(found) = &self.intrusion {
@@ -159,7 +165,7 @@ fn row_json(row: &Row) -> Value {
         "tpot_ms": row.per_token.json(),
         "itl_ms": row.gaps.json(),
         "cpu_seconds": cpu,
-        "other_processes": row.usage.others,
+        "other_processes": row.others(),
     })
 }
 
