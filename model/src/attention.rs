@@ -20,6 +20,7 @@ use crate::config::{Config, LATENT_EPS};
 use crate::kv::{KvPool, PageId};
 use crate::numerics::Numerics;
 use crate::parallel::{Arena, for_each, grown};
+use crate::profile::{Part, span};
 use crate::step::Batch;
 use heads::{HeadScratch, Tile};
 pub(crate) use weights::Attention;
@@ -93,6 +94,7 @@ impl Attention {
         for first in (0..rows).step_by(BLOCK) {
             self.block(context, layer, batch, first..rows.min(first + BLOCK), kv, scratch);
         }
+        let _span = span(Part::Out);
         let joined = &scratch.joined[..rows * joined];
         let joined = rounded(compute.kernels, numerics, joined, &mut scratch.rounded);
         compute.matmul(joined, rows, self.out.mat(checkpoint), out);
@@ -108,6 +110,7 @@ impl Attention {
         scratch: &mut AttentionScratch,
     ) {
         let Context { config, checkpoint, compute, numerics, .. } = context;
+        let _span = span(Part::Query);
         let (rows, width) = (batch.rows(), config.qk_head());
         let query = grown(&mut scratch.query, rows * config.heads * width);
         match &self.query {
@@ -144,6 +147,7 @@ impl Attention {
         scratch: &mut AttentionScratch,
     ) {
         let Context { config, checkpoint, compute, numerics, .. } = context;
+        let _span = span(Part::Latent);
         let (rows, width, rank) = (batch.rows(), config.kv_width(), config.kv_lora);
         let latent = grown(&mut scratch.latent, rows * width);
         compute.matmul(x, rows, self.latent.mat(checkpoint), latent);
@@ -190,6 +194,7 @@ impl Attention {
         let values_of =
             |head: usize| up.rows(head * (nope + value) + nope..(head + 1) * (nope + value));
 
+        let absorb = span(Part::Absorb);
         // q_nope through the keys' up-projection; q_rope as it is.
         let row_width = config.heads * config.qk_head();
         let query = &scratch.query[block.start * row_width..block.end * row_width];
@@ -210,7 +215,10 @@ impl Attention {
             }
         });
 
+        drop(absorb);
+
         // Scores, softmax and weighted sum, for tiles of tokens by groups of heads.
+        let attend = span(Part::Attend);
         let tiles = &mut scratch.tiles;
         heads::cut(tiles, batch, block.clone(), head_group);
         let absorbed = rounded(kernels, numerics, absorbed, &mut scratch.rounded_query);
@@ -230,7 +238,10 @@ impl Attention {
             arena.with(|memory| tile.attend(context, query, &pages, memory, summed));
         });
 
+        drop(attend);
+
         // The values' up-projection, head by head.
+        let _span = span(Part::Values);
         let summed = &scratch.summed[..rows * config.heads * rank];
         let values = grown(&mut scratch.values, rows * config.heads * value);
         let pieces = values.chunks_mut(rows * value).enumerate();

@@ -120,6 +120,27 @@ impl KvPool {
         self.numerics
     }
 
+    /// Fills the cache with values spread in -1 to 1, for measuring without a prompt.
+    #[doc(hidden)]
+    pub fn fill(&mut self) {
+        let mut noise = 1u32;
+        let mut next = || {
+            noise = noise.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+            (noise >> 8) as f32 / (1 << 23) as f32 - 1.0
+        };
+        match self.numerics {
+            Numerics::F32 => {
+                self.memory.as_chunks_mut().0.iter_mut().for_each(|v| *v = next().to_le_bytes())
+            }
+            Numerics::Bf16 => self
+                .memory
+                .as_chunks_mut()
+                .0
+                .iter_mut()
+                .for_each(|v| *v = half::bf16::from_f32(next()).to_le_bytes()),
+        }
+    }
+
     fn start(&self, page: PageId, layer: usize) -> usize {
         debug_assert!(layer < self.layers);
         (page.0 as usize * self.layers + layer) * self.page_tokens * self.row_bytes

@@ -13,6 +13,7 @@ use kernels::{Acts, Out, Packed};
 use super::{Context, Pages};
 use crate::activations::rounded;
 use crate::parallel::grown;
+use crate::profile::{Part, span};
 use crate::step::Batch;
 
 /// Rows (tokens by heads) that a tile aims at.
@@ -81,6 +82,7 @@ impl Tile {
         let ld = positions;
         let scores = grown(&mut memory.scores, self.rows * heads * ld);
 
+        let time = span(Part::Scores);
         let packed = &mut memory.packed;
         kernels.pack(query, self.rows * heads, pages.rows(0, 1), packed);
         let together = |page: usize, count: usize, scores: &mut [f32]| {
@@ -100,6 +102,9 @@ impl Tile {
             kernels.matmul(query, heads, pages.rows(page, count), out, ld);
         });
 
+        drop(time);
+
+        let time = span(Part::Softmax);
         let scale = config.score_scale();
         let sums = grown(&mut memory.sums, self.rows * heads);
         for (row, (scores, sum)) in scores.chunks_mut(ld).zip(sums.iter_mut()).enumerate() {
@@ -110,6 +115,9 @@ impl Tile {
         }
 
         let weights = rounded(kernels, numerics, scores, &mut memory.rounded);
+        drop(time);
+
+        let _span = span(Part::Sum);
         for page in 0..whole {
             let values = pages.rows(page, tokens).cols(0..rank);
             let weights = weights.slice(page * tokens..weights.len());
