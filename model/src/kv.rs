@@ -5,6 +5,8 @@
 //! page is the caller's business: the pool only hands pages out and takes them back, and never more
 //! than it was made with. Memory is reserved at once and backed by the system when first written.
 
+use std::ops::Range;
+
 use memmap2::MmapMut;
 
 use crate::config::Config;
@@ -146,10 +148,11 @@ impl KvPool {
         (page.0 as usize * self.layers + layer) * self.page_tokens * self.row_bytes
     }
 
-    /// The first `count` positions of a page in one layer, `[count, width]` values.
-    pub(crate) fn rows(&self, page: PageId, layer: usize, count: usize) -> &[u8] {
+    /// Positions `slots` of a page in one layer, `[slots, width]` values.
+    pub(crate) fn rows(&self, page: PageId, layer: usize, slots: Range<usize>) -> &[u8] {
+        debug_assert!(slots.end <= self.page_tokens);
         let start = self.start(page, layer);
-        &self.memory[start..start + count * self.row_bytes]
+        &self.memory[start + slots.start * self.row_bytes..start + slots.end * self.row_bytes]
     }
 
     /// Position `slot` of a page in one layer, `[width]` values.
@@ -207,7 +210,7 @@ mod tests {
         let mut stamp = 0u8;
         for page in [PageId(0), PageId(1)] {
             for layer in 0..config.layers {
-                for row in pool.rows(page, layer, 4).chunks(width) {
+                for row in pool.rows(page, layer, 0..4).chunks(width) {
                     stamp += 1;
                     assert!(row.iter().all(|b| *b == stamp));
                 }

@@ -13,7 +13,7 @@ use std::sync::Arc;
 use kernels::Compute;
 
 use crate::activations::rounded;
-use crate::attention::{Context, head_group};
+use crate::attention::Context;
 use crate::checkpoint::Checkpoint;
 use crate::combine::combine;
 use crate::config::Config;
@@ -33,7 +33,6 @@ pub struct Trunk {
     compute: Arc<Compute>,
     numerics: Numerics,
     routing: Routing,
-    head_group: usize,
     layers: Vec<Layer>,
     /// `[vocab, hidden]`
     embedding: Weight,
@@ -86,7 +85,6 @@ impl Trunk {
         let config = checkpoint.config();
         Ok(Trunk {
             routing: Routing::of(config),
-            head_group: head_group(config.heads, compute.pool.threads()),
             checkpoint: checkpoint.clone(),
             compute,
             numerics,
@@ -165,7 +163,6 @@ impl Trunk {
             checkpoint: &self.checkpoint,
             compute: &self.compute,
             numerics: self.numerics,
-            head_group: self.head_group,
         };
         let kernels = self.compute.kernels;
 
