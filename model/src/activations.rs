@@ -26,6 +26,63 @@ pub(crate) fn rounded<'a>(
     }
 }
 
+/// Activations of either class, written a piece at a time by several tasks.
+#[derive(Default)]
+pub(crate) struct ClassRows {
+    f32: Vec<f32>,
+    bf16: Vec<bf16>,
+}
+
+impl ClassRows {
+    /// The first `len` values, to be written.
+    pub fn grow(&mut self, numerics: Numerics, len: usize) -> ActsMut<'_> {
+        match numerics {
+            Numerics::F32 => ActsMut::F32(grown(&mut self.f32, len)),
+            Numerics::Bf16 => ActsMut::Bf16(grown(&mut self.bf16, len)),
+        }
+    }
+
+    /// The first `len` values, which have been written.
+    pub fn acts(&self, numerics: Numerics, len: usize) -> Acts<'_> {
+        match numerics {
+            Numerics::F32 => Acts::F32(&self.f32[..len]),
+            Numerics::Bf16 => Acts::Bf16(&self.bf16[..len]),
+        }
+    }
+}
+
+/// Activations to be written.
+pub(crate) enum ActsMut<'a> {
+    F32(&'a mut [f32]),
+    Bf16(&'a mut [bf16]),
+}
+
+impl<'a> ActsMut<'a> {
+    /// Takes the first `len` values off. Panics if there are fewer.
+    pub fn take(&mut self, len: usize) -> ActsMut<'a> {
+        match self {
+            ActsMut::F32(rest) => {
+                let (first, after) = std::mem::take(rest).split_at_mut(len);
+                *rest = after;
+                ActsMut::F32(first)
+            }
+            ActsMut::Bf16(rest) => {
+                let (first, after) = std::mem::take(rest).split_at_mut(len);
+                *rest = after;
+                ActsMut::Bf16(first)
+            }
+        }
+    }
+
+    /// Writes `x` from value `at` on, rounded to the class.
+    pub fn put(&mut self, kernels: Kernels, at: usize, x: &[f32]) {
+        match self {
+            ActsMut::F32(out) => out[at..at + x.len()].copy_from_slice(x),
+            ActsMut::Bf16(out) => kernels.to_bf16(x, &mut out[at..at + x.len()]),
+        }
+    }
+}
+
 /// The bytes of `acts` as rows on the wire.
 pub(crate) fn as_wire(acts: Acts<'_>) -> &[u8] {
     match acts {

@@ -3,30 +3,32 @@
 //!
 //! The up-projection of keys is applied to the query instead, and that of values to the attention's
 //! result, so that all heads read the same cached row of `kv_lora + qk_rope` values. A token's
-//! scores are taken page by page, its softmax over all positions at once, its weighted sum in
-//! ascending position: an order fixed by the absolute positions, whatever else is in the step and
-//! however the prompt was cut. Tokens are cut into tiles only to share a page's values while they
-//! are in cache. Later positions are never read, not even to be masked.
+//! scores, softmax and weighted sum are taken in blocks of positions, put together in ascending
+//! order (`heads.rs`): an order fixed by the absolute positions, whatever else is in the step and
+//! however the prompt was cut. Tokens are cut into tiles only to share a block's values while they
+//! are in cache. Later positions never weigh, not even as zeros.
 
 mod heads;
 mod weights;
 
-use half::bf16;
+use std::ops::Range;
+
 use kernels::{Acts, Compute, Mat};
 
-use crate::activations::{rounded, to_wire};
+use crate::activations::{ClassRows, as_wire, rounded};
 use crate::checkpoint::Checkpoint;
 use crate::config::{Config, LATENT_EPS};
 use crate::kv::{KvPool, PageId};
 use crate::numerics::Numerics;
-use crate::parallel::{Arena, for_each, grown};
+use crate::parallel::{Arena, ROWS, for_each, grown};
+use crate::profile::{Part, span};
 use crate::step::Batch;
-use heads::{HeadScratch, Tile};
+use heads::{Block, HeadScratch, Merged, Tile};
 pub(crate) use weights::Attention;
 use weights::Query;
 
 /// Most tokens whose queries are held in absorbed form at once.
-const BLOCK: usize = 128;
+const BLOCK: usize = 256;
 
 /// What every layer's attention shares.
 #[derive(Clone, Copy)]
@@ -35,14 +37,28 @@ pub(crate) struct Context<'a> {
     pub checkpoint: &'a Checkpoint,
     pub compute: &'a Compute,
     pub numerics: Numerics,
-    /// Heads that one task computes together; divides their number. Any value gives the same bits.
-    pub head_group: usize,
 }
 
-/// Heads in a group: few enough that all threads have one, many enough to share a page's values.
-pub(crate) fn head_group(heads: usize, threads: usize) -> usize {
-    let most = (heads / threads).clamp(1, 16);
-    (1..=most).rev().find(|g| heads.is_multiple_of(*g)).unwrap_or(1)
+/// Queries of a block of rows.
+#[derive(Clone, Copy)]
+pub(crate) struct Queries<'a> {
+    /// First row in the step.
+    first: usize,
+    rows: usize,
+    /// Through the keys' up-projection, `[heads][rows][kv_lora]`.
+    absorbed: &'a [f32],
+    /// As projected and rotated, `[rows, heads, qk_nope + qk_rope]`, from the step's first row on.
+    plain: &'a [f32],
+}
+
+impl<'a> Queries<'a> {
+    /// Absorbed and rotated part for a row of the step.
+    fn of(&self, config: &Config, row: usize, head: usize) -> (&'a [f32], &'a [f32]) {
+        let absorbed = (head * self.rows + row - self.first) * config.kv_lora;
+        let plain = &self.plain[(row * config.heads + head) * config.qk_head()..];
+        let absorbed = &self.absorbed[absorbed..absorbed + config.kv_lora];
+        (absorbed, &plain[config.qk_nope..config.qk_head()])
+    }
 }
 
 /// Reusable working memory of [`Attention::run`].
@@ -50,24 +66,26 @@ pub(crate) fn head_group(heads: usize, threads: usize) -> usize {
 pub(crate) struct AttentionScratch {
     /// `[rows, q_lora]`, before and after its norm.
     low: Vec<f32>,
-    low_normed: Vec<f32>,
+    low_normed: ClassRows,
     /// `[rows, heads, qk_nope + qk_rope]`
     query: Vec<f32>,
     /// `[rows, kv_lora + qk_rope]`
     latent: Vec<f32>,
-    /// One row of the cache.
-    entry: Vec<f32>,
-    /// Absorbed queries of a block, `[groups][rows][heads of a group][kv_lora + qk_rope]`.
+    /// The same as it goes to the cache.
+    entries: ClassRows,
+    /// Absorbed queries of a block, `[heads][rows][kv_lora]`.
     absorbed: Vec<f32>,
-    /// Weighted latent values, `[groups][rows][heads of a group][kv_lora]`.
+    tiles: Vec<Tile>,
+    /// Weighted latent values, `[rows, heads, kv_lora]`.
     summed: Vec<f32>,
+    /// Tiles' blocks that several threads share out, and what they have come to.
+    jobs: Vec<(usize, usize)>,
+    blocks: Vec<f32>,
+    merged: Vec<Merged>,
     /// `[heads][rows][v_head]`
     values: Vec<f32>,
     /// `[rows, heads, v_head]`
-    joined: Vec<f32>,
-    rounded: Vec<bf16>,
-    rounded_query: Vec<bf16>,
-    tiles: Vec<Tile>,
+    joined: ClassRows,
     heads: Arena<HeadScratch>,
 }
 
@@ -89,12 +107,12 @@ impl Attention {
         self.queries(context, batch, x, scratch);
         self.cache(context, layer, batch, x, kv, scratch);
         let joined = config.heads * config.v_head;
-        grown(&mut scratch.joined, rows * joined);
+        scratch.joined.grow(numerics, rows * joined);
         for first in (0..rows).step_by(BLOCK) {
             self.block(context, layer, batch, first..rows.min(first + BLOCK), kv, scratch);
         }
-        let joined = &scratch.joined[..rows * joined];
-        let joined = rounded(compute.kernels, numerics, joined, &mut scratch.rounded);
+        let _span = span(Part::Out);
+        let joined = scratch.joined.acts(numerics, rows * joined);
         compute.matmul(joined, rows, self.out.mat(checkpoint), out);
         add_bias(out, self.out_bias.as_deref());
     }
@@ -108,8 +126,10 @@ impl Attention {
         scratch: &mut AttentionScratch,
     ) {
         let Context { config, checkpoint, compute, numerics, .. } = context;
+        let _span = span(Part::Query);
         let (rows, width) = (batch.rows(), config.qk_head());
         let query = grown(&mut scratch.query, rows * config.heads * width);
+        let arena = &scratch.heads;
         match &self.query {
             Query::Plain(weight) => compute.matmul(x, rows, weight.mat(checkpoint), query),
             Query::Low { down, down_bias, norm, up } => {
@@ -117,20 +137,30 @@ impl Attention {
                 let low = grown(&mut scratch.low, rows * rank);
                 compute.matmul(x, rows, down.mat(checkpoint), low);
                 add_bias(low, down_bias.as_deref());
-                let normed = grown(&mut scratch.low_normed, rows * rank);
-                for (low, normed) in low.chunks(rank).zip(normed.chunks_mut(rank)) {
-                    compute.kernels.rms_norm(low, norm, LATENT_EPS, normed);
-                }
-                let low = rounded(compute.kernels, numerics, normed, &mut scratch.rounded);
+                let mut normed = scratch.low_normed.grow(numerics, rows * rank);
+                let pieces = low.chunks(ROWS * rank).map(|low| (low, normed.take(low.len())));
+                for_each(&compute.pool, rows.div_ceil(ROWS), pieces, |(low, mut normed)| {
+                    arena.with(|memory| {
+                        let row = grown(&mut memory.gathered, rank);
+                        for (index, low) in low.chunks(rank).enumerate() {
+                            compute.kernels.rms_norm(low, norm, LATENT_EPS, row);
+                            normed.put(compute.kernels, index * rank, row);
+                        }
+                    });
+                });
+                let low = scratch.low_normed.acts(numerics, rows * rank);
                 compute.matmul(low, rows, up.mat(checkpoint), query);
             }
         }
-        for (row, query) in query.chunks_mut(config.heads * width).enumerate() {
-            let table = batch.rotation(row);
-            for head in query.chunks_mut(width) {
-                config.rope.rotate(&mut head[config.qk_nope..], table);
+        let pieces = query.chunks_mut(ROWS * config.heads * width).enumerate();
+        for_each(&compute.pool, rows.div_ceil(ROWS), pieces, |(piece, query)| {
+            for (row, query) in query.chunks_mut(config.heads * width).enumerate() {
+                let table = batch.rotation(piece * ROWS + row);
+                for head in query.chunks_mut(width) {
+                    config.rope.rotate(&mut head[config.qk_nope..], table);
+                }
             }
-        }
+        });
     }
 
     /// Latent keys and values of all rows, into the cache.
@@ -144,28 +174,34 @@ impl Attention {
         scratch: &mut AttentionScratch,
     ) {
         let Context { config, checkpoint, compute, numerics, .. } = context;
+        let _span = span(Part::Latent);
         let (rows, width, rank) = (batch.rows(), config.kv_width(), config.kv_lora);
         let latent = grown(&mut scratch.latent, rows * width);
         compute.matmul(x, rows, self.latent.mat(checkpoint), latent);
         add_bias(latent, self.latent_bias.as_deref());
-        let entry = grown(&mut scratch.entry, width);
-        for (row, latent) in latent.chunks_mut(width).enumerate() {
-            config.rope.rotate(&mut latent[rank..], batch.rotation(row));
-            compute.kernels.rms_norm(
-                &latent[..rank],
-                &self.latent_norm,
-                LATENT_EPS,
-                &mut entry[..rank],
-            );
-            entry[rank..].copy_from_slice(&latent[rank..]);
+        let arena = &scratch.heads;
+        let mut entries = scratch.entries.grow(numerics, rows * width);
+        let pieces = latent.chunks_mut(ROWS * width).enumerate();
+        let pieces = pieces.map(|(piece, latent)| {
+            let entries = entries.take(latent.len());
+            (piece, latent, entries)
+        });
+        for_each(&compute.pool, rows.div_ceil(ROWS), pieces, |(piece, latent, mut entries)| {
+            arena.with(|memory| {
+                let normed = grown(&mut memory.gathered, rank);
+                for (row, latent) in latent.chunks_mut(width).enumerate() {
+                    let (values, key) = latent.split_at_mut(rank);
+                    config.rope.rotate(key, batch.rotation(piece * ROWS + row));
+                    compute.kernels.rms_norm(values, &self.latent_norm, LATENT_EPS, normed);
+                    entries.put(compute.kernels, row * width, normed);
+                    entries.put(compute.kernels, row * width + rank, key);
+                }
+            });
+        });
+        let entries = as_wire(scratch.entries.acts(numerics, rows * width));
+        for (row, entry) in entries.chunks(width * numerics.bytes()).enumerate() {
             let (page, slot) = batch.place(row, kv.page_tokens());
-            to_wire(
-                compute.kernels,
-                numerics,
-                entry,
-                &mut scratch.rounded,
-                kv.row_mut(page, layer, slot),
-            );
+            kv.row_mut(page, layer, slot).copy_from_slice(entry);
         }
     }
 
@@ -175,84 +211,172 @@ impl Attention {
         context: Context<'_>,
         layer: usize,
         batch: &Batch,
-        block: std::ops::Range<usize>,
+        block: Range<usize>,
         kv: &KvPool,
         scratch: &mut AttentionScratch,
     ) {
-        let Context { config, checkpoint, compute, numerics, head_group } = context;
+        let Context { config, checkpoint, compute, numerics } = context;
         let (kernels, pool) = (compute.kernels, &compute.pool);
-        let rows = block.len();
-        let groups = config.heads / head_group;
-        let (nope, value) = (config.qk_nope, config.v_head);
-        let (rank, width) = (config.kv_lora, config.kv_width());
+        let (rows, heads) = (block.len(), config.heads);
+        let (nope, value, rank) = (config.qk_nope, config.v_head, config.kv_lora);
         let up = self.up.mat(checkpoint);
         let keys_of = |head: usize| up.rows(head * (nope + value)..head * (nope + value) + nope);
         let values_of =
             |head: usize| up.rows(head * (nope + value) + nope..(head + 1) * (nope + value));
-
-        // q_nope through the keys' up-projection; q_rope as it is.
-        let row_width = config.heads * config.qk_head();
-        let query = &scratch.query[block.start * row_width..block.end * row_width];
-        let rounded_query = rounded(kernels, numerics, query, &mut scratch.rounded_query);
-        let absorbed = grown(&mut scratch.absorbed, rows * config.heads * width);
-        let pieces = absorbed.chunks_mut(rows * head_group * width).enumerate();
-        for_each(pool, groups, pieces, |(group, absorbed)| {
-            for slot in 0..head_group {
-                let head = group * head_group + slot;
-                let first = head * config.qk_head();
-                let nopes = rounded_query.slice(first..rounded_query.len());
-                let out = &mut absorbed[slot * width..];
-                let ld = head_group * width;
-                kernels.matmul_t(nopes, rows, row_width, keys_of(head), false, out, ld);
-                for (out, query) in out.chunks_mut(ld).zip(query[first..].chunks(row_width)) {
-                    out[rank..width].copy_from_slice(&query[nope..config.qk_head()]);
-                }
-            }
-        });
-
-        // Scores, softmax and weighted sum, for tiles of tokens by groups of heads.
-        let tiles = &mut scratch.tiles;
-        heads::cut(tiles, batch, block.clone(), head_group);
-        let absorbed = rounded(kernels, numerics, absorbed, &mut scratch.rounded_query);
-        let mut rest = grown(&mut scratch.summed, rows * config.heads * rank);
-        let jobs = (0..groups).flat_map(|group| tiles.iter().map(move |tile| (group, tile)));
-        let jobs = jobs.map(|(group, tile)| {
-            let (summed, after) =
-                std::mem::take(&mut rest).split_at_mut(tile.rows * head_group * rank);
-            rest = after;
-            (group, tile, summed)
-        });
         let arena = &scratch.heads;
-        for_each(pool, groups * tiles.len(), jobs, |(group, tile, summed)| {
-            let first = (group * rows + tile.row - block.start) * head_group * width;
-            let query = absorbed.slice(first..first + tile.rows * head_group * width);
-            let pages = Pages { kv, layer, pages: batch.pages(tile.chunk), width };
-            arena.with(|memory| tile.attend(context, query, &pages, memory, summed));
+
+        // The part of the query without rotation through the keys' up-projection, head by head.
+        let absorb = span(Part::Absorb);
+        let row_width = heads * config.qk_head();
+        let query = &scratch.query[block.start * row_width..block.end * row_width];
+        let absorbed = grown(&mut scratch.absorbed, heads * rows * rank);
+        let pieces = absorbed.chunks_mut(rows * rank).enumerate();
+        for_each(pool, heads, pieces, |(head, absorbed)| {
+            arena.with(|memory| {
+                let gathered = grown(&mut memory.gathered, rows * nope);
+                let first = head * config.qk_head();
+                for (out, query) in gathered.chunks_mut(nope).zip(query.chunks(row_width)) {
+                    out.copy_from_slice(&query[first..first + nope]);
+                }
+                let query = rounded(kernels, numerics, gathered, &mut memory.rounded);
+                kernels.matmul_t(query, rows, nope, keys_of(head), false, absorbed, rank);
+            });
         });
+        drop(absorb);
+
+        let attend = span(Part::Attend);
+        let summed = grown(&mut scratch.summed, rows * heads * rank);
+        heads::cut(&mut scratch.tiles, batch, block.clone(), heads);
+        let tiles = &scratch.tiles;
+        let queries = Queries { first: block.start, rows, absorbed, plain: &scratch.query };
+        let pages = |tile: &Tile| Pages {
+            kv,
+            layer,
+            pages: batch.pages(tile.chunk),
+            width: config.kv_width(),
+        };
+        let most = tiles.iter().map(Tile::blocks).max().unwrap_or(0);
+        let all: usize = tiles.iter().map(Tile::blocks).sum();
+        if 2 * most * pool.threads() > all && all > 1 {
+            // Too few tiles to occupy all threads until the end: their blocks are shared out.
+            scratch.jobs.clear();
+            let jobs = tiles.iter().enumerate();
+            scratch.jobs.extend(jobs.flat_map(|(i, t)| (0..t.blocks()).map(move |b| (i, b))));
+            let shared = Shared { context, queries, tiles, arena };
+            let merged = &mut scratch.merged;
+            shared.attend(&scratch.jobs, &pages, &mut scratch.blocks, merged, summed);
+        } else {
+            let mut rest = &mut *summed;
+            let jobs = tiles.iter().map(|tile| {
+                let len = tile.tokens * heads * rank;
+                let (summed, after) = std::mem::take(&mut rest).split_at_mut(len);
+                rest = after;
+                (tile, summed)
+            });
+            for_each(pool, tiles.len(), jobs, |(tile, summed)| {
+                let pages = pages(tile);
+                arena.with(|memory| tile.attend(context, queries, &pages, memory, summed));
+            });
+        }
+        drop(attend);
 
         // The values' up-projection, head by head.
-        let summed = &scratch.summed[..rows * config.heads * rank];
-        let values = grown(&mut scratch.values, rows * config.heads * value);
+        let _span = span(Part::Values);
+        let summed = &*summed;
+        let values = grown(&mut scratch.values, rows * heads * value);
         let pieces = values.chunks_mut(rows * value).enumerate();
-        for_each(pool, config.heads, pieces, |(head, values)| {
-            let (group, slot) = (head / head_group, head % head_group);
-            let ld = head_group * rank;
-            let summed = &summed[group * rows * ld + slot * rank..];
+        for_each(pool, heads, pieces, |(head, values)| {
             arena.with(|memory| {
                 let gathered = grown(&mut memory.gathered, rows * rank);
-                for (row, out) in gathered.chunks_mut(rank).enumerate() {
-                    out.copy_from_slice(&summed[row * ld..row * ld + rank]);
+                for (out, summed) in gathered.chunks_mut(rank).zip(summed.chunks(heads * rank)) {
+                    out.copy_from_slice(&summed[head * rank..(head + 1) * rank]);
                 }
                 let summed = rounded(kernels, numerics, gathered, &mut memory.rounded);
                 kernels.matmul(summed, rows, values_of(head), values, value);
             });
         });
-        let joined = &mut scratch.joined[block.start * config.heads * value..];
-        for (head, values) in values.chunks(rows * value).enumerate() {
-            let rows_out = joined.chunks_mut(config.heads * value);
-            for (out, values) in rows_out.zip(values.chunks(value)) {
-                out[head * value..(head + 1) * value].copy_from_slice(values);
+        let values = &*values;
+        let mut joined = scratch.joined.grow(numerics, block.end * heads * value);
+        joined.take(block.start * heads * value);
+        let pieces = (0..rows).step_by(ROWS).map(|first| {
+            let count = ROWS.min(rows - first);
+            (first, joined.take(count * heads * value))
+        });
+        for_each(pool, rows.div_ceil(ROWS), pieces, |(first, mut joined)| {
+            let mut at = 0;
+            for row in first..rows.min(first + ROWS) {
+                for head in 0..heads {
+                    let from = (head * rows + row) * value;
+                    joined.put(kernels, at, &values[from..from + value]);
+                    at += value;
+                }
             }
+        });
+    }
+}
+
+/// Blocks that a thread takes of [`Shared::attend`] at once, at most, so that memory is bounded.
+const WAVE: usize = 16;
+
+/// Tiles whose blocks are shared out over the threads.
+struct Shared<'a> {
+    context: Context<'a>,
+    queries: Queries<'a>,
+    tiles: &'a [Tile],
+    arena: &'a Arena<HeadScratch>,
+}
+
+impl Shared<'_> {
+    /// Computes `summed`, as [`Tile::attend`] does, from the tiles' blocks `jobs` in ascending
+    /// order.
+    fn attend<'p>(
+        &self,
+        jobs: &[(usize, usize)],
+        pages: &(impl Fn(&Tile) -> Pages<'p> + Sync),
+        blocks: &mut Vec<f32>,
+        merged: &mut Vec<Merged>,
+        summed: &mut [f32],
+    ) {
+        let Context { config, compute, .. } = self.context;
+        let (kernels, pool, rank) = (compute.kernels, &compute.pool, config.kv_lora);
+        let rows_of = |tile: usize| self.tiles[tile].tokens * config.heads;
+        merged.clear();
+        merged.resize(summed.len() / rank, Merged::default());
+        for wave in jobs.chunks(WAVE * pool.threads()) {
+            let len = wave.iter().map(|(tile, _)| Block::len(rows_of(*tile), rank)).sum();
+            let blocks = grown(blocks, len);
+            let mut rest = &mut *blocks;
+            let pieces = wave.iter().map(|&(tile, index)| {
+                let len = Block::len(rows_of(tile), rank);
+                let (out, after) = std::mem::take(&mut rest).split_at_mut(len);
+                rest = after;
+                (&self.tiles[tile], index, out)
+            });
+            for_each(pool, wave.len(), pieces, |(tile, index, out)| {
+                let pages = pages(tile);
+                self.arena.with(|memory| {
+                    tile.pack(self.context, self.queries, &pages, memory);
+                    tile.block(self.context, index, &pages, memory, Block(out));
+                });
+            });
+            let mut rest = &*blocks;
+            for jobs in wave.chunk_by(|a, b| a.0 == b.0) {
+                let (tile, rows) = (jobs[0].0, rows_of(jobs[0].0));
+                let len = Block::len(rows, rank);
+                let (mine, after) = rest.split_at(len * jobs.len());
+                rest = after;
+                let first = (self.tiles[tile].row - self.queries.first) * config.heads;
+                let merged = merged[first..first + rows].iter_mut();
+                let out = summed[first * rank..(first + rows) * rank].chunks_mut(rank);
+                for_each(pool, rows, merged.zip(out).enumerate(), |(row, (merged, out))| {
+                    for block in mine.chunks(len) {
+                        Block::merge(block, row, rows, kernels, merged, out);
+                    }
+                });
+            }
+        }
+        for (merged, out) in merged.iter().zip(summed.chunks_mut(rank)) {
+            merged.finish(kernels, out);
         }
     }
 }
@@ -273,14 +397,23 @@ pub(crate) struct Pages<'a> {
 }
 
 impl<'a> Pages<'a> {
-    /// Positions of a page.
-    fn tokens(&self) -> usize {
-        self.kv.page_tokens()
+    /// Calls `f` for every stretch of `positions` in one page, ascending: with its first position,
+    /// the page's index and its slots there.
+    fn each(&self, positions: Range<usize>, mut f: impl FnMut(usize, usize, Range<usize>)) {
+        let tokens = self.kv.page_tokens();
+        let mut at = positions.start;
+        while at < positions.end {
+            let (page, slot) = (at / tokens, at % tokens);
+            let count = (tokens - slot).min(positions.end - at);
+            f(at, page, slot..slot + count);
+            at += count;
+        }
     }
 
-    /// The first `count` positions of page `index`, as a matrix `[count, kv_lora + qk_rope]`.
-    fn rows(&self, index: usize, count: usize) -> Mat<'a> {
-        let bytes = self.kv.rows(self.pages[index], self.layer, count);
+    /// Positions `slots` of page `index`, as a matrix `[slots, kv_lora + qk_rope]`.
+    fn rows(&self, index: usize, slots: Range<usize>) -> Mat<'a> {
+        let count = slots.len();
+        let bytes = self.kv.rows(self.pages[index], self.layer, slots);
         let mat = match self.kv.numerics() {
             Numerics::F32 => Mat::f32(bytes, count, self.width),
             Numerics::Bf16 => Mat::bf16(bytes, count, self.width),

@@ -5,6 +5,8 @@
 //! page is the caller's business: the pool only hands pages out and takes them back, and never more
 //! than it was made with. Memory is reserved at once and backed by the system when first written.
 
+use std::ops::Range;
+
 use memmap2::MmapMut;
 
 use crate::config::Config;
@@ -120,15 +122,37 @@ impl KvPool {
         self.numerics
     }
 
+    /// Fills the cache with values spread in -1 to 1, for measuring without a prompt.
+    #[doc(hidden)]
+    pub fn fill(&mut self) {
+        let mut noise = 1u32;
+        let mut next = || {
+            noise = noise.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+            (noise >> 8) as f32 / (1 << 23) as f32 - 1.0
+        };
+        match self.numerics {
+            Numerics::F32 => {
+                self.memory.as_chunks_mut().0.iter_mut().for_each(|v| *v = next().to_le_bytes())
+            }
+            Numerics::Bf16 => self
+                .memory
+                .as_chunks_mut()
+                .0
+                .iter_mut()
+                .for_each(|v| *v = half::bf16::from_f32(next()).to_le_bytes()),
+        }
+    }
+
     fn start(&self, page: PageId, layer: usize) -> usize {
         debug_assert!(layer < self.layers);
         (page.0 as usize * self.layers + layer) * self.page_tokens * self.row_bytes
     }
 
-    /// The first `count` positions of a page in one layer, `[count, width]` values.
-    pub(crate) fn rows(&self, page: PageId, layer: usize, count: usize) -> &[u8] {
+    /// Positions `slots` of a page in one layer, `[slots, width]` values.
+    pub(crate) fn rows(&self, page: PageId, layer: usize, slots: Range<usize>) -> &[u8] {
+        debug_assert!(slots.end <= self.page_tokens);
         let start = self.start(page, layer);
-        &self.memory[start..start + count * self.row_bytes]
+        &self.memory[start + slots.start * self.row_bytes..start + slots.end * self.row_bytes]
     }
 
     /// Position `slot` of a page in one layer, `[width]` values.
@@ -186,7 +210,7 @@ mod tests {
         let mut stamp = 0u8;
         for page in [PageId(0), PageId(1)] {
             for layer in 0..config.layers {
-                for row in pool.rows(page, layer, 4).chunks(width) {
+                for row in pool.rows(page, layer, 0..4).chunks(width) {
                     stamp += 1;
                     assert!(row.iter().all(|b| *b == stamp));
                 }

@@ -30,6 +30,8 @@ pub mod local;
 mod numerics;
 mod parallel;
 #[doc(hidden)]
+pub mod profile;
+#[doc(hidden)]
 pub mod reference;
 mod rotary;
 pub mod sample;

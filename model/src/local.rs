@@ -12,6 +12,7 @@ use crate::error::{LoadError, StepError};
 use crate::expert::{Expert, ExpertGroup, ExpertScratch, forward_experts};
 use crate::kv::{KvPool, PageId};
 use crate::numerics::Numerics;
+use crate::profile::{Part, span};
 use crate::step::{Chunk, Routed, Step};
 use crate::trunk::Trunk;
 
@@ -82,6 +83,7 @@ impl Local {
 
     /// Groups the routed rows by expert and runs them.
     fn dispatch(&mut self, layer: usize) {
+        let _span = span(Part::Experts);
         let routed = self.step.routed();
         self.places.iter_mut().for_each(Vec::clear);
         for (place, expert) in routed.experts.iter().enumerate() {

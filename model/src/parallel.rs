@@ -7,6 +7,9 @@
 use kernels::Pool;
 use parking_lot::Mutex;
 
+/// Rows that one task takes of work that is short for each.
+pub(crate) const ROWS: usize = 16;
+
 /// Runs `f` once for each of the `tasks` items of `items`.
 pub(crate) fn for_each<I>(pool: &Pool, tasks: usize, items: I, f: impl Fn(I::Item) + Sync)
 where

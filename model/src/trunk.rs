@@ -13,7 +13,7 @@ use std::sync::Arc;
 use kernels::Compute;
 
 use crate::activations::rounded;
-use crate::attention::{Context, head_group};
+use crate::attention::Context;
 use crate::checkpoint::Checkpoint;
 use crate::combine::combine;
 use crate::config::Config;
@@ -22,6 +22,7 @@ use crate::gate::Routing;
 use crate::kv::KvPool;
 use crate::numerics::Numerics;
 use crate::parallel::{for_each, grown};
+use crate::profile::{Part, span};
 use crate::step::{Chunk, Step};
 use crate::weight::Weight;
 use layer::{Layer, Mlp, Moe};
@@ -32,7 +33,6 @@ pub struct Trunk {
     compute: Arc<Compute>,
     numerics: Numerics,
     routing: Routing,
-    head_group: usize,
     layers: Vec<Layer>,
     /// `[vocab, hidden]`
     embedding: Weight,
@@ -85,7 +85,6 @@ impl Trunk {
         let config = checkpoint.config();
         Ok(Trunk {
             routing: Routing::of(config),
-            head_group: head_group(config.heads, compute.pool.threads()),
             checkpoint: checkpoint.clone(),
             compute,
             numerics,
@@ -138,6 +137,7 @@ impl Trunk {
         step.numerics = Some(self.numerics);
         (step.routed_layer, step.shared_layer) = (None, None);
         let rows = step.batch.rows();
+        let _span = span(Part::Norm);
         let embedding = self.embedding.mat(&self.checkpoint);
         let residual = grown(&mut step.residual, rows * config.hidden);
         let tokens = chunks.iter().flat_map(|c| c.tokens);
@@ -163,21 +163,25 @@ impl Trunk {
             checkpoint: &self.checkpoint,
             compute: &self.compute,
             numerics: self.numerics,
-            head_group: self.head_group,
         };
         let kernels = self.compute.kernels;
 
+        let time = span(Part::Norm);
         self.norm(step, &weights.attention_norm);
         let x = rounded(kernels, self.numerics, &step.normed[..len], &mut step.rounded);
+        drop(time);
         let delta = grown(&mut step.delta, len);
         let memory = &mut step.attention;
         weights.attention.run(context, layer, &step.batch, x, kv, memory, delta);
+        let time = span(Part::Norm);
         add(&mut step.residual[..len], delta);
 
         self.norm(step, &weights.mlp_norm);
         let x = rounded(kernels, self.numerics, &step.normed[..len], &mut step.rounded);
+        drop(time);
         match &weights.mlp {
             Mlp::Dense(ffn) => {
+                let _span = span(Part::Dense);
                 let delta = &mut step.delta[..len];
                 let (from, compute) = (&self.checkpoint, &*self.compute);
                 ffn.run(from, compute, self.numerics, x, rows, &mut step.ffn, delta);
@@ -185,6 +189,7 @@ impl Trunk {
                 false
             }
             Mlp::Moe(moe) => {
+                let _span = span(Part::Gate);
                 self.gate(moe, step);
                 step.routed_layer = Some(layer);
                 true
@@ -224,6 +229,7 @@ impl Trunk {
     pub fn shared(&self, layer: usize, step: &mut Step) {
         step.shared_layer = Some(layer);
         let Mlp::Moe(Moe { shared: Some(ffn), .. }) = &self.layers[layer].mlp else { return };
+        let _span = span(Part::Dense);
         let rows = step.batch.rows();
         let len = rows * self.config().hidden;
         let x = match self.numerics {
@@ -251,6 +257,7 @@ impl Trunk {
             self.shared(layer, step);
             step.shared_layer = None;
         }
+        let _span = span(Part::Combine);
         let (hidden, top_k) = (self.config().hidden, self.config().top_k);
         let rows = step.batch.rows();
         let has_shared = matches!(&self.layers[layer].mlp, Mlp::Moe(Moe { shared: Some(_), .. }));
@@ -282,6 +289,7 @@ impl Trunk {
     /// once.
     pub fn logits_of<'s>(&self, step: &'s mut Step, rows: std::ops::Range<usize>) -> &'s mut [f32] {
         let Config { hidden, vocab, rms_eps, .. } = *self.config();
+        let _span = span(Part::Logits);
         let kernels = self.compute.kernels;
         let count = rows.len();
         let normed = grown(&mut step.normed, count * hidden);

@@ -1,18 +1,26 @@
 //! `y = x w`: each output a sum over the weight's rows, one fused multiply-add after another.
 //!
-//! This is how attention weighs cached rows, and how queries are absorbed into the key projection. Sums rest
-//! in `y` between blocks of the weight's rows, so a block is read from memory once for all rows of `x`. Weights
-//! widen exactly in both numerics classes: an FP8 element is its code times its scale, rounded once.
+//! This is how attention weighs cached rows, and how queries are absorbed into the key projection. A tile of rows and
+//! columns of `y` stays in registers while it takes a block of the weight's rows. A few rows read the weight as
+//! it lies; for more, a block of it is widened once, in cache, and passed over tiles of rows. Weights widen exactly in
+//! both numerics classes: an FP8 element is its code times its scale, rounded once.
 
-use crate::dot::{Bf16, F32, Fp8, Source};
+use crate::dot::{Bf16, F32, Fp8, Registers, Source};
 use crate::lanes::{LANES, Simd, Task};
 use crate::mat::{Acts, DType, Mat};
+use crate::packed::{Line, aligned};
+use std::cell::RefCell;
 use std::ops::Range;
 
 /// Rows of the weight taken at once.
-const BLOCK: usize = 32;
-/// Vectors of `y` held in registers.
-const WIDE: usize = 4;
+const BLOCK: usize = 64;
+/// Columns widened at once.
+const WIDE: usize = 4 * LANES;
+
+thread_local! {
+    /// Widened activations and a widened piece of the weight, kept between calls.
+    static SCRATCH: RefCell<(Vec<Line>, Vec<Line>)> = const { RefCell::new((Vec::new(), Vec::new())) };
+}
 
 /// `y[r, l] (+)= sum over n of x[r, n] w[n, l]`, in ascending n.
 pub(crate) struct Transposed<'a> {
@@ -35,7 +43,7 @@ fn check(what: &str, rows: usize, n: usize, ld: usize, len: usize) {
     assert!(need.is_some_and(|need| need <= len), "{what}: [{rows}, {n}] every {ld} in {len}");
 }
 
-impl<S: Simd> Task<S> for Transposed<'_> {
+impl<S: Simd + Registers> Task<S> for Transposed<'_> {
     type Out = ();
 
     #[inline(always)]
@@ -43,101 +51,270 @@ impl<S: Simd> Task<S> for Transposed<'_> {
         let (n, k) = (self.w.n(), self.w.k());
         check("x", self.rows, n, self.ldx, self.x.len());
         check("y", self.rows, k, self.ldy, self.y.len());
-        if !self.accumulate {
+        if self.rows == 0 {
+            return;
+        }
+        if n == 0 && !self.accumulate {
             for r in 0..self.rows {
                 self.y[r * self.ldy..][..k].fill(0.0);
             }
         }
+        let mut scratch = SCRATCH.take();
         for start in (0..n).step_by(BLOCK) {
             let block = start..n.min(start + BLOCK);
+            let (x, w) = &mut scratch;
+            let x = aligned::<f32>(x, self.rows * BLOCK);
+            self.widen_x(&block, x);
             // SAFETY: the caller's, and the shapes were checked above.
             unsafe {
                 match self.w.dtype() {
-                    DType::F32 => self.block::<S, F32>(block),
-                    DType::Bf16 => self.block::<S, Bf16>(block),
-                    DType::Fp8 => self.block::<S, Fp8>(block),
+                    DType::F32 => self.block::<S, F32>(block, x, w),
+                    DType::Bf16 => self.block::<S, Bf16>(block, x, w),
+                    DType::Fp8 => self.block::<S, Fp8>(block, x, w),
                 }
             }
+            self.accumulate = true;
         }
+        SCRATCH.set(scratch);
     }
 }
 
 impl Transposed<'_> {
-    /// Rows `block` of the weight.
+    /// Elements `block` of every row of x, in rows of [`BLOCK`].
     #[inline(always)]
-    unsafe fn block<S: Simd, W: Source>(&mut self, block: Range<usize>) {
-        for (index, (from, to)) in self.w.segments().enumerate() {
-            let mut l = from;
-            while l < to {
-                // SAFETY: the caller's; each group of lanes ends inside the stretch.
-                l += unsafe {
-                    match to - l {
-                        left if left >= WIDE * LANES => {
-                            self.lanes::<S, W, WIDE>(block.clone(), index, l, LANES);
-                            WIDE * LANES
-                        }
-                        left if left >= LANES => {
-                            self.lanes::<S, W, 1>(block.clone(), index, l, LANES);
-                            LANES
-                        }
-                        left => {
-                            self.lanes::<S, W, 1>(block.clone(), index, l, left);
-                            left
-                        }
+    fn widen_x(&self, block: &Range<usize>, out: &mut [f32]) {
+        for (r, out) in out.chunks_exact_mut(BLOCK).enumerate() {
+            let row = r * self.ldx + block.start..r * self.ldx + block.end;
+            match self.x {
+                Acts::F32(x) => out[..block.len()].copy_from_slice(&x[row]),
+                Acts::Bf16(x) => {
+                    for (out, x) in out.iter_mut().zip(&x[row]) {
+                        *out = f32::from_bits(u32::from(x.to_bits()) << 16);
                     }
-                };
+                }
             }
         }
     }
 
-    /// `N` vectors from column `l`, of which the last has `live` lanes.
+    /// Rows `block` of the weight.
     #[inline(always)]
-    unsafe fn lanes<S: Simd, W: Source, const N: usize>(
+    unsafe fn block<S: Simd + Registers, W: Source>(
         &mut self,
         block: Range<usize>,
-        segment: usize,
-        l: usize,
-        live: usize,
+        x: &[f32],
+        spare: &mut Vec<Line>,
     ) {
-        let size = W::SIZE;
-        let count = (N - 1) * LANES + live;
-        // SAFETY: columns l..l + count are inside the weight's rows and y's; partial vectors go by a buffer.
-        unsafe {
-            for r in 0..self.rows {
-                let mut acc = [S::zero(); N];
-                let mut spare = [[0.0f32; LANES]; N];
-                let at = self.y[r * self.ldy + l..][..count].as_mut_ptr();
-                at.copy_to_nonoverlapping(spare.as_mut_ptr().cast(), count);
-                for (acc, spare) in acc.iter_mut().zip(&spare) {
-                    *acc = S::load(spare.as_ptr());
-                }
-                for n in block.clone() {
-                    let x = match self.x {
-                        Acts::F32(x) => x[r * self.ldx + n],
-                        Acts::Bf16(x) => {
-                            f32::from_bits(u32::from(x[r * self.ldx + n].to_bits()) << 16)
-                        }
-                    };
-                    let x = S::splat(x);
-                    let p = self.w.row_bytes(n).as_ptr().add(l * size);
-                    let mut tail = [0u8; LANES * 4];
-                    for (i, acc) in acc.iter_mut().enumerate() {
-                        let mut p = p.add(i * LANES * size);
-                        if live < LANES {
-                            p.copy_to_nonoverlapping(tail.as_mut_ptr(), live * size);
-                            p = tail.as_ptr();
-                        }
-                        let mut w = W::lanes::<S>(p);
-                        if let Some(scales) = self.w.scales() {
-                            w = S::mul(w, S::splat(f32::from_le_bytes(scales.row(n)[segment])));
-                        }
-                        *acc = S::fma(x, w, *acc);
+        let widened = aligned::<f32>(spare, BLOCK * WIDE);
+        for (segment, (from, to)) in self.w.segments().enumerate() {
+            let mut l = from;
+            // SAFETY: the caller's; each stretch of columns ends inside the segment, and so inside w's rows and y's.
+            unsafe {
+                if !W::WATCHED && self.rows <= S::TILE.0 {
+                    while to - l >= WIDE {
+                        l += self.direct::<S, W>(&block, x, l, to - l);
                     }
                 }
-                for (acc, spare) in acc.iter().zip(&mut spare) {
-                    S::store(spare.as_mut_ptr(), *acc);
+                while l < to {
+                    let columns = WIDE.min(to - l);
+                    self.widen_w::<S, W>(&block, segment, l, columns, widened);
+                    self.stretch::<S>(block.len(), x, widened, l, columns);
+                    l += columns;
                 }
-                at.copy_from_nonoverlapping(spare.as_ptr().cast(), count);
+            }
+        }
+    }
+
+    /// At least [`WIDE`] columns from `l`, of which `left` are left, for rows that one tile holds, from the weight as it
+    /// lies. Says how many.
+    #[inline(always)]
+    unsafe fn direct<S: Simd + Registers, W: Source>(
+        &mut self,
+        block: &Range<usize>,
+        x: &[f32],
+        l: usize,
+        left: usize,
+    ) -> usize {
+        let stride = match block.len() {
+            1 => 0,
+            _ => self.w.row_bytes(1).as_ptr().addr() - self.w.row_bytes(0).as_ptr().addr(),
+        };
+        let tile = Tile {
+            x: x.as_ptr(),
+            w: self.w.row_bytes(block.start).as_ptr().wrapping_add(l * W::SIZE),
+            stride,
+            count: block.len(),
+            y: self.y.as_mut_ptr().wrapping_add(l),
+            ldy: self.ldy,
+            fresh: !self.accumulate,
+        };
+        // SAFETY: the caller's.
+        unsafe {
+            if self.rows == 1 && const { S::TILE.1 >= 4 } && left >= 4 * WIDE {
+                // More columns at once, so that memory is read in longer stretches.
+                tile.compute::<S, W, 1, 16>();
+                return 4 * WIDE;
+            }
+            tile.rows::<S, W>(self.rows);
+        }
+        WIDE
+    }
+
+    /// `columns <= WIDE` columns from `l` of the weight's rows `block`, widened, zeros after them.
+    #[inline(always)]
+    unsafe fn widen_w<S: Simd, W: Source>(
+        &self,
+        block: &Range<usize>,
+        segment: usize,
+        l: usize,
+        columns: usize,
+        out: &mut [f32],
+    ) {
+        for (n, out) in block.clone().zip(out.chunks_exact_mut(WIDE)) {
+            let row = self.w.row_bytes(n).as_ptr().wrapping_add(l * W::SIZE);
+            for (i, out) in out.chunks_exact_mut(LANES).enumerate() {
+                let mut p = row.wrapping_add(i * LANES * W::SIZE);
+                let mut tail = [0u8; LANES * 4];
+                let live = columns.saturating_sub(i * LANES);
+                // SAFETY: `live` elements from `p` on are inside the row; a full vector's, or a buffer's.
+                unsafe {
+                    if live < LANES {
+                        p.copy_to_nonoverlapping(tail.as_mut_ptr(), live * W::SIZE);
+                        p = tail.as_ptr();
+                    }
+                    let mut v = W::lanes::<S>(p);
+                    if let Some(scales) = self.w.scales() {
+                        v = S::mul(v, S::splat(f32::from_le_bytes(scales.row(n)[segment])));
+                    }
+                    S::store(out.as_mut_ptr(), v);
+                }
+            }
+        }
+    }
+
+    /// All rows against `count` rows of the widened piece, whose first `columns` columns are y's from `l` on.
+    #[inline(always)]
+    unsafe fn stretch<S: Simd + Registers>(
+        &mut self,
+        count: usize,
+        x: &[f32],
+        widened: &[f32],
+        l: usize,
+        columns: usize,
+    ) {
+        let mut r = 0;
+        while r < self.rows {
+            let left = self.rows - r;
+            let height = left.div_ceil(left.div_ceil(S::TILE.0));
+            let mut tile = Tile {
+                x: x[r * BLOCK..].as_ptr(),
+                w: widened.as_ptr().cast(),
+                stride: WIDE * 4,
+                count,
+                y: self.y[r * self.ldy + l..].as_mut_ptr(),
+                ldy: self.ldy,
+                fresh: !self.accumulate,
+            };
+            // SAFETY: the caller's; columns that y does not have go by a buffer of their own.
+            unsafe {
+                if columns == WIDE {
+                    tile.rows::<S, F32>(height);
+                } else {
+                    const { assert!(S::TILE.0 <= 6) };
+                    let mut spare = [[0.0f32; WIDE]; 6];
+                    for (r, spare) in spare.iter_mut().enumerate().take(height) {
+                        let y = &self.y[(r + (self.rows - left)) * self.ldy + l..][..columns];
+                        spare[..columns].copy_from_slice(y);
+                    }
+                    (tile.y, tile.ldy) = (spare.as_mut_ptr().cast(), WIDE);
+                    tile.rows::<S, F32>(height);
+                    for (r, spare) in spare.iter().enumerate().take(height) {
+                        let at = (r + (self.rows - left)) * self.ldy + l;
+                        self.y[at..][..columns].copy_from_slice(&spare[..columns]);
+                    }
+                }
+            }
+            r += height;
+        }
+    }
+}
+
+/// [`WIDE`] columns of a few rows of y.
+#[derive(Clone, Copy)]
+struct Tile {
+    /// Rows of [`BLOCK`].
+    x: *const f32,
+    w: *const u8,
+    /// Bytes from one row of the weight to the next.
+    stride: usize,
+    /// Rows of the weight.
+    count: usize,
+    y: *mut f32,
+    ldy: usize,
+    /// Whether sums start from zero, not from y.
+    fresh: bool,
+}
+
+impl Tile {
+    /// `height` rows, at most as many as fit `S`'s registers.
+    #[inline(always)]
+    unsafe fn rows<S: Simd + Registers, W: Source>(self, height: usize) {
+        const { assert!(matches!(S::TILE, (1..=3, 2) | (1..=6, 4))) };
+        // SAFETY: the caller's.
+        unsafe {
+            // Constant blocks, so that only the sizes an instruction set asks for are compiled.
+            if const { S::TILE.1 == 2 } {
+                for half in [0, 2 * LANES] {
+                    let w = self.w.wrapping_add(half * W::SIZE);
+                    let tile = Tile { w, y: self.y.wrapping_add(half), ..self };
+                    match height {
+                        1 => tile.compute::<S, W, 1, 2>(),
+                        2 => tile.compute::<S, W, 2, 2>(),
+                        _ => tile.compute::<S, W, 3, 2>(),
+                    }
+                }
+            } else {
+                match height {
+                    1 => self.compute::<S, W, 1, 4>(),
+                    2 => self.compute::<S, W, 2, 4>(),
+                    3 => self.compute::<S, W, 3, 4>(),
+                    4 => self.compute::<S, W, 4, 4>(),
+                    5 => self.compute::<S, W, 5, 4>(),
+                    _ => self.compute::<S, W, 6, 4>(),
+                }
+            }
+        }
+    }
+
+    #[allow(clippy::needless_range_loop, reason = "indices keep closures out of hot code")]
+    #[inline(always)]
+    unsafe fn compute<S: Simd, W: Source, const R: usize, const N: usize>(self) {
+        // SAFETY: the caller gives x, w and y `R` rows, and `N` vectors from where they point.
+        unsafe {
+            let mut acc = [[S::zero(); N]; R];
+            if !self.fresh {
+                for r in 0..R {
+                    for i in 0..N {
+                        acc[r][i] = S::load(self.y.add(r * self.ldy + i * LANES));
+                    }
+                }
+            }
+            for n in 0..self.count {
+                let row = self.w.add(n * self.stride);
+                let mut w = [S::zero(); N];
+                for i in 0..N {
+                    w[i] = W::lanes::<S>(row.add(i * LANES * W::SIZE));
+                }
+                for r in 0..R {
+                    let x = S::splat(*self.x.add(r * BLOCK + n));
+                    for i in 0..N {
+                        acc[r][i] = S::fma(x, w[i], acc[r][i]);
+                    }
+                }
+            }
+            for r in 0..R {
+                for i in 0..N {
+                    S::store(self.y.add(r * self.ldy + i * LANES), acc[r][i]);
+                }
             }
         }
     }

@@ -1,140 +1,260 @@
-//! The inner part of attention: a tile of consecutive tokens by a group of heads, over one
-//! sequence's pages.
+//! The inner part of attention: tiles of consecutive tokens, all their heads, over one sequence's
+//! cached rows.
 //!
-//! Pages that every token of the tile sees whole are taken for all its rows at once; where the
-//! tile's own positions begin, token by token, up to and including itself. Both give a row the same
-//! bits.
+//! Positions are taken in blocks of [`BLOCK`], counted from the sequence's beginning. A block gives
+//! a row (a token's head) the largest of its scores, the sum of its weights and the weighted sum of
+//! values, both by that largest score; blocks are put together in ascending order ([`Merged`]), as
+//! in flash attention (Dao et al. 2022, section 3.1). Each is a function of the row and of the
+//! positions up to its own, so that tiles, pages and threads do not show: a tile can go through its
+//! blocks by itself, or leave them to several threads.
 
 use std::ops::Range;
 
 use half::bf16;
-use kernels::{Acts, Out, Packed};
+use kernels::{Acts, Kernels, Out, Packed};
 
-use super::{Context, Pages};
+use super::{Context, Pages, Queries};
 use crate::activations::rounded;
+use crate::numerics::Numerics;
 use crate::parallel::grown;
+use crate::profile::{Part, span};
 use crate::step::Batch;
 
+/// Positions whose scores are taken together.
+const BLOCK: usize = 128;
 /// Rows (tokens by heads) that a tile aims at.
-const TILE_ROWS: usize = 32;
-/// Most scores that a tile holds, where that leaves more than one token.
-const TILE_SCORES: usize = 1 << 20;
+const TILE_ROWS: usize = 128;
 
-/// Consecutive tokens of one chunk.
+/// Consecutive tokens of one chunk, with positions in one block.
+#[derive(Clone, Copy)]
 pub(super) struct Tile {
     /// Index of the chunk in the step.
     pub chunk: usize,
     /// First row in the step.
     pub row: usize,
     /// Tokens.
-    pub rows: usize,
+    pub tokens: usize,
     /// Position of the first token.
-    pub position: usize,
+    position: usize,
 }
 
 /// Reusable working memory of one task.
 #[derive(Default)]
 pub(super) struct HeadScratch {
-    /// `[rows, positions]`
+    /// `[rows, kv_lora + qk_rope]`
+    query: Vec<f32>,
+    rounded_query: Vec<bf16>,
+    packed: Packed,
+    /// `[rows, BLOCK]`
     scores: Vec<f32>,
-    /// `[rows]`
-    sums: Vec<f32>,
-    /// Rows of one head, `[rows, kv_lora]`.
+    weights: Vec<bf16>,
+    /// One block of all rows.
+    block: Vec<f32>,
+    /// Rows of one head.
     pub gathered: Vec<f32>,
     pub rounded: Vec<bf16>,
-    packed: Packed,
 }
 
 /// Cuts the rows `block` of the step into tiles that stay within their chunk.
-pub(super) fn cut(tiles: &mut Vec<Tile>, batch: &Batch, block: Range<usize>, head_group: usize) {
+pub(super) fn cut(tiles: &mut Vec<Tile>, batch: &Batch, block: Range<usize>, heads: usize) {
     tiles.clear();
     let mut row = block.start;
     while row < block.end {
         let chunk = batch.chunk_of(row);
         let end = batch.chunk_rows(chunk).end.min(block.end);
         let position = batch.position(row);
-        let by_memory = TILE_SCORES / (head_group * (position + TILE_ROWS));
-        let most = (TILE_ROWS / head_group).min(by_memory).max(1);
-        let rows = most.min(end - row);
-        tiles.push(Tile { chunk, row, rows, position });
-        row += rows;
+        let most = (TILE_ROWS / heads).max(1).min(BLOCK - position % BLOCK);
+        let tokens = most.min(end - row);
+        tiles.push(Tile { chunk, row, tokens, position });
+        row += tokens;
+    }
+}
+
+/// What blocks come to so far for one row.
+#[derive(Clone, Copy, Default)]
+pub(super) struct Merged {
+    max: f32,
+    sum: f32,
+    any: bool,
+}
+
+impl Merged {
+    /// Adds a block to `out`, the weighted sum by the largest score so far.
+    fn add(&mut self, kernels: Kernels, max: f32, sum: f32, values: &[f32], out: &mut [f32]) {
+        if !std::mem::replace(&mut self.any, true) {
+            (self.max, self.sum) = (max, sum);
+            return out.copy_from_slice(values);
+        }
+        let top = if max > self.max { max } else { self.max };
+        let mut factors = [self.max, max];
+        kernels.softmax_weights(&mut factors, top);
+        let [old, new] = factors;
+        if old != 1.0 {
+            kernels.scale(old, out);
+        }
+        kernels.axpy(new, Acts::F32(values), out);
+        (self.max, self.sum) = (top, new.mul_add(sum, old * self.sum));
+    }
+
+    /// Makes a weighted sum by the largest score one by the softmax.
+    pub fn finish(&self, kernels: Kernels, out: &mut [f32]) {
+        kernels.scale(1.0 / self.sum, out);
+    }
+}
+
+/// One block's results for all rows of a tile: `[rows]` largest scores, `[rows]` sums, `[rows,
+/// kv_lora]`.
+pub(super) struct Block<'a>(pub &'a mut [f32]);
+
+impl Block<'_> {
+    /// Values of a block for `rows` rows.
+    pub fn len(rows: usize, rank: usize) -> usize {
+        rows * (rank + 2)
+    }
+
+    /// Adds row `index` of `rows` to what earlier blocks came to.
+    pub fn merge(
+        values: &[f32],
+        index: usize,
+        rows: usize,
+        kernels: Kernels,
+        merged: &mut Merged,
+        out: &mut [f32],
+    ) {
+        let rank = out.len();
+        let sums = &values[2 * rows + index * rank..][..rank];
+        merged.add(kernels, values[index], values[rows + index], sums, out);
     }
 }
 
 impl Tile {
-    /// Computes `summed` `[rows, heads of the group, kv_lora]` from the absorbed `query`
-    /// `[rows, heads of the group, kv_lora + qk_rope]`.
+    /// Blocks that its tokens see.
+    pub fn blocks(&self) -> usize {
+        self.position / BLOCK + 1
+    }
+
+    /// Computes `summed` `[tokens, heads, kv_lora]` over all blocks.
     pub fn attend(
         &self,
         context: Context<'_>,
-        query: Acts<'_>,
+        queries: Queries<'_>,
         pages: &Pages<'_>,
         memory: &mut HeadScratch,
         summed: &mut [f32],
     ) {
-        let Context { config, compute, numerics, head_group: heads, .. } = context;
-        let (kernels, width, rank) = (compute.kernels, pages.width, config.kv_lora);
-        let tokens = pages.tokens();
-        let positions = self.position + self.rows;
-        // Pages that end at or before the first token's own position.
-        let whole = (self.position + 1) / tokens;
-        let ld = positions;
-        let scores = grown(&mut memory.scores, self.rows * heads * ld);
-
-        let packed = &mut memory.packed;
-        kernels.pack(query, self.rows * heads, pages.rows(0, 1), packed);
-        let together = |page: usize, count: usize, scores: &mut [f32]| {
-            let mut out = Out::new(&mut scores[page * tokens..], self.rows * heads, count, ld);
-            kernels.matmul_packed(packed, pages.rows(page, count), &mut out);
+        let (kernels, rank) = (context.compute.kernels, context.config.kv_lora);
+        let rows = self.tokens * context.config.heads;
+        self.pack(context, queries, pages, memory);
+        let mut block = std::mem::take(&mut memory.block);
+        let values = grown(&mut block, Block::len(rows, rank));
+        let mut merged = [Merged::default(); TILE_ROWS];
+        let mut more = Vec::new();
+        // A tile has more rows than it aims at only if a token has more heads.
+        let merged = match rows {
+            0..=TILE_ROWS => &mut merged[..rows],
+            _ => grown_merged(&mut more, rows),
         };
-        for page in 0..whole {
-            together(page, tokens, scores);
-        }
-        self.each_partial(whole, tokens, |token, page, count| {
-            if self.rows == 1 {
-                return together(page, count, scores);
+        for index in 0..self.blocks() {
+            self.block(context, index, pages, memory, Block(values));
+            let rows_out = merged.iter_mut().zip(summed.chunks_mut(rank)).enumerate();
+            for (row, (merged, out)) in rows_out {
+                Block::merge(values, row, rows, kernels, merged, out);
             }
-            let first = token * heads;
-            let query = query.slice(first * width..(first + heads) * width);
-            let out = &mut scores[first * ld + page * tokens..];
-            kernels.matmul(query, heads, pages.rows(page, count), out, ld);
-        });
+        }
+        for (merged, out) in merged.iter().zip(summed.chunks_mut(rank)) {
+            merged.finish(kernels, out);
+        }
+        memory.block = block;
+    }
 
+    /// Gathers the queries of all rows, in the form that products take.
+    pub fn pack(
+        &self,
+        context: Context<'_>,
+        queries: Queries<'_>,
+        pages: &Pages<'_>,
+        memory: &mut HeadScratch,
+    ) {
+        let _span = span(Part::Scores);
+        let Context { config, compute, numerics, .. } = context;
+        let (rank, width) = (config.kv_lora, config.kv_width());
+        let rows = self.tokens * config.heads;
+        let query = grown(&mut memory.query, rows * width);
+        for (index, out) in query.chunks_mut(width).enumerate() {
+            let (row, head) = (self.row + index / config.heads, index % config.heads);
+            let (absorbed, rotated) = queries.of(config, row, head);
+            out[..rank].copy_from_slice(absorbed);
+            out[rank..].copy_from_slice(rotated);
+        }
+        let query = rounded(compute.kernels, numerics, query, &mut memory.rounded_query);
+        compute.kernels.pack(query, rows, pages.rows(0, 0..1), &mut memory.packed);
+    }
+
+    /// One block for all rows, whose queries [`Tile::pack`] has left in `memory`.
+    pub fn block(
+        &self,
+        context: Context<'_>,
+        index: usize,
+        pages: &Pages<'_>,
+        memory: &mut HeadScratch,
+        Block(out): Block<'_>,
+    ) {
+        let Context { config, compute, numerics, .. } = context;
+        let (kernels, rank, heads) = (compute.kernels, config.kv_lora, config.heads);
+        let rows = self.tokens * heads;
+        let first = index * BLOCK;
+        let count = BLOCK.min(self.position + self.tokens - first);
+        // Positions that all tokens see, and those that one does.
+        let common = BLOCK.min(self.position + 1 - first);
+        let seen = |token: usize| BLOCK.min(common + token);
+        let (maxima, out) = out.split_at_mut(rows);
+        let (sums, out) = out.split_at_mut(rows);
+
+        let time = span(Part::Scores);
+        let scores = grown(&mut memory.scores, rows * BLOCK);
+        pages.each(first..first + count, |at, page, slots| {
+            let at = at - first;
+            let mut out = Out::new(&mut scores[at..], rows, slots.len(), BLOCK);
+            kernels.matmul_packed(&memory.packed, pages.rows(page, slots), &mut out);
+        });
+        drop(time);
+
+        let time = span(Part::Softmax);
         let scale = config.score_scale();
-        let sums = grown(&mut memory.sums, self.rows * heads);
-        for (row, (scores, sum)) in scores.chunks_mut(ld).zip(sums.iter_mut()).enumerate() {
-            let scores = &mut scores[..self.position + row / heads + 1];
+        let weights = grown(&mut memory.weights, rows * BLOCK);
+        for (row, scores) in scores.chunks_mut(BLOCK).enumerate() {
+            let scores = &mut scores[..if count == common { common } else { seen(row / heads) }];
             kernels.scale(scale, scores);
-            let max = kernels.max(scores);
-            *sum = kernels.softmax_weights(scores, max);
-        }
-
-        let weights = rounded(kernels, numerics, scores, &mut memory.rounded);
-        for page in 0..whole {
-            let values = pages.rows(page, tokens).cols(0..rank);
-            let weights = weights.slice(page * tokens..weights.len());
-            kernels.matmul_t(weights, self.rows * heads, ld, values, page > 0, summed, rank);
-        }
-        self.each_partial(whole, tokens, |token, page, count| {
-            let first = token * heads;
-            let values = pages.rows(page, count).cols(0..rank);
-            let weights = weights.slice(first * ld + page * tokens..weights.len());
-            let out = &mut summed[first * rank..(first + heads) * rank];
-            kernels.matmul_t(weights, heads, ld, values, page > 0, out, rank);
-        });
-        for (summed, sum) in summed.chunks_mut(rank).zip(sums.iter()) {
-            kernels.scale(1.0 / sum, summed);
-        }
-    }
-
-    /// Calls `f` with token, page and count for every page from `whole` on that a token sees, in
-    /// ascending order.
-    fn each_partial(&self, whole: usize, tokens: usize, mut f: impl FnMut(usize, usize, usize)) {
-        for token in 0..self.rows {
-            let seen = self.position + token + 1;
-            for page in whole..seen.div_ceil(tokens) {
-                f(token, page, tokens.min(seen - page * tokens));
+            maxima[row] = kernels.max(scores);
+            sums[row] = kernels.softmax_weights(scores, maxima[row]);
+            if numerics == Numerics::Bf16 {
+                kernels.to_bf16(scores, &mut weights[row * BLOCK..][..scores.len()]);
             }
         }
+        let weights = match numerics {
+            Numerics::F32 => Acts::F32(scores),
+            Numerics::Bf16 => Acts::Bf16(weights),
+        };
+        drop(time);
+
+        let _span = span(Part::Sum);
+        let mut sum = |rows: Range<usize>, positions: Range<usize>| {
+            pages.each(first + positions.start..first + positions.end, |at, page, slots| {
+                let at = at - first;
+                let values = pages.rows(page, slots).cols(0..rank);
+                let weights = weights.slice(rows.start * BLOCK + at..weights.len());
+                let out = &mut out[rows.start * rank..rows.end * rank];
+                kernels.matmul_t(weights, rows.len(), BLOCK, values, at > 0, out, rank);
+            });
+        };
+        sum(0..rows, 0..common);
+        for token in (1..self.tokens).filter(|_| count > common) {
+            sum(token * heads..(token + 1) * heads, common..seen(token));
+        }
     }
+}
+
+fn grown_merged(buffer: &mut Vec<Merged>, rows: usize) -> &mut [Merged] {
+    buffer.resize(rows, Merged::default());
+    buffer
 }
