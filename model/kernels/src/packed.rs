@@ -7,7 +7,7 @@
 
 use crate::dot::Dot;
 use crate::lanes::STEP;
-use crate::mat::{Acts, Mat};
+use crate::mat::{Acts, DType, Mat};
 use bytemuck::{Pod, Zeroable};
 use std::any::TypeId;
 use std::marker::PhantomData;
@@ -62,7 +62,14 @@ pub struct Packed {
     width: usize,
     segments: Vec<Segment>,
     class: Option<TypeId>,
+    /// Whether the rows are for an FP8 weight, and so multiplied by [`Dot::FP8_FACTOR`].
+    fp8: bool,
+    /// Whether they had to be left as they are.
+    huge: bool,
 }
+
+/// Activations from here on are not multiplied by [`Dot::FP8_FACTOR`].
+const HUGE: f32 = f32::from_bits((127 + 112) << 23);
 
 impl Packed {
     /// An empty buffer; [`crate::Device::pack`] fills it and keeps its memory between uses.
@@ -87,6 +94,9 @@ impl Packed {
             self.segments.push(segment);
         }
         (self.rows, self.k, self.class) = (rows, k, Some(TypeId::of::<D>()));
+        self.fp8 = w.dtype() == DType::Fp8 && D::FP8_FACTOR != 1.0;
+        self.huge = self.fp8 && x.any_from(HUGE);
+        let enlarge = self.fp8 && !self.huge;
         let out = aligned::<D::Elem>(&mut self.buf, rows * self.width);
         for r in 0..rows {
             for s in &self.segments {
@@ -96,6 +106,9 @@ impl Packed {
                     D::pack(x, r * k + s.from + i * STEP, len, &mut out[at..at + STEP]);
                 }
             }
+            if enlarge {
+                D::enlarge(&mut out[r * self.width..(r + 1) * self.width]);
+            }
         }
     }
 
@@ -103,6 +116,7 @@ impl Packed {
     pub(crate) fn fits<D: Dot>(&self, w: &Mat<'_>) -> bool {
         self.is::<D>()
             && self.k == w.k()
+            && self.fp8 == (w.dtype() == DType::Fp8 && D::FP8_FACTOR != 1.0)
             && self.segments.iter().map(|s| s.from).eq(w.segments().map(|s| s.0))
     }
 
@@ -111,8 +125,12 @@ impl Packed {
         self.class == Some(TypeId::of::<D>())
     }
 
+    /// Whether these rows, for an FP8 weight, were too large to be multiplied by [`Dot::FP8_FACTOR`].
+    pub(crate) fn is_huge(&self) -> bool {
+        self.huge
+    }
+
     pub(crate) fn data<D: Dot>(&self) -> &[D::Elem] {
-        assert!(self.is::<D>(), "rows packed for this class");
         &bytemuck::cast_slice(&self.buf)[..self.rows * self.width]
     }
 
