@@ -1,13 +1,19 @@
 //! How fast each rung of the ladder is, beside what this machine could do in the same minute.
 //!
 //! Each line first checks the device against the plain one of its class, bit for bit, then times a product on one thread
-//! with weights that come from memory, as they do in decoding, and prints the best of several passes. `cargo bench -p
-//! kernels` runs all of it; arguments that name instruction sets, or numbers of rows, choose among them.
+//! with weights that come from memory, as they do in decoding, and prints the best of several passes. A line for the
+//! pool says what it costs to share a job. `cargo bench -p kernels` runs all of it; arguments choose among it: names of
+//! instruction sets, numbers of rows, `pool`, and what is multiplied as `bf16*fp8` (activations, weights).
 
 use half::bf16;
 use kernels::{Acts, DType, Isa, Kernels, Mat, Out, Packed};
 use std::env;
 use std::hint::black_box;
+
+#[path = "ladder/pool.rs"]
+mod pool;
+#[path = "ladder/read.rs"]
+mod read;
 
 /// A routed expert's projection in DeepSeek-V3.
 const N: usize = 2048;
@@ -29,29 +35,48 @@ fn main() {
     };
     let mut rows: Vec<usize> = chosen.iter().filter_map(|c| c.parse().ok()).collect();
     if rows.is_empty() {
-        rows = vec![1, 2, 4, 16, 256];
+        rows = vec![1, 2, 4, 8, 16, 64, 256];
     }
-    let bandwidth = read_bandwidth();
+    let classes = ["f32", "bf16"]
+        .into_iter()
+        .flat_map(|class| [DType::F32, DType::Bf16, DType::Fp8].map(|dtype| (class, dtype)));
+    let mut pairs: Vec<(&str, DType)> =
+        classes.clone().filter(|p| chosen.contains(&pair(*p))).collect();
+    if pairs.is_empty() {
+        pairs = classes.collect();
+    }
+    let isas: Vec<Isa> = Isa::available().into_iter().filter(|isa| wanted(*isa)).collect();
+    let only_pool = chosen.len() == 1 && chosen[0] == "pool";
+    if chosen.is_empty() || chosen.iter().any(|c| c == "pool") {
+        pool::report();
+    }
+    if only_pool {
+        return;
+    }
+    let bandwidth = read::bandwidth();
     println!("memory read, one thread: {bandwidth:.1} GB/s");
-    for isa in Isa::available().into_iter().filter(|isa| wanted(*isa)) {
+    for isa in isas {
         let (f32_peak, bf16_peak) = fma_peak(isa);
         println!("\n{isa}: fused multiply-add peak {f32_peak:.0} GFLOP/s, bf16 {bf16_peak:.0}");
-        println!("acts  weight  rows      GB/s  of memory    GFLOP/s  of peak");
-        for dtype in [DType::F32, DType::Bf16, DType::Fp8] {
-            for class in ["f32", "bf16"] {
-                let peak = if class == "bf16" { bf16_peak } else { f32_peak };
-                for &rows in rows.iter().filter(|r| isa != Isa::Scalar || **r <= 2) {
-                    let (gb, gflop) = measure(isa, dtype, class == "bf16", rows);
-                    println!(
-                        "{class:5} {:6} {rows:5} {gb:9.2}     {:5.0} % {gflop:10.1}   {:5.0} %",
-                        format!("{dtype:?}").to_lowercase(),
-                        100.0 * gb / bandwidth,
-                        100.0 * gflop / peak,
-                    );
-                }
+        println!("acts * weight  rows      GB/s  of memory    GFLOP/s  of peak");
+        for (class, dtype) in &pairs {
+            let peak = if *class == "bf16" { bf16_peak } else { f32_peak };
+            for &rows in rows.iter().filter(|r| isa != Isa::Scalar || **r <= 2) {
+                let (gb, gflop) = measure(isa, *dtype, *class == "bf16", rows);
+                println!(
+                    "{:13} {rows:5} {gb:9.2}     {:5.0} % {gflop:10.1}   {:5.0} %",
+                    pair((class, *dtype)),
+                    100.0 * gb / bandwidth,
+                    100.0 * gflop / peak,
+                );
             }
         }
     }
+}
+
+/// What is multiplied, in a line and as an argument.
+fn pair((class, dtype): (&str, DType)) -> String {
+    format!("{class}*{dtype:?}").to_lowercase()
 }
 
 /// GB/s of weights read and GFLOP/s of one product.
@@ -143,28 +168,6 @@ fn numbers(n: usize) -> impl Iterator<Item = f32> {
         state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
         f32::from_bits((state & 0x8000_0000) | 0x3f00_0000 | (state >> 8 & 0x7f_ffff))
     })
-}
-
-/// GB/s at which one thread reads memory, in as many streams as the kernels do.
-fn read_bandwidth() -> f64 {
-    let data = vec![1u64; FOOTPRINT / 8];
-    let (lines, _) = data.as_chunks::<16>();
-    let (half, rest) = lines.split_at(lines.len() / 2);
-    let ((a, b), (c, d)) = (half.split_at(half.len() / 2), rest.split_at(rest.len() / 2));
-    let best = (0..8)
-        .map(|_| {
-            let start = now();
-            let mut sums = [0u64; 16];
-            for (((a, b), c), d) in a.iter().zip(b).zip(c).zip(d) {
-                for (i, sum) in sums.iter_mut().enumerate() {
-                    *sum ^= a[i] ^ b[i] ^ c[i] ^ d[i];
-                }
-            }
-            black_box(sums);
-            now() - start
-        })
-        .fold(f64::INFINITY, f64::min);
-    FOOTPRINT as f64 / best / 1e9
 }
 
 /// Rounds of a peak measurement.

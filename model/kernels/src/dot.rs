@@ -6,7 +6,9 @@
 //! weights become registers; the order of steps is the business of `product.rs`.
 
 use crate::lanes::{LANES, STEP, Scalar, Simd, flush};
-use crate::mat::{Acts, round_bf16};
+use crate::mat::{Acts, Mat, round_bf16};
+use crate::packed::{Out, Packed};
+use crate::product::computed;
 use bytemuck::Pod;
 use std::marker::PhantomData;
 
@@ -31,13 +33,33 @@ pub(crate) trait Dot: Send + Sync + 'static {
 
     /// Packs one step of a row's activations: `len <= STEP` elements from `from`, the rest zero.
     fn pack(x: Acts<'_>, from: usize, len: usize, out: &mut [Self::Elem]);
+    /// Whether [`Dot::fp8_two`] makes NaNs of NaN codes.
+    const FP8_NAN: bool = false;
+    /// What activations for an FP8 weight are multiplied by, so that products with [`Dot::fp8`]'s values are those of
+    /// the codes: a power of two, which changes no bit of them.
+    const FP8_FACTOR: f32 = 1.0;
+    /// Multiplies packed activations by [`Dot::FP8_FACTOR`].
+    fn enlarge(_out: &mut [Self::Elem]) {}
+    /// The product with an FP8 weight where activations are too large to be multiplied ([`Packed::is_huge`]).
+    ///
+    /// # Safety
+    /// As for [`product()`](crate::product::product).
+    unsafe fn huge(_x: &Packed, _w: &Mat<'_>, _y: &mut Out<'_>) {
+        unreachable!("only where activations are multiplied");
+    }
 
     unsafe fn load(p: *const Self::Elem) -> Self::Pair;
     unsafe fn store(p: *mut Self::Elem, pair: Self::Pair);
     unsafe fn f32(p: *const u8) -> Self::Pair;
     unsafe fn bf16(p: *const u8) -> Self::Pair;
-    /// NaN codes may give any value.
+    /// Codes over [`Dot::FP8_FACTOR`]; NaN codes may give any value.
     unsafe fn fp8(p: *const u8) -> Self::Pair;
+    /// Two steps of them; NaN codes give NaNs if [`Dot::FP8_NAN`].
+    #[inline(always)]
+    unsafe fn fp8_two(p: *const u8) -> [Self::Pair; 2] {
+        // SAFETY: the caller's.
+        unsafe { [Self::fp8(p), Self::fp8(p.add(STEP))] }
+    }
 
     unsafe fn step(acc: <Self::S as Simd>::V, w: Self::Pair, x: Self::Pair)
     -> <Self::S as Simd>::V;
@@ -58,6 +80,16 @@ pub(crate) trait Source {
     /// # Safety
     /// As for [`Dot`].
     unsafe fn load<D: Dot>(p: *const u8) -> D::Pair;
+
+    /// Two steps.
+    ///
+    /// # Safety
+    /// As for [`Dot`].
+    #[inline(always)]
+    unsafe fn load_two<D: Dot>(p: *const u8) -> [D::Pair; 2] {
+        // SAFETY: the caller's.
+        unsafe { [Self::load::<D>(p), Self::load::<D>(p.add(STEP * Self::SIZE))] }
+    }
 
     /// 16 elements in order, widened; FP8 NaNs give NaN.
     ///
@@ -115,6 +147,12 @@ impl Source for Fp8 {
     }
 
     #[inline(always)]
+    unsafe fn load_two<D: Dot>(p: *const u8) -> [D::Pair; 2] {
+        // SAFETY: the caller's.
+        unsafe { D::fp8_two(p) }
+    }
+
+    #[inline(always)]
     unsafe fn lanes<S: Simd>(p: *const u8) -> S::V {
         // SAFETY: the caller's.
         unsafe { S::fp8(p) }
@@ -153,6 +191,7 @@ impl<S: Simd + Registers> Dot for Wide<S> {
     const TILE: (usize, usize) = S::TILE;
     const FEW: &[usize] = S::FEW;
     const FEW_FP8: usize = S::FEW_FP8;
+    const FP8_FACTOR: f32 = S::FP8_FACTOR;
 
     fn pack(x: Acts<'_>, from: usize, len: usize, out: &mut [f32]) {
         out.fill(0.0);
@@ -164,6 +203,14 @@ impl<S: Simd + Registers> Dot for Wide<S> {
                 }
             }
         }
+    }
+
+    fn enlarge(out: &mut [f32]) {
+        out.iter_mut().for_each(|x| *x *= S::FP8_FACTOR);
+    }
+
+    unsafe fn huge(x: &Packed, w: &Mat<'_>, y: &mut Out<'_>) {
+        unsafe { computed::<Wide<Scalar>>(x, w, y) }
     }
 
     #[inline(always)]
@@ -195,6 +242,11 @@ impl<S: Simd + Registers> Dot for Wide<S> {
     }
 
     #[inline(always)]
+    unsafe fn fp8_two(p: *const u8) -> [Self::Pair; 2] {
+        unsafe { S::fp8_pairs(p) }
+    }
+
+    #[inline(always)]
     unsafe fn step(acc: S::V, w: Self::Pair, x: Self::Pair) -> S::V {
         unsafe { S::fma(w[1], x[1], S::fma(w[0], x[0], acc)) }
     }
@@ -214,6 +266,7 @@ impl<S: Simd + Registers> Dot for Split<S> {
     const TILE: (usize, usize) = S::TILE;
     const FEW: &[usize] = S::FEW;
     const FEW_FP8: usize = S::FEW_FP8;
+    const FP8_FACTOR: f32 = S::FP8_FACTOR;
 
     fn pack(x: Acts<'_>, from: usize, len: usize, out: &mut [f32]) {
         let mut step = [0.0; STEP];
@@ -234,6 +287,14 @@ impl<S: Simd + Registers> Dot for Split<S> {
             odd[j] = *o;
             even[j] = *e;
         }
+    }
+
+    fn enlarge(out: &mut [f32]) {
+        out.iter_mut().for_each(|x| *x *= S::FP8_FACTOR);
+    }
+
+    unsafe fn huge(x: &Packed, w: &Mat<'_>, y: &mut Out<'_>) {
+        unsafe { computed::<Split<Scalar>>(x, w, y) }
     }
 
     #[inline(always)]
@@ -262,6 +323,11 @@ impl<S: Simd + Registers> Dot for Split<S> {
     #[inline(always)]
     unsafe fn fp8(p: *const u8) -> Self::Pair {
         unsafe { S::fp8_split(p) }
+    }
+
+    #[inline(always)]
+    unsafe fn fp8_two(p: *const u8) -> [Self::Pair; 2] {
+        unsafe { S::fp8_splits(p) }
     }
 
     #[inline(always)]

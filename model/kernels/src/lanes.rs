@@ -32,6 +32,8 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     type V: Copy;
     /// Evidence, gathered over a row's bytes, that it holds an FP8 NaN.
     type Watch: Copy;
+    /// What the codes of the `fp8_*` pairs must be multiplied by to have their value: a power of two.
+    const FP8_FACTOR: f32 = 1.0;
 
     /// Runs `task` in a function compiled for this instruction set.
     unsafe fn run<T: Task<Self>>(task: T) -> T::Out;
@@ -52,18 +54,37 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     unsafe fn bf16(p: *const u8) -> Self::V;
     /// 16 e4m3 codes, widened; NaN codes give NaN.
     unsafe fn fp8(p: *const u8) -> Self::V;
-    /// 32 e4m3 codes in order. NaN codes may give any value: [`Simd::watch`] tells of them.
+    /// 32 e4m3 codes in order, each over [`Simd::FP8_FACTOR`]. NaN codes may give any value: [`Simd::watch`] tells
+    /// of them.
     unsafe fn fp8_pair(p: *const u8) -> [Self::V; 2];
+    /// 64 codes, as two pairs.
+    #[inline(always)]
+    unsafe fn fp8_pairs(p: *const u8) -> [[Self::V; 2]; 2] {
+        // SAFETY: the caller's.
+        unsafe { [Self::fp8_pair(p), Self::fp8_pair(p.add(STEP))] }
+    }
     /// 32 bf16 as lanes of (odd, even) elements: lane `j` holds elements `2j + 1` and `2j`.
     unsafe fn bf16_split(p: *const u8) -> [Self::V; 2];
     /// 32 f32 rounded to bf16, as (odd, even).
     unsafe fn f32_split(p: *const u8) -> [Self::V; 2];
-    /// 32 e4m3 codes as (odd, even); NaN codes as in [`Simd::fp8_pair`].
+    /// 32 e4m3 codes as (odd, even); otherwise as in [`Simd::fp8_pair`].
     unsafe fn fp8_split(p: *const u8) -> [Self::V; 2];
+    /// 64 codes, as two of the same.
+    #[inline(always)]
+    unsafe fn fp8_splits(p: *const u8) -> [[Self::V; 2]; 2] {
+        // SAFETY: the caller's.
+        unsafe { [Self::fp8_split(p), Self::fp8_split(p.add(STEP))] }
+    }
 
     unsafe fn watch_new() -> Self::Watch;
     /// Notes 32 e4m3 codes.
     unsafe fn watch(w: Self::Watch, p: *const u8) -> Self::Watch;
+    /// Notes 64.
+    #[inline(always)]
+    unsafe fn watch_two(w: Self::Watch, p: *const u8) -> Self::Watch {
+        // SAFETY: the caller's.
+        unsafe { Self::watch(Self::watch(w, p), p.add(STEP)) }
+    }
     /// Whether a noted code was a NaN.
     unsafe fn watch_hit(w: Self::Watch) -> bool;
 

@@ -69,6 +69,18 @@ impl<'a> Acts<'a> {
         self.len() == 0
     }
 
+    /// Whether any is at least `bound` in magnitude.
+    pub(crate) fn any_from(&self, bound: f32) -> bool {
+        // Every element is looked at, so that the loop becomes vector instructions.
+        match self {
+            Acts::F32(x) => x.iter().fold(false, |any, x| any | (x.abs() >= bound)),
+            Acts::Bf16(x) => {
+                let bound = bf16::from_f32(bound).to_bits();
+                x.iter().fold(false, |any, x| any | (x.to_bits() & 0x7fff >= bound))
+            }
+        }
+    }
+
     /// Elements `range` of the flat buffer. Panics outside it, as slicing does.
     pub fn slice(self, range: Range<usize>) -> Acts<'a> {
         match self {

@@ -7,7 +7,7 @@
 
 use crate::dot::Dot;
 use crate::lanes::STEP;
-use crate::mat::{Acts, Mat};
+use crate::mat::{Acts, DType, Mat};
 use bytemuck::{Pod, Zeroable};
 use std::any::TypeId;
 use std::marker::PhantomData;
@@ -62,7 +62,14 @@ pub struct Packed {
     width: usize,
     segments: Vec<Segment>,
     class: Option<TypeId>,
+    /// Whether the rows are for an FP8 weight, and so multiplied by [`Dot::FP8_FACTOR`].
+    fp8: bool,
+    /// Whether they had to be left as they are.
+    huge: bool,
 }
+
+/// Activations from here on are not multiplied by [`Dot::FP8_FACTOR`].
+const HUGE: f32 = f32::from_bits((127 + 112) << 23);
 
 impl Packed {
     /// An empty buffer; [`crate::Device::pack`] fills it and keeps its memory between uses.
@@ -78,6 +85,9 @@ impl Packed {
     pub(crate) fn fill<D: Dot>(&mut self, x: Acts<'_>, rows: usize, w: &Mat<'_>) {
         self.lay::<D>(x.len(), rows, w);
         let k = self.k;
+        self.fp8 = Packed::factored::<D>(w);
+        self.huge = self.fp8 && x.any_from(HUGE);
+        let enlarge = self.fp8 && !self.huge;
         let out = aligned::<D::Elem>(&mut self.buf, rows * self.width);
         for r in 0..rows {
             for s in &self.segments {
@@ -86,6 +96,9 @@ impl Packed {
                     let at = r * self.width + s.at + i * STEP;
                     D::pack(x, r * k + s.from + i * STEP, len, &mut out[at..at + STEP]);
                 }
+            }
+            if enlarge {
+                D::enlarge(&mut out[r * self.width..(r + 1) * self.width]);
             }
         }
     }
@@ -103,6 +116,7 @@ impl Packed {
             self.segments.push(segment);
         }
         (self.rows, self.k, self.class) = (rows, k, Some(TypeId::of::<C>()));
+        (self.fp8, self.huge) = (false, false);
     }
 
     /// Whether these rows were packed for class `C` and a weight laid out like `w`.
@@ -110,6 +124,15 @@ impl Packed {
         self.is::<C>()
             && self.k == w.k()
             && self.segments.iter().map(|s| s.from).eq(w.segments().map(|s| s.0))
+    }
+
+    /// As [`Packed::fits`], for a class whose activations may carry the factor of FP8 codes.
+    pub(crate) fn fits_dot<D: Dot>(&self, w: &Mat<'_>) -> bool {
+        self.fits::<D>(w) && self.fp8 == Packed::factored::<D>(w)
+    }
+
+    fn factored<D: Dot>(w: &Mat<'_>) -> bool {
+        w.dtype() == DType::Fp8 && D::FP8_FACTOR != 1.0
     }
 
     /// Whether these rows were packed for class `C`.
@@ -127,8 +150,12 @@ impl Packed {
         &bytemuck::cast_slice(&self.buf)[..len]
     }
 
+    /// Whether these rows, for an FP8 weight, were too large to be multiplied by [`Dot::FP8_FACTOR`].
+    pub(crate) fn is_huge(&self) -> bool {
+        self.huge
+    }
+
     pub(crate) fn data<D: Dot>(&self) -> &[D::Elem] {
-        assert!(self.is::<D>(), "rows packed for this class");
         &bytemuck::cast_slice(&self.buf)[..self.rows * self.width]
     }
 

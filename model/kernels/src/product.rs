@@ -19,9 +19,23 @@ mod panel;
 /// # Safety
 /// The CPU has `D`'s instruction set.
 pub(crate) unsafe fn product<D: Dot>(x: &Packed, w: &Mat<'_>, y: &mut Out<'_>) {
-    assert!(x.fits::<D>(w), "activations packed for another weight layout");
+    assert!(x.fits_dot::<D>(w), "activations packed for another weight layout");
     assert_eq!(y.shape(), (x.rows(), w.n()), "the output of a product [rows, n]");
     // SAFETY: the caller's, and the shapes agree.
+    unsafe {
+        match x.is_huge() {
+            true => D::huge(x, w, y),
+            false => computed::<D>(x, w, y),
+        }
+    }
+}
+
+/// [`product`], for activations that are known to be packed as `D` packs them.
+///
+/// # Safety
+/// As for [`product`], and the shapes agree.
+pub(crate) unsafe fn computed<D: Dot>(x: &Packed, w: &Mat<'_>, y: &mut Out<'_>) {
+    // SAFETY: the caller's.
     unsafe {
         if D::FLUSHES {
             D::S::watch_underflow();
@@ -92,6 +106,15 @@ unsafe fn few<D: Dot, S: Source>(x: &Packed, w: &Mat<'_>, y: &mut Out<'_>) {
                 }
                 (1, 8) if const { D::FEW.len() > 1 } => {
                     direct::<D, S, 1, 8, false, false>(x, w, 0, n, y)
+                }
+                (2, 8) if const { D::FEW.len() > 1 } => {
+                    direct::<D, S, 2, 8, false, false>(x, w, 0, n, y)
+                }
+                (3, 8) if const { D::FEW.len() > 1 } => {
+                    direct::<D, S, 3, 8, false, false>(x, w, 0, n, y)
+                }
+                (4, 6) if const { D::FEW.len() > 1 } => {
+                    direct::<D, S, 4, 6, false, false>(x, w, 0, n, y)
                 }
                 _ => narrow::<D, S, false>(x, w, n, width, y),
             };
@@ -186,6 +209,9 @@ impl<D: Dot, S: Source, const R: usize, const N: usize, const EXACT: bool, const
                     scales[n] = &table.row(self.n + n)[..self.segments.len()];
                 }
             }
+            // From the end of a row to the start of the one `N` outputs on.
+            let next = (self.w.stride() * N).wrapping_sub(self.w.k() * S::SIZE);
+            let end = rows[0].wrapping_add(self.w.k() * S::SIZE);
             let mut total = [[D::S::zero(); N]; R];
             let mut watch = D::S::watch_new();
             for (index, s) in self.segments.iter().enumerate() {
@@ -195,8 +221,27 @@ impl<D: Dot, S: Source, const R: usize, const N: usize, const EXACT: bool, const
                 for n in 0..N {
                     w[n] = w[n].add(s.from * S::SIZE);
                 }
-                for _ in 0..s.full {
-                    watch = step::<D, S, R, N, EXACT>(&mut acc, w, x, self.width, watch);
+                // Where the row goes on at the distance that is asked for ahead; after it, what comes next is the row
+                // `N` outputs on.
+                let near = end.wrapping_sub(AHEAD);
+                let mut steps = s.full;
+                // FP8 decodes best two steps at a time, and blocks of four are what there is.
+                while S::WATCHED && steps >= 4 {
+                    for _ in 0..2 {
+                        let ahead = if w[0] < near { AHEAD } else { AHEAD.wrapping_add(next) };
+                        let at = Place { w, x, width: self.width, ahead };
+                        watch = two_steps::<D, S, R, N, EXACT>(&mut acc, at, watch);
+                        x = x.add(2 * STEP);
+                        for n in 0..N {
+                            w[n] = w[n].add(2 * STEP * S::SIZE);
+                        }
+                    }
+                    steps -= 4;
+                }
+                for _ in 0..steps {
+                    let ahead = if w[0] < near { AHEAD } else { AHEAD.wrapping_add(next) };
+                    let at = Place { w, x, width: self.width, ahead };
+                    watch = step::<D, S, R, N, EXACT>(&mut acc, at, watch);
                     x = x.add(STEP);
                     for n in 0..N {
                         w[n] = w[n].add(STEP * S::SIZE);
@@ -208,7 +253,8 @@ impl<D: Dot, S: Source, const R: usize, const N: usize, const EXACT: bool, const
                         tails[n] = padded::<S>(w[n], s.tail);
                         w[n] = tails[n].as_ptr();
                     }
-                    watch = step::<D, S, R, N, EXACT>(&mut acc, w, x, self.width, watch);
+                    let at = Place { w, x, width: self.width, ahead: 0 };
+                    watch = step::<D, S, R, N, EXACT>(&mut acc, at, watch);
                 }
                 // Only FP8 has scales.
                 if S::WATCHED {
@@ -235,14 +281,23 @@ impl<D: Dot, S: Source, const R: usize, const N: usize, const EXACT: bool, const
 /// How far ahead of its use a weight is asked for, in bytes.
 const AHEAD: usize = 1024;
 
+/// Where a step of a tile reads.
+#[derive(Clone, Copy)]
+struct Place<E, const N: usize> {
+    w: [*const u8; N],
+    x: *const E,
+    /// From one row of `x` to the next.
+    width: usize,
+    /// From `w` to the bytes to ask for.
+    ahead: usize,
+}
+
 /// One step of an `R` by `N` tile.
 #[allow(clippy::needless_range_loop, reason = "indices keep closures out of hot code")]
 #[inline(always)]
 unsafe fn step<D: Dot, S: Source, const R: usize, const N: usize, const EXACT: bool>(
     acc: &mut [[<D::S as Simd>::V; N]; R],
-    w: [*const u8; N],
-    x: *const D::Elem,
-    width: usize,
+    Place { w, x, width, ahead }: Place<D::Elem, N>,
     mut watch: <D::S as Simd>::Watch,
 ) -> <D::S as Simd>::Watch {
     // SAFETY: the caller gives a step's elements at each pointer.
@@ -251,7 +306,7 @@ unsafe fn step<D: Dot, S: Source, const R: usize, const N: usize, const EXACT: b
             if S::WATCHED {
                 watch = D::S::watch(watch, w[n]);
             }
-            D::S::prefetch(w[n].wrapping_add(AHEAD));
+            D::S::prefetch(w[n].wrapping_add(ahead));
             let pair = S::load::<D>(w[n]);
             for r in 0..R {
                 let row = D::load(x.add(r * width));
@@ -260,6 +315,37 @@ unsafe fn step<D: Dot, S: Source, const R: usize, const N: usize, const EXACT: b
                 } else {
                     D::step(acc[r][n], pair, row)
                 };
+            }
+        }
+    }
+    watch
+}
+
+/// Two steps of an `R` by `N` tile.
+#[allow(clippy::needless_range_loop, reason = "indices keep closures out of hot code")]
+#[inline(always)]
+unsafe fn two_steps<D: Dot, S: Source, const R: usize, const N: usize, const EXACT: bool>(
+    acc: &mut [[<D::S as Simd>::V; N]; R],
+    Place { w, x, width, ahead }: Place<D::Elem, N>,
+    mut watch: <D::S as Simd>::Watch,
+) -> <D::S as Simd>::Watch {
+    // SAFETY: the caller gives two steps' elements at each pointer.
+    unsafe {
+        for n in 0..N {
+            if S::WATCHED && !D::FP8_NAN {
+                watch = D::S::watch_two(watch, w[n]);
+            }
+            D::S::prefetch(w[n].wrapping_add(ahead));
+            let pairs = S::load_two::<D>(w[n]);
+            for i in 0..2 {
+                for r in 0..R {
+                    let row = D::load(x.add(r * width + i * STEP));
+                    acc[r][n] = if EXACT {
+                        D::step_exact(acc[r][n], pairs[i], row)
+                    } else {
+                        D::step(acc[r][n], pairs[i], row)
+                    };
+                }
             }
         }
     }

@@ -33,7 +33,12 @@ pub(crate) fn has(isa: Isa) -> bool {
         Isa::Scalar => true,
         Isa::Avx2 => avx2,
         Isa::Avx512 => avx512,
-        Isa::Avx512Bf16 => avx512 && is_x86_feature_detected!("avx512bf16") && pairs::conforms(),
+        Isa::Avx512Bf16 => {
+            avx512
+                && is_x86_feature_detected!("avx512bf16")
+                && is_x86_feature_detected!("avx512vbmi")
+                && pairs::conforms()
+        }
         Isa::Amx => avx512 && is_x86_feature_detected!("avx512vbmi") && amx::available(),
     }
 }

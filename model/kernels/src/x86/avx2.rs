@@ -6,6 +6,7 @@
 use crate::dot::Registers;
 use crate::lanes::{self, LANES, Simd, Task};
 use std::arch::x86_64::*;
+use std::mem::MaybeUninit;
 
 /// AVX2 with FMA and F16C.
 #[derive(Clone, Copy)]
@@ -40,18 +41,19 @@ unsafe fn low(x: __m256i) -> __m256 {
     unsafe { _mm256_castsi256_ps(_mm256_slli_epi32::<16>(x)) }
 }
 
-/// 16 codes in the high bytes of 16-bit lanes, widened.
+/// 16 codes in the high bytes of 16-bit lanes, as f32 of 2^-8 times their value. They pass through memory, as a
+/// conversion from there needs no shuffle; the volatile write keeps the compiler from undoing it.
 #[inline(always)]
 unsafe fn widen(codes: __m256i) -> V {
-    // SAFETY: AVX2 and F16C are there, by the contract of `Simd`.
+    let mut place = MaybeUninit::<__m256i>::uninit();
+    let at = place.as_mut_ptr();
+    // SAFETY: AVX2 and F16C are there, by the contract of `Simd`; the place holds twice 128 bits, all written.
     unsafe {
         // The sign stays at the top; the shift leaves a copy of it below, which the mask takes away.
         let mask = _mm256_set1_epi16(0xbf80_u16 as i16);
-        let half = _mm256_and_si256(_mm256_srai_epi16::<1>(codes), mask);
-        let scale = _mm256_set1_ps(256.0);
-        let a = _mm256_cvtph_ps(_mm256_castsi256_si128(half));
-        let b = _mm256_cvtph_ps(_mm256_extracti128_si256::<1>(half));
-        (_mm256_mul_ps(a, scale), _mm256_mul_ps(b, scale))
+        at.write_volatile(_mm256_and_si256(_mm256_srai_epi16::<1>(codes), mask));
+        let at = at.cast::<__m128i>();
+        (_mm256_cvtph_ps(_mm_load_si128(at)), _mm256_cvtph_ps(_mm_load_si128(at.add(1))))
     }
 }
 
@@ -106,6 +108,7 @@ unsafe fn fma_flush(a: __m256, b: __m256, c: __m256) -> __m256 {
 impl Simd for Avx2 {
     type V = V;
     type Watch = __m256i;
+    const FP8_FACTOR: f32 = 256.0;
 
     #[inline(always)]
     unsafe fn run<T: Task<Self>>(task: T) -> T::Out {
@@ -174,6 +177,8 @@ impl Simd for Avx2 {
         unsafe {
             let codes = _mm_loadu_si128(p.cast());
             let v = widen(_mm256_slli_epi16::<8>(_mm256_cvtepu8_epi16(codes)));
+            let factor = _mm256_set1_ps(Self::FP8_FACTOR);
+            let v = (_mm256_mul_ps(v.0, factor), _mm256_mul_ps(v.1, factor));
             let nan = _mm_set1_epi8(0x7f);
             let nan = _mm_cmpeq_epi8(_mm_and_si128(codes, nan), nan);
             let a = _mm256_castsi256_ps(_mm256_cvtepi8_epi32(nan));

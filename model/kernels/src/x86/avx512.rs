@@ -3,10 +3,11 @@
 //! FP8 goes through half precision as in `avx2.rs`.
 
 use crate::dot::Registers;
-use crate::lanes::{self, LANES, Simd, Task};
+use crate::lanes::{self, LANES, STEP, Simd, Task};
+use std::arch::asm;
 use std::arch::x86_64::*;
 
-/// AVX-512 F, BW, VL and DQ, with AVX2, FMA and F16C; and BF16 in what [`Simd::run`] compiles, if `BF16`.
+/// AVX-512 F, BW, VL and DQ, with AVX2, FMA and F16C; and BF16 and VBMI in what [`Simd::run`] compiles, if `BF16`.
 #[derive(Clone, Copy)]
 pub(crate) struct Avx512<const BF16: bool = false>;
 
@@ -23,7 +24,7 @@ unsafe fn run<S, T: Task<S>>(task: T) -> T::Out {
     unsafe { task.call() }
 }
 
-#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx2,fma,f16c")]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi,avx512bf16,avx2,fma,f16c")]
 unsafe fn run_bf16<S, T: Task<S>>(task: T) -> T::Out {
     // SAFETY: the caller's.
     unsafe { task.call() }
@@ -43,16 +44,64 @@ pub(super) unsafe fn low(x: __m512i) -> __m512 {
     unsafe { _mm512_castsi512_ps(_mm512_slli_epi32::<16>(x)) }
 }
 
-/// 16 codes in the high bytes of 16-bit lanes, widened.
+/// 16 codes in the high bytes of 16-bit lanes, as f32 of 2^-8 times their value.
 #[inline(always)]
 unsafe fn widen(codes: __m256i) -> __m512 {
     // SAFETY: AVX-512 and AVX2 are there, by the contract of `Simd`.
     unsafe {
         // The sign stays at the top; the shift leaves a copy of it below, which the mask takes away.
         let mask = _mm256_set1_epi16(0xbf80_u16 as i16);
-        let half = _mm256_and_si256(_mm256_srai_epi16::<1>(codes), mask);
-        _mm512_mul_ps(_mm512_cvtph_ps(half), _mm512_set1_ps(256.0))
+        _mm512_cvtph_ps(_mm256_and_si256(_mm256_srai_epi16::<1>(codes), mask))
     }
+}
+
+/// 32 codes in the high bytes of 16-bit lanes, as halves of 2^-8 times their value.
+#[inline(always)]
+unsafe fn halves(codes: __m512i) -> __m512i {
+    // SAFETY: AVX-512 is there, by the contract of `Simd`.
+    unsafe {
+        let mask = _mm512_set1_epi16(0xbf80_u16 as i16);
+        _mm512_and_si512(_mm512_srai_epi16::<1>(codes), mask)
+    }
+}
+
+/// `w`, with the top bit of each byte set where a code is a NaN: seven ones carry into it.
+#[inline(always)]
+unsafe fn watch(w: __m512i, codes: __m512i) -> __m512i {
+    /// `w | (a ^ b)`.
+    const OR_XOR: i32 = 0xf6;
+    // SAFETY: AVX-512 is there, by the contract of `Simd`.
+    unsafe {
+        let next = _mm512_add_epi8(codes, _mm512_set1_epi8(1));
+        _mm512_ternarylogic_epi32::<OR_XOR>(w, codes, next)
+    }
+}
+
+/// The lower and upper halves of `a` and then of `b`, widened. They pass through memory, as a conversion from there
+/// needs no shuffle, and shuffles have one port.
+#[inline(always)]
+unsafe fn widen_all(a: __m512i, b: __m512i) -> [__m512; 4] {
+    let place = [a, b];
+    let at = place.as_ptr().cast::<[u8; 32]>();
+    // SAFETY: AVX-512 is there, by the contract of `Simd`; the place holds four times 256 bits.
+    unsafe { [widen_at(at), widen_at(at.add(1)), widen_at(at.add(2)), widen_at(at.add(3))] }
+}
+
+/// 16 halves at `p`, widened. The intrinsic does not read memory: it is the form that suppresses exceptions.
+#[inline]
+#[target_feature(enable = "avx512f")]
+unsafe fn widen_at(p: *const [u8; 32]) -> __m512 {
+    let out;
+    // SAFETY: reads the caller's 32 bytes.
+    unsafe {
+        asm!(
+            "vcvtph2ps {}, ymmword ptr [{}]",
+            out(zmm_reg) out,
+            in(reg) p,
+            options(pure, readonly, nostack, preserves_flags)
+        );
+    }
+    out
 }
 
 /// f32 bits rounded to bf16, kept in the high half. NaN stays NaN.
@@ -86,7 +135,8 @@ unsafe fn flush(x: __m512) -> __m512 {
 #[allow(clippy::undocumented_unsafe_blocks, reason = "one contract for all, stated above")]
 impl<const BF16: bool> Simd for Avx512<BF16> {
     type V = __m512;
-    type Watch = __m256i;
+    type Watch = __m512i;
+    const FP8_FACTOR: f32 = 256.0;
 
     #[inline(always)]
     unsafe fn run<T: Task<Self>>(task: T) -> T::Out {
@@ -162,6 +212,7 @@ impl<const BF16: bool> Simd for Avx512<BF16> {
         unsafe {
             let codes = _mm_loadu_si128(p.cast());
             let v = widen(_mm256_slli_epi16::<8>(_mm256_cvtepu8_epi16(codes)));
+            let v = _mm512_mul_ps(v, _mm512_set1_ps(Self::FP8_FACTOR));
             let nan = _mm_set1_epi8(0x7f);
             let nan = _mm_cmpeq_epi8_mask(_mm_and_si128(codes, nan), nan);
             _mm512_mask_blend_ps(nan, v, _mm512_set1_ps(f32::NAN))
@@ -174,6 +225,17 @@ impl<const BF16: bool> Simd for Avx512<BF16> {
             let a = _mm256_cvtepu8_epi16(_mm_loadu_si128(p.cast()));
             let b = _mm256_cvtepu8_epi16(_mm_loadu_si128(p.add(LANES).cast()));
             [widen(_mm256_slli_epi16::<8>(a)), widen(_mm256_slli_epi16::<8>(b))]
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn fp8_pairs(p: *const u8) -> [[__m512; 2]; 2] {
+        unsafe {
+            let a = _mm512_cvtepu8_epi16(_mm256_loadu_si256(p.cast()));
+            let b = _mm512_cvtepu8_epi16(_mm256_loadu_si256(p.add(STEP).cast()));
+            let (a, b) = (_mm512_slli_epi16::<8>(a), _mm512_slli_epi16::<8>(b));
+            let [a, b, c, d] = widen_all(halves(a), halves(b));
+            [[a, b], [c, d]]
         }
     }
 
@@ -207,22 +269,34 @@ impl<const BF16: bool> Simd for Avx512<BF16> {
     }
 
     #[inline(always)]
-    unsafe fn watch_new() -> __m256i {
-        unsafe { _mm256_setzero_si256() }
-    }
-
-    #[inline(always)]
-    unsafe fn watch(w: __m256i, p: *const u8) -> __m256i {
+    unsafe fn fp8_splits(p: *const u8) -> [[__m512; 2]; 2] {
         unsafe {
-            let codes = _mm256_loadu_si256(p.cast());
-            // Doubled, a code loses its sign and a NaN is the largest byte.
-            _mm256_max_epu8(w, _mm256_add_epi8(codes, codes))
+            let codes = _mm512_loadu_si512(p.cast());
+            let odd = halves(codes);
+            let even = halves(_mm512_bslli_epi128::<1>(codes));
+            let [a, b, c, d] = widen_all(odd, even);
+            [[a, c], [b, d]]
         }
     }
 
     #[inline(always)]
-    unsafe fn watch_hit(w: __m256i) -> bool {
-        unsafe { _mm256_cmpeq_epi8_mask(w, _mm256_set1_epi8(-2)) != 0 }
+    unsafe fn watch_new() -> __m512i {
+        unsafe { _mm512_setzero_si512() }
+    }
+
+    #[inline(always)]
+    unsafe fn watch(w: __m512i, p: *const u8) -> __m512i {
+        unsafe { watch(w, _mm512_zextsi256_si512(_mm256_loadu_si256(p.cast()))) }
+    }
+
+    #[inline(always)]
+    unsafe fn watch_two(w: __m512i, p: *const u8) -> __m512i {
+        unsafe { watch(w, _mm512_loadu_si512(p.cast())) }
+    }
+
+    #[inline(always)]
+    unsafe fn watch_hit(w: __m512i) -> bool {
+        unsafe { _mm512_movepi8_mask(w) != 0 }
     }
 
     #[inline(always)]

@@ -6,7 +6,7 @@
 
 use super::avx512::{Avx512, high, low, round};
 use crate::dot::{Dot, Registers};
-use crate::lanes::{LANES, Simd, flush, fma_flush};
+use crate::lanes::{LANES, STEP, Simd, flush, fma_flush};
 use crate::mat::{Acts, round_bf16};
 use std::arch::x86_64::*;
 use std::sync::OnceLock;
@@ -31,6 +31,7 @@ impl<const HARDWARE: bool> Dot for Pairs<HARDWARE> {
     const TILE: (usize, usize) = <Avx512>::TILE;
     const FEW: &[usize] = <Avx512>::FEW;
     const FEW_FP8: usize = <Avx512>::FEW_FP8;
+    const FP8_NAN: bool = HARDWARE;
 
     fn pack(x: Acts<'_>, from: usize, len: usize, out: &mut [u16]) {
         out.fill(0);
@@ -96,6 +97,27 @@ impl<const HARDWARE: bool> Dot for Pairs<HARDWARE> {
     }
 
     #[inline(always)]
+    unsafe fn fp8_two(p: *const u8) -> [__m512i; 2] {
+        unsafe {
+            if !HARDWARE {
+                return [Self::fp8(p), Self::fp8(p.add(STEP))];
+            }
+            // Bytes are interleaved within 128 bits, so eight codes of each half go to each of them first.
+            let order = _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7);
+            let codes = _mm512_permutexvar_epi64(order, _mm512_loadu_si512(p.cast()));
+            let at = |bytes: &'static [u8; 128], i: usize| {
+                _mm512_loadu_si512(bytes[i..].as_ptr().cast())
+            };
+            let high = _mm512_permutex2var_epi8(at(&TABLE[1], 0), codes, at(&TABLE[1], 64));
+            let low = _mm512_permutex2var_epi8(at(&TABLE[0], 0), codes, at(&TABLE[0], 64));
+            // `high | (codes & sign)`.
+            let sign = _mm512_set1_epi8(0x80_u8 as i8);
+            let high = _mm512_ternarylogic_epi32::<0xf8>(high, codes, sign);
+            [_mm512_unpacklo_epi8(low, high), _mm512_unpackhi_epi8(low, high)]
+        }
+    }
+
+    #[inline(always)]
     unsafe fn step(acc: __m512, w: __m512i, x: __m512i) -> __m512 {
         unsafe {
             if HARDWARE {
@@ -118,6 +140,28 @@ impl<const HARDWARE: bool> Dot for Pairs<HARDWARE> {
         }
     }
 }
+
+/// The low and the high bytes of the bf16 that each code without its sign stands for, NaN included.
+static TABLE: [[u8; 128]; 2] = {
+    let mut table = [[0; 128]; 2];
+    let mut code = 0;
+    while code < 128 {
+        let (exponent, mantissa) = (code as u16 >> 3, code as u16 & 7);
+        let bits = match (exponent, mantissa) {
+            (15, 7) => 0x7fc0,
+            (0, 0) => 0,
+            // A multiple of 2^-9: the highest of its three bits becomes the implicit one.
+            (0, _) => {
+                let top = 15 - mantissa.leading_zeros() as u16;
+                ((127 - 9 + top) << 7) | ((mantissa << (7 - top)) & 0x7f)
+            }
+            _ => ((exponent + 120) << 7) | (mantissa << 4),
+        };
+        [table[0][code], table[1][code]] = bits.to_le_bytes();
+        code += 1;
+    }
+    table
+};
 
 /// `acc` plus the products of `w`'s and `x`'s pairs.
 #[inline(always)]
