@@ -10,7 +10,7 @@ mod tests;
 use std::sync::Arc;
 
 use half::bf16;
-use kernels::{Acts, Compute};
+use kernels::{Compute, Mat, Out, Packed, Pool};
 
 use crate::activations::{WireScratch, from_wire, to_wire};
 use crate::checkpoint::Checkpoint;
@@ -128,14 +128,11 @@ pub struct ExpertGroup<'a> {
 pub struct ExpertScratch {
     wire: WireScratch,
     spans: Vec<Span>,
-    /// Inner layer in tiles, `[group][tile][rows][tile columns]`.
-    tiles: Vec<f32>,
-    /// Inner layer by rows, `[rows, inner]`, f32 class.
-    inner: Vec<f32>,
-    /// The same, bf16 class.
-    rounded: Vec<bf16>,
-    /// Results in tiles, as above.
-    out: Vec<f32>,
+    /// Values in tiles, `[group][tile][rows][tile columns]` in the class's type.
+    tiles: Vec<u8>,
+    /// Inner layer by rows, `[rows, inner]`, the same.
+    inner: Vec<u8>,
+    inner_wire: WireScratch,
     tasks: Arena<TaskScratch>,
 }
 
@@ -152,8 +149,10 @@ struct Span {
 
 #[derive(Default)]
 struct TaskScratch {
+    packed: Packed,
     gate: Vec<f32>,
     up: Vec<f32>,
+    out: Vec<f32>,
     rounded: Vec<bf16>,
 }
 
@@ -188,7 +187,7 @@ pub fn forward_experts(
         return;
     };
     let hidden = first.expert.hidden();
-    let ExpertScratch { wire, spans, tiles, inner, rounded, out: results, tasks } = scratch;
+    let ExpertScratch { wire, spans, tiles, inner, inner_wire, tasks } = scratch;
     let (rows, inner_len) = lay_out(groups, hidden, spans);
     let row_bytes = hidden * numerics.bytes();
     assert_eq!(x.len(), rows * row_bytes, "rows of {hidden} values in {numerics}");
@@ -198,60 +197,54 @@ pub fn forward_experts(
     let weights =
         |span: &Span| (&groups[span.group].expert.weights, &*groups[span.group].expert.checkpoint);
 
-    // Inner layer: gate and up for the same columns in one task, so that their product is formed in
-    // cache.
+    let size = numerics.bytes();
     let work = 2 * inner_len * hidden;
     let columns = |n| tile_columns(n, spans.len(), threads, work);
     let count = |n: &dyn Fn(&Span) -> usize| -> usize {
         spans.iter().map(|s| n(s).div_ceil(columns(n(s)))).sum()
     };
+
+    // Inner layer: gate and up for the same columns in one task, so that their product is formed in
+    // cache.
     let inner_of = |span: &Span| weights(span).0.gate.n();
-    let pieces = Tiles::new(spans, &inner_of, &columns, grown(tiles, inner_len));
-    for_each(pool, count(&inner_of), pieces, |(span, from, to, tile)| {
+    let cut = Cut { spans, width: &inner_of, columns: &columns, size };
+    cut.compute(pool, count(&inner_of), tiles, grown(inner, inner_len * size), |tile, piece| {
+        let Tile { span, from, to } = tile;
         let (ffn, checkpoint) = weights(&span);
         let x = x.slice(span.row * hidden..(span.row + span.rows) * hidden);
+        let (gate, up) = (ffn.gate.mat(checkpoint), ffn.up.mat(checkpoint));
+        let (gate, up) = (gate.rows(from..to), up.rows(from..to));
+        let values = span.rows * (to - from);
         tasks.with(|t| {
-            let gate = grown(&mut t.gate, tile.len());
-            let up = grown(&mut t.up, tile.len());
-            kernels.matmul(x, span.rows, ffn.gate.mat(checkpoint).rows(from..to), gate, to - from);
-            kernels.matmul(x, span.rows, ffn.up.mat(checkpoint).rows(from..to), up, to - from);
-            kernels.silu_mul(gate, up, tile);
+            let mut product = |w: Mat<'_>, pack: bool, out: &mut Vec<f32>| {
+                if pack {
+                    kernels.pack(x, span.rows, w, &mut t.packed);
+                }
+                let mut out = Out::new(grown(out, values), span.rows, to - from, to - from);
+                kernels.matmul_packed(&t.packed, w, &mut out);
+            };
+            product(gate, true, &mut t.gate);
+            product(up, up.dtype() != gate.dtype(), &mut t.up);
+            let h = grown(&mut t.out, values);
+            kernels.silu_mul(&t.gate[..values], &t.up[..values], h);
+            to_wire(kernels, numerics, h, &mut t.rounded, piece);
         });
     });
 
-    // Tiles to rows, rounded on the way in the bf16 class.
-    let h = match numerics {
-        Numerics::F32 => {
-            let rows = grown(inner, inner_len);
-            by_rows(spans, &inner_of, &columns, tiles, |at, piece| {
-                rows[at..at + piece.len()].copy_from_slice(piece);
-            });
-            Acts::F32(rows)
-        }
-        Numerics::Bf16 => {
-            let rows = grown(rounded, inner_len);
-            by_rows(spans, &inner_of, &columns, tiles, |at, piece| {
-                kernels.to_bf16(piece, &mut rows[at..at + piece.len()]);
-            });
-            Acts::Bf16(rows)
-        }
-    };
-
     // Outer layer.
+    let h = from_wire(numerics, &inner[..inner_len * size], inner_wire);
     let hidden_of = |_: &Span| hidden;
-    let pieces = Tiles::new(spans, &hidden_of, &columns, grown(results, rows * hidden));
-    for_each(pool, count(&hidden_of), pieces, |(span, from, to, tile)| {
+    let cut = Cut { spans, width: &hidden_of, columns: &columns, size };
+    out.resize(rows * row_bytes, 0);
+    cut.compute(pool, count(&hidden_of), tiles, out, |tile, piece| {
+        let Tile { span, from, to } = tile;
         let (ffn, checkpoint) = weights(&span);
         let h = h.slice(span.inner..span.inner + span.rows * ffn.gate.n());
-        kernels.matmul(h, span.rows, ffn.down.mat(checkpoint).rows(from..to), tile, to - from);
-    });
-
-    out.resize(rows * row_bytes, 0);
-    let size = numerics.bytes();
-    tasks.with(|t| {
-        by_rows(spans, &hidden_of, &columns, results, |at, piece| {
-            let out = &mut out[at * size..(at + piece.len()) * size];
-            to_wire(kernels, numerics, piece, &mut t.rounded, out);
+        let down = ffn.down.mat(checkpoint).rows(from..to);
+        tasks.with(|t| {
+            let y = grown(&mut t.out, span.rows * (to - from));
+            kernels.matmul(h, span.rows, down, y, to - from);
+            to_wire(kernels, numerics, y, &mut t.rounded, piece);
         });
     });
 }
@@ -271,63 +264,68 @@ fn lay_out(groups: &[ExpertGroup<'_>], hidden: usize, spans: &mut Vec<Span>) -> 
     (row, inner)
 }
 
-/// The tiles of all spans in order: span, first and last column, and the tile's `[rows, columns]`
-/// of `rest`.
-struct Tiles<'a, N, C> {
-    spans: std::slice::Iter<'a, Span>,
-    width: &'a N,
-    columns: &'a C,
-    rest: &'a mut [f32],
-    /// The span being cut, and its next column.
-    current: Option<(Span, usize)>,
+/// Columns of one span.
+struct Tile {
+    span: Span,
+    from: usize,
+    to: usize,
 }
 
-impl<'a, N: Fn(&Span) -> usize, C: Fn(usize) -> usize> Tiles<'a, N, C> {
-    fn new(spans: &'a [Span], width: &'a N, columns: &'a C, rest: &'a mut [f32]) -> Self {
-        Tiles { spans: spans.iter(), width, columns, rest, current: None }
-    }
+/// How the spans' values are cut into tiles.
+struct Cut<'a> {
+    spans: &'a [Span],
+    /// Values of a row of a span.
+    width: &'a (dyn Fn(&Span) -> usize + Sync),
+    /// Columns of a tile of so many.
+    columns: &'a (dyn Fn(usize) -> usize + Sync),
+    /// Bytes of a value.
+    size: usize,
 }
 
-impl<'a, N: Fn(&Span) -> usize, C: Fn(usize) -> usize> Iterator for Tiles<'a, N, C> {
-    type Item = (Span, usize, usize, &'a mut [f32]);
-
-    fn next(&mut self) -> Option<Self::Item> {
-        let (span, from) = match self.current.take() {
-            Some(current) => current,
-            None => (*self.spans.next()?, 0),
-        };
-        let width = (self.width)(&span);
-        let to = width.min(from + (self.columns)(width));
-        if to < width {
-            self.current = Some((span, to));
+impl Cut<'_> {
+    /// Has `f` compute all `count` tiles, and puts them together in `out`, row by row. `f` gets
+    /// the bytes of a tile `[rows, columns]`; where no row is cut they are those of `out`.
+    fn compute(
+        &self,
+        pool: &Pool,
+        count: usize,
+        staged: &mut Vec<u8>,
+        out: &mut [u8],
+        f: impl Fn(Tile, &mut [u8]) + Sync,
+    ) {
+        let whole = count == self.spans.len();
+        let mut rest = if whole { &mut *out } else { grown(staged, out.len()) };
+        let pieces = self.tiles().map(|tile| {
+            let len = tile.span.rows * (tile.to - tile.from) * self.size;
+            let (piece, after) = std::mem::take(&mut rest).split_at_mut(len);
+            rest = after;
+            (tile, piece)
+        });
+        for_each(pool, count, pieces, |(tile, piece)| f(tile, piece));
+        if whole {
+            return;
         }
-        let (tile, rest) = std::mem::take(&mut self.rest).split_at_mut(span.rows * (to - from));
-        self.rest = rest;
-        Some((span, from, to, tile))
-    }
-}
-
-/// Calls `put` with every row piece of every tile and the place of its first value in row-major
-/// order.
-fn by_rows(
-    spans: &[Span],
-    width: &impl Fn(&Span) -> usize,
-    columns: &impl Fn(usize) -> usize,
-    tiles: &[f32],
-    mut put: impl FnMut(usize, &[f32]),
-) {
-    let (mut rest, mut first) = (tiles, 0);
-    for span in spans {
-        let width = width(span);
-        let columns = columns(width);
-        for from in (0..width).step_by(columns) {
-            let len = columns.min(width - from);
+        let (mut rest, mut first) = (&staged[..out.len()], 0);
+        for Tile { span, from, to } in self.tiles() {
+            let (width, len) = ((self.width)(&span) * self.size, (to - from) * self.size);
             let (tile, after) = rest.split_at(span.rows * len);
             rest = after;
             for (row, piece) in tile.chunks(len).enumerate() {
-                put(first + row * width + from, piece);
+                out[first + row * width + from * self.size..][..len].copy_from_slice(piece);
+            }
+            if to * self.size == width {
+                first += span.rows * width;
             }
         }
-        first += span.rows * width;
+    }
+
+    /// The tiles of all spans in order.
+    fn tiles(&self) -> impl Iterator<Item = Tile> + Send {
+        self.spans.iter().flat_map(|span| {
+            let width = (self.width)(span);
+            let columns = (self.columns)(width);
+            let starts = (0..width).step_by(columns);
+            starts.map(move |from| Tile { span: *span, from, to: width.min(from + columns) })
+        })
     }
 }

@@ -3,14 +3,13 @@
 //! One network over all rows of a step; routed experts, where many small networks share the
 //! threads, are in `expert.rs`. Both compute the same function with the same rounding.
 
-use half::bf16;
 use kernels::{Acts, Compute};
 
-use crate::activations::rounded;
+use crate::activations::ClassRows;
 use crate::checkpoint::Checkpoint;
 use crate::error::LoadError;
 use crate::numerics::Numerics;
-use crate::parallel::{for_each, grown};
+use crate::parallel::{Arena, ROWS, for_each, grown};
 use crate::weight::Weight;
 
 /// Weights of one network.
@@ -32,9 +31,8 @@ pub(crate) struct FfnScratch {
     /// `[rows, inner]`
     up: Vec<f32>,
     /// `[rows, inner]`
-    inner: Vec<f32>,
-    /// `[rows, inner]`
-    rounded: Vec<bf16>,
+    inner: ClassRows,
+    tasks: Arena<Vec<f32>>,
 }
 
 impl Ffn {
@@ -74,12 +72,21 @@ impl Ffn {
         let up = grown(&mut scratch.up, rows * inner);
         compute.matmul(x, rows, self.gate.mat(from), gate);
         compute.matmul(x, rows, self.up.mat(from), up);
-        let product = grown(&mut scratch.inner, rows * inner);
-        let pieces = product.chunks_mut(inner).zip(gate.chunks(inner).zip(up.chunks(inner)));
-        for_each(&compute.pool, rows, pieces, |(product, (gate, up))| {
-            kernels.silu_mul(gate, up, product);
+        let tasks = &scratch.tasks;
+        let mut product = scratch.inner.grow(numerics, rows * inner);
+        let (gate, up) = (gate.chunks(ROWS * inner), up.chunks(ROWS * inner));
+        let pieces = gate.zip(up).map(|(gate, up)| {
+            let product = product.take(gate.len());
+            (gate, up, product)
         });
-        let h = rounded(kernels, numerics, product, &mut scratch.rounded);
+        for_each(&compute.pool, rows.div_ceil(ROWS), pieces, |(gate, up, mut product)| {
+            tasks.with(|h| {
+                let h = grown(h, gate.len());
+                kernels.silu_mul(gate, up, h);
+                product.put(kernels, 0, h);
+            });
+        });
+        let h = scratch.inner.acts(numerics, rows * inner);
         compute.matmul(h, rows, self.down.mat(from), out);
     }
 }

@@ -10,7 +10,8 @@ mod tests;
 
 use std::sync::Arc;
 
-use kernels::Compute;
+use half::bf16;
+use kernels::{Acts, Compute};
 
 use crate::activations::rounded;
 use crate::attention::Context;
@@ -21,7 +22,7 @@ use crate::error::{LoadError, StepError};
 use crate::gate::Routing;
 use crate::kv::KvPool;
 use crate::numerics::Numerics;
-use crate::parallel::{for_each, grown};
+use crate::parallel::{ROWS, for_each, grown};
 use crate::profile::{Part, span};
 use crate::step::{Chunk, Step};
 use crate::weight::Weight;
@@ -164,21 +165,14 @@ impl Trunk {
             compute: &self.compute,
             numerics: self.numerics,
         };
-        let kernels = self.compute.kernels;
-
-        let time = span(Part::Norm);
-        self.norm(step, &weights.attention_norm);
-        let x = rounded(kernels, self.numerics, &step.normed[..len], &mut step.rounded);
-        drop(time);
+        self.norm(step, &weights.attention_norm, false);
+        let x = class_acts(self.numerics, &step.normed, &step.rounded, len);
         let delta = grown(&mut step.delta, len);
         let memory = &mut step.attention;
         weights.attention.run(context, layer, &step.batch, x, kv, memory, delta);
-        let time = span(Part::Norm);
-        add(&mut step.residual[..len], delta);
 
-        self.norm(step, &weights.mlp_norm);
-        let x = rounded(kernels, self.numerics, &step.normed[..len], &mut step.rounded);
-        drop(time);
+        self.norm(step, &weights.mlp_norm, true);
+        let x = class_acts(self.numerics, &step.normed, &step.rounded, len);
         match &weights.mlp {
             Mlp::Dense(ffn) => {
                 let _span = span(Part::Dense);
@@ -197,16 +191,33 @@ impl Trunk {
         }
     }
 
-    /// RMSNorm of the residual stream into `step.normed`.
-    fn norm(&self, step: &mut Step, weight: &[f32]) {
+    /// RMSNorm of the residual stream, to which `step.delta` is added before if `add_delta`, into
+    /// `step.normed` and, in the bf16 class, `step.rounded`.
+    fn norm(&self, step: &mut Step, weight: &[f32], add_delta: bool) {
+        let _span = span(Part::Norm);
         let config = self.config();
         let (rows, hidden) = (step.batch.rows(), config.hidden);
-        let normed = grown(&mut step.normed, rows * hidden);
-        let pieces = step.residual.chunks(hidden).zip(normed.chunks_mut(hidden));
-        let kernels = self.compute.kernels;
-        for (x, y) in pieces {
-            kernels.rms_norm(x, weight, config.rms_eps, y);
-        }
+        let (len, piece) = (rows * hidden, ROWS * hidden);
+        let normed = grown(&mut step.normed, len);
+        let rounded: &mut [bf16] = match self.numerics {
+            Numerics::F32 => &mut [],
+            Numerics::Bf16 => grown(&mut step.rounded, len),
+        };
+        let mut rounded = rounded.chunks_mut(piece);
+        let pieces = step.residual[..len].chunks_mut(piece).zip(normed.chunks_mut(piece));
+        let pieces = pieces.enumerate().map(|(i, (x, y))| (i, x, y, rounded.next()));
+        let (kernels, delta) = (self.compute.kernels, &step.delta);
+        for_each(&self.compute.pool, rows.div_ceil(ROWS), pieces, |(i, x, y, rounded)| {
+            if add_delta {
+                add(x, &delta[i * piece..]);
+            }
+            for (x, y) in x.chunks(hidden).zip(y.chunks_mut(hidden)) {
+                kernels.rms_norm(x, weight, config.rms_eps, y);
+            }
+            if let Some(rounded) = rounded {
+                kernels.to_bf16(y, rounded);
+            }
+        });
     }
 
     /// The gate's choice for every row, in f32.
@@ -214,7 +225,7 @@ impl Trunk {
         let config = self.config();
         let (rows, experts, top_k) = (step.batch.rows(), config.experts, config.top_k);
         let scores = grown(&mut step.scores, rows * experts);
-        let x = kernels::Acts::F32(&step.normed[..rows * config.hidden]);
+        let x = Acts::F32(&step.normed[..rows * config.hidden]);
         self.compute.matmul(x, rows, moe.gate.mat(&self.checkpoint), scores);
         self.compute.kernels.sigmoid(scores);
         let chosen = grown(&mut step.experts, rows * top_k).chunks_mut(top_k);
@@ -232,10 +243,7 @@ impl Trunk {
         let _span = span(Part::Dense);
         let rows = step.batch.rows();
         let len = rows * self.config().hidden;
-        let x = match self.numerics {
-            Numerics::F32 => kernels::Acts::F32(&step.normed[..len]),
-            Numerics::Bf16 => kernels::Acts::Bf16(&step.rounded[..len]),
-        };
+        let x = class_acts(self.numerics, &step.normed, &step.rounded, len);
         let out = grown(&mut step.shared, len);
         let (from, compute) = (&self.checkpoint, &*self.compute);
         ffn.run(from, compute, self.numerics, x, rows, &mut step.ffn, out);
@@ -301,6 +309,19 @@ impl Trunk {
         let logits = grown(&mut step.logits, count * vocab);
         self.compute.matmul(x, count, self.head.mat(&self.checkpoint), logits);
         logits
+    }
+}
+
+/// The normed rows as they enter products.
+fn class_acts<'a>(
+    numerics: Numerics,
+    normed: &'a [f32],
+    rounded: &'a [bf16],
+    len: usize,
+) -> Acts<'a> {
+    match numerics {
+        Numerics::F32 => Acts::F32(&normed[..len]),
+        Numerics::Bf16 => Acts::Bf16(&rounded[..len]),
     }
 }
 

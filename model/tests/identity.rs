@@ -166,3 +166,24 @@ fn threads_instruction_sets_and_page_sizes_do_not_show() {
         }
     });
 }
+
+/// Long enough for several of attention's blocks of positions.
+#[test]
+fn blocks_of_positions_do_not_show() {
+    let dir = TempDir::with(&Recipe::small()).unwrap();
+    let checkpoint = Checkpoint::open(dir.path()).unwrap();
+    for numerics in [Numerics::F32, Numerics::Bf16] {
+        let tokens = tokens(5, 301);
+        let expected = Runner::new(&checkpoint, numerics, plain()).chunked(&tokens, &[301]);
+        for (threads, page_tokens) in [(1, 16), (2, 64), (5, 7), (3, 128)] {
+            let how = How { threads, page_tokens, ..plain() };
+            let mut runner = Runner::new(&checkpoint, numerics, how);
+            for sizes in [&[127, 1, 1, 40][..], &[256, 1], &[301]] {
+                let what = format!("{numerics} {threads} threads, pages of {page_tokens}");
+                assert!(runner.chunked(&tokens, sizes) == expected, "{what}, chunks {sizes:?}");
+            }
+            let others = [tokens[3..150].to_vec(), tokens.clone(), tokens[..260].to_vec()];
+            assert!(runner.together(&others, &[4, 101, 9])[1] == expected);
+        }
+    }
+}

@@ -11,15 +11,19 @@ use serde_json::{Value, json};
 
 /// Compares all logits and choices of a sequence of 70 tokens.
 fn check(name: &str, recipe: &Recipe) {
+    check_tokens(name, recipe, 70);
+}
+
+fn check_tokens(name: &str, recipe: &Recipe, count: u32) {
     let dir = TempDir::with(recipe).unwrap();
     let checkpoint = Checkpoint::open(dir.path()).unwrap();
     let config = checkpoint.config();
-    let tokens: Vec<u32> = (0..70).map(|i| (i * 37 + i * i * 5) % config.vocab as u32).collect();
+    let tokens: Vec<u32> = (0..count).map(|i| (i * 37 + i * i * 5) % config.vocab as u32).collect();
     let expected = evaluate(&checkpoint, &tokens).unwrap();
 
     let compute = Arc::new(Compute::new(Isa::detect(), 2));
     let mut model = Local::load(&checkpoint, Numerics::F32, compute).unwrap();
-    let mut kv = KvPool::new(config, Numerics::F32, 5, 16).unwrap();
+    let mut kv = KvPool::new(config, Numerics::F32, 20, 16).unwrap();
     let pages = pages(&mut kv, tokens.len()).unwrap();
     let chunk = Chunk { tokens: &tokens, start: 0, pages: &pages, logits: LogitRows::All };
     let mut chosen = Vec::new();
@@ -100,4 +104,10 @@ fn storage() {
     store("sharded", |r| r.shards = 4);
     store("fused", |r| r.fused = true);
     store("fused-single", |r| (r.fused, r.storage) = (true, Storage::F32));
+}
+
+/// Several of attention's blocks of positions.
+#[test]
+fn a_longer_sequence() {
+    check_tokens("longer", &Recipe::small(), 290);
 }

@@ -171,6 +171,11 @@ impl Transposed<'_> {
     ) {
         for (n, out) in block.clone().zip(out.chunks_exact_mut(WIDE)) {
             let row = self.w.row_bytes(n).as_ptr().wrapping_add(l * W::SIZE);
+            // The columns that are next: too far apart from row to row to be foreseen.
+            for line in (0..WIDE * W::SIZE).step_by(64) {
+                // SAFETY: the caller's; any address may be asked for.
+                unsafe { S::prefetch(row.wrapping_add(WIDE * W::SIZE + line)) };
+            }
             for (i, out) in out.chunks_exact_mut(LANES).enumerate() {
                 let mut p = row.wrapping_add(i * LANES * W::SIZE);
                 let mut tail = [0u8; LANES * 4];
