@@ -66,7 +66,7 @@ impl Service {
         Self(Arc::new(Inner {
             id: config.id.clone(),
             digest: checkpoint.digest(),
-            numerics: config.numerics.to_string(),
+            numerics: config.numerics.class(isa),
             device: format!("cpu/{isa}"),
             dtype: wire_dtype(config.numerics),
             shape: Shape {

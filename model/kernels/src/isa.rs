@@ -33,8 +33,7 @@ pub enum Isa {
 pub struct UnknownIsa(String);
 
 impl Isa {
-    const ALL: [Isa; 5] =
-        [Isa::Scalar, Isa::Avx2, Isa::Avx512, Isa::Avx512Bf16, Isa::Amx];
+    const ALL: [Isa; 5] = [Isa::Scalar, Isa::Avx2, Isa::Avx512, Isa::Avx512Bf16, Isa::Amx];
 
     /// The fastest that this CPU has and that gives its class's bits on it (`selfcheck.rs`).
     pub fn detect() -> Isa {

@@ -13,7 +13,7 @@ mod tests;
 mod tiles;
 mod trials;
 
-use super::amx::tiles::{EDGE, Tiles};
+use self::tiles::{EDGE, Tiles};
 use crate::device::Multiply;
 use crate::lanes::STEP;
 use crate::mat::{Acts, Mat, round_bf16};
@@ -140,9 +140,12 @@ fn lanes(count: usize) -> __mmask16 {
 /// Whether this CPU has bf16 tiles, the system permits them to this process, and they add up as defined.
 pub(super) fn available() -> bool {
     static AVAILABLE: OnceLock<bool> = OnceLock::new();
-    // SAFETY: tried only where the instruction is there and permitted.
     *AVAILABLE.get_or_init(|| {
-        present() && permitted() && trials::pass(16, |acc, w, x| unsafe { trials::once(acc, w, x) })
+        if !present() || !permitted() {
+            return false;
+        }
+        // SAFETY: the instruction is there and permitted.
+        trials::pass(16, |acc, w, x| unsafe { trials::once(acc, w, x) })
     })
 }
 

@@ -39,8 +39,13 @@ impl Tiles {
     pub(super) unsafe fn configure(columns: usize) -> Tiles {
         debug_assert!((1..=EDGE).contains(&columns), "{columns} columns");
         let narrow = 4 * columns as u16;
-        let mut config =
-            Config { palette: 1, start_row: 0, reserved: [0; 14], row_bytes: [0; 16], rows: [0; 16] };
+        let mut config = Config {
+            palette: 1,
+            start_row: 0,
+            reserved: [0; 14],
+            row_bytes: [0; 16],
+            rows: [0; 16],
+        };
         for (tile, row_bytes) in config.row_bytes[..8].iter_mut().enumerate() {
             let left = (LEFT..RIGHT).contains(&(tile as u8));
             *row_bytes = if left { ROW as u16 } else { narrow };

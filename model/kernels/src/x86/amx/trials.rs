@@ -56,9 +56,8 @@ pub(super) fn pass(rounds: usize, multiply: impl Fn(&Sums, &Rows, &Rows) -> Sums
                 std::array::from_fn(|_| std::array::from_fn(|_| number(factor, 7) as u16))
             };
             let (w, x) = (rows(), rows());
-            let acc: Sums = std::array::from_fn(|_| {
-                std::array::from_fn(|_| f32::from_bits(number(sum, 23)))
-            });
+            let acc: Sums =
+                std::array::from_fn(|_| std::array::from_fn(|_| f32::from_bits(number(sum, 23))));
             agree(&multiply(&acc, &w, &x), &defined(&acc, &w, &x))
         })
     })
