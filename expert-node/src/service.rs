@@ -68,7 +68,7 @@ impl Service {
         Self(Arc::new(Inner {
             id: facts.id,
             digest: facts.digest,
-            numerics: facts.numerics.to_string(),
+            numerics: facts.numerics.class(facts.isa),
             device: format!("cpu/{}", facts.isa),
             dtype: wire_dtype(facts.numerics),
             shape: facts.shape,

@@ -66,7 +66,7 @@ enum LinkError {
     Call(#[from] Box<tonic::Status>),
     #[error("serves another model: its digest is {got}, ours {want}")]
     Model { got: String, want: String },
-    #[error("computes in {got}, this router in {want}")]
+    #[error("computes in {got}, this router in {want}: {}", remedy(.got, .want))]
     Numerics { got: String, want: String },
     #[error("its hidden size is {got}, ours {want}")]
     Hidden { got: u32, want: u32 },
@@ -310,6 +310,14 @@ impl Identity {
             return Err(LinkError::Hidden { got: node.hidden, want: self.hidden });
         }
         if node.draining { Err(LinkError::Draining) } else { Ok(()) }
+    }
+}
+
+/// What an operator can do about two numerics classes; `+` sets off the kind of device.
+fn remedy(got: &str, want: &str) -> &'static str {
+    match got.split('+').next() == want.split('+').next() {
+        true => "set the same `isa` on both, one that both CPUs have, such as \"avx512bf16\"",
+        false => "set the same `numerics` on both",
     }
 }
 

@@ -1,6 +1,7 @@
 //! A token's logits are the same bits however its sequence was computed: in one chunk or in many,
 //! alone or among others, on however many threads, with whatever instruction set and page size.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use model::local::{Local, pages};
@@ -152,16 +153,22 @@ fn batch_mates_do_not_show() {
 fn threads_instruction_sets_and_page_sizes_do_not_show() {
     each(|checkpoint, numerics, tokens, expected| {
         let all = [(1, 16), (2, 16), (5, 16), (2, 64), (1, 5)];
+        let detected = numerics.class(Isa::detect());
+        let mut classes = BTreeMap::from([(detected, expected.to_vec())]);
         for isa in Isa::available() {
+            // A class that is another device's has bits of its own, the same on all of its sets.
+            let expected = classes.entry(numerics.class(isa)).or_insert_with(|| {
+                Runner::new(checkpoint, numerics, How { isa, ..plain() }).chunked(tokens, &[64])
+            });
             // The scalar kernels are slow, and threads and pages are not their business.
             let ways = if isa == Isa::Scalar { &all[1..2] } else { &all[..] };
             for &(threads, page_tokens) in ways {
                 let how = How { isa, threads, page_tokens };
                 let mut runner = Runner::new(checkpoint, numerics, how);
                 let what = format!("{numerics} {isa} {threads} threads, pages of {page_tokens}");
-                assert!(runner.chunked(tokens, &[64, 1]) == expected, "{what}");
+                assert!(runner.chunked(tokens, &[64, 1]) == *expected, "{what}");
                 let others = vec![tokens[3..40].to_vec(), tokens.to_vec(), tokens[..60].to_vec()];
-                assert!(runner.together(&others, &[4, 33, 9])[1] == expected, "{what}, together");
+                assert!(runner.together(&others, &[4, 33, 9])[1] == *expected, "{what}, together");
             }
         }
     });

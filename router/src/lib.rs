@@ -221,7 +221,7 @@ pub async fn serve(config: Config, shutdown: Shutdown) -> Result<(), Error> {
     let facts = Facts {
         router_id: config.id.clone(),
         model_digest: checkpoint.digest(),
-        numerics: config.numerics.to_string(),
+        numerics: config.numerics.class(isa),
         device: format!("cpu/{isa}"),
         vocab: model.vocab,
         max_context: model.max_positions,

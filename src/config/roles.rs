@@ -344,7 +344,8 @@ fn isa(reader: &mut Reader<'_>) -> Result<Option<kernels::Isa>, ConfigError> {
     reader.optional(
         "isa",
         "\"scalar\"",
-        "Instruction set of the kernels. Unset: the best this CPU has.",
+        "Instruction set of the kernels. Unset: the best this CPU has. With \"amx\", bf16 is a \
+         class of its own (bf16+amx), which every process of the mesh must then have.",
     )
 }
 

@@ -13,7 +13,7 @@ mod tests;
 mod tiles;
 mod trials;
 
-use super::amx::tiles::{EDGE, Tiles};
+use self::tiles::{EDGE, Tiles};
 use crate::device::Multiply;
 use crate::lanes::STEP;
 use crate::mat::{Acts, Mat, round_bf16};
@@ -144,12 +144,11 @@ fn lanes(count: usize) -> __mmask16 {
 pub(super) fn available() -> bool {
     static AVAILABLE: OnceLock<bool> = OnceLock::new();
     *AVAILABLE.get_or_init(|| {
-        present()
-            && permitted()
-            && trials::pass(16, |acc, w, x| {
-                // SAFETY: tried only where the instruction is there and permitted.
-                unsafe { trials::once(acc, w, x) }
-            })
+        if !present() || !permitted() {
+            return false;
+        }
+        // SAFETY: the instruction is there and permitted.
+        trials::pass(16, |acc, w, x| unsafe { trials::once(acc, w, x) })
     })
 }
 

@@ -155,15 +155,14 @@ pub(super) unsafe fn store<const P: usize, const R: usize>(Sums(to): &mut Sums) 
 }
 
 /// Takes a k-block's sums out of the tiles, by way of `block`, and adds them, times each output's scale, to `sums`:
-/// k-block `index` of the outputs from `n`.
+/// k-block `index` of the outputs that `scales` is for.
 ///
 /// # Safety
 /// Tiles are configured.
 #[inline]
 #[target_feature(enable = "avx512f")]
 pub(super) unsafe fn fold<const P: usize, const R: usize>(
-    w: &Mat<'_>,
-    n: usize,
+    scales: &[Scales<'_>],
     index: usize,
     block: &mut Sums,
     sums: &mut Sums,
@@ -174,15 +173,18 @@ pub(super) unsafe fn fold<const P: usize, const R: usize>(
         zero::<P, R>();
     }
     for p in 0..P {
-        let scales = scales(w, n + p * EDGE, index);
+        let mut factors = [0.0; EDGE];
+        for (factor, scales) in factors.iter_mut().zip(&scales[p * EDGE..]) {
+            *factor = f32::from_le_bytes(scales[index]);
+        }
         for r in 0..R {
             let rows = block.0[p][r].iter().zip(&mut sums.0[p][r]);
-            for ((block, sums), scale) in rows.zip(&scales) {
+            for ((block, sums), factor) in rows.zip(&factors) {
                 // SAFETY: sixteen elements each.
                 unsafe {
                     let (block, sum) =
                         (_mm512_loadu_ps(block.as_ptr()), _mm512_loadu_ps(sums.as_ptr()));
-                    let sum = _mm512_fmadd_ps(block, _mm512_set1_ps(*scale), sum);
+                    let sum = _mm512_fmadd_ps(block, _mm512_set1_ps(*factor), sum);
                     _mm512_storeu_ps(sums.as_mut_ptr(), sum);
                 }
             }
@@ -190,15 +192,12 @@ pub(super) unsafe fn fold<const P: usize, const R: usize>(
     }
 }
 
-/// The scales of `EDGE` outputs from `n` in k-block `index`; one for those that are not there.
-fn scales(w: &Mat<'_>, n: usize, index: usize) -> [f32; EDGE] {
-    let mut out = [1.0; EDGE];
-    if let Some(table) = w.scales() {
-        for (i, out) in out[..EDGE.min(w.n() - n)].iter_mut().enumerate() {
-            *out = f32::from_le_bytes(table.row(n + i)[index]);
-        }
-    }
-    out
+/// An output's scales, one for each k-block.
+pub(super) type Scales<'a> = &'a [[u8; 4]];
+
+/// The scales of output `n`; beyond the last, of the last. None where the weight has none.
+pub(super) fn scales<'a>(w: &Mat<'a>, n: usize) -> Scales<'a> {
+    w.scales().map(|table| table.row(n.min(w.n() - 1))).unwrap_or_default()
 }
 
 /// Puts `sums`, outputs from `n`, into rows `row..row + rows` of the output.

@@ -4,7 +4,7 @@
 //! other weights, and edges, are decoded through a few tiles that stay in the first-level cache.
 
 use super::Right;
-use super::panel::{self, Operand, Part, Sums, collect, decode};
+use super::panel::{self, Operand, Part, Scales, Sums, collect, decode};
 use super::tiles::{EDGE, ROW, TILE};
 use crate::lanes::STEP;
 use crate::mat::{DType, Mat};
@@ -70,6 +70,7 @@ impl Strips<'_> {
     ) -> usize {
         let w = self.w;
         let scaled = w.scales().is_some();
+        let scales: [Scales<'_>; 2 * EDGE] = std::array::from_fn(|i| panel::scales(w, n + i));
         let stored = w.dtype() == DType::Bf16 && w.n() - n >= P * EDGE;
         *sums = Sums::zeroed();
         // SAFETY: tiles are configured, by the caller's word.
@@ -94,7 +95,7 @@ impl Strips<'_> {
             }
             if scaled {
                 // SAFETY: the caller's.
-                unsafe { panel::fold::<P, R>(w, n, index, block, sums) };
+                unsafe { panel::fold::<P, R>(&scales, index, block, sums) };
             }
         }
         if !scaled {
