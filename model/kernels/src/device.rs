@@ -85,7 +85,8 @@ impl<S: Simd + Registers, B: Dot> Device for Unit<S, B> {
     fn pack(&self, x: Acts<'_>, rows: usize, w: Mat<'_>, into: &mut Packed) {
         match x {
             Acts::F32(_) => into.fill::<Wide<S>>(x, rows, &w),
-            Acts::Bf16(_) => into.fill::<B>(x, rows, &w),
+            Acts::Bf16(_) if B::pays(rows) => into.fill::<B>(x, rows, &w),
+            Acts::Bf16(_) => into.fill::<Split<S>>(x, rows, &w),
         }
     }
 
@@ -94,6 +95,8 @@ impl<S: Simd + Registers, B: Dot> Device for Unit<S, B> {
         unsafe {
             if x.is::<B>() {
                 product::<B>(x, &w, y);
+            } else if x.is::<Split<S>>() {
+                product::<Split<S>>(x, &w, y);
             } else {
                 product::<Wide<S>>(x, &w, y);
             }
