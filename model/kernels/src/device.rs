@@ -81,6 +81,11 @@ pub trait Device: Sync {
 
 /// How the activations of one class are laid out and multiplied.
 pub(crate) trait Multiply: Send + Sync + 'static {
+    /// See [`Dot::pays`].
+    fn pays(_rows: usize) -> bool {
+        true
+    }
+
     /// See [`Device::pack`].
     fn pack(x: Acts<'_>, rows: usize, w: &Mat<'_>, into: &mut Packed);
 
@@ -92,6 +97,10 @@ pub(crate) trait Multiply: Send + Sync + 'static {
 }
 
 impl<D: Dot> Multiply for D {
+    fn pays(rows: usize) -> bool {
+        <D as Dot>::pays(rows)
+    }
+
     fn pack(x: Acts<'_>, rows: usize, w: &Mat<'_>, into: &mut Packed) {
         into.fill::<D>(x, rows, w);
     }
@@ -109,7 +118,8 @@ impl<S: Simd + Registers, B: Multiply> Device for Unit<S, B> {
     fn pack(&self, x: Acts<'_>, rows: usize, w: Mat<'_>, into: &mut Packed) {
         match x {
             Acts::F32(_) => into.fill::<Wide<S>>(x, rows, &w),
-            Acts::Bf16(_) => B::pack(x, rows, &w, into),
+            Acts::Bf16(_) if B::pays(rows) => B::pack(x, rows, &w, into),
+            Acts::Bf16(_) => into.fill::<Split<S>>(x, rows, &w),
         }
     }
 
@@ -118,6 +128,8 @@ impl<S: Simd + Registers, B: Multiply> Device for Unit<S, B> {
         unsafe {
             if x.is::<B>() {
                 B::product(x, &w, y);
+            } else if x.is::<Split<S>>() {
+                product::<Split<S>>(x, &w, y);
             } else {
                 product::<Wide<S>>(x, &w, y);
             }

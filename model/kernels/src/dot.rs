@@ -28,8 +28,13 @@ pub(crate) trait Dot: Send + Sync + 'static {
     const TILE: (usize, usize);
     /// For 1, 2, ... rows that read the weight as it lies, the outputs computed at once; beyond, it is decoded first.
     const FEW: &[usize];
-    /// The most outputs at once where the weight is FP8.
+    /// The most outputs at once for one row where the weight is FP8.
     const FEW_FP8: usize;
+
+    /// Whether this way to multiply is the fastest that gives its bits, for so many rows.
+    fn pays(_rows: usize) -> bool {
+        true
+    }
 
     /// Packs one step of a row's activations: `len <= STEP` elements from `from`, the rest zero.
     fn pack(x: Acts<'_>, from: usize, len: usize, out: &mut [Self::Elem]);

@@ -93,6 +93,11 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
         let _ = p;
     }
 
+    /// The same, into the second level only.
+    unsafe fn prefetch_far(p: *const u8) {
+        let _ = p;
+    }
+
     /// Forgets what [`Simd::underflowed`] has seen.
     unsafe fn watch_underflow() {}
     /// Whether an operation since [`Simd::watch_underflow`] read or made a subnormal, so that [`Simd::fma`] and

@@ -75,13 +75,19 @@ fn spread_nan(w: &Mat<'_>, rows: Range<usize>, y: &mut Out<'_>) {
     }
 }
 
+/// Whether a class computes `outputs` at once for `rows`.
+const fn asks<D: Dot>(rows: usize, outputs: usize) -> bool {
+    rows <= D::FEW.len() && D::FEW[rows - 1] == outputs
+}
+
 unsafe fn few<D: Dot, S: Source>(x: &Packed, w: &Mat<'_>, y: &mut Out<'_>) {
     let rows = x.rows();
     if rows == 0 {
         return;
     }
     let tile = match S::WATCHED {
-        true => D::FEW[rows - 1].min(D::FEW_FP8),
+        true if rows == 1 => D::FEW[0].min(D::FEW_FP8),
+        true => D::FEW[rows - 1],
         false => D::FEW[rows - 1],
     };
     let whole = x.segments().iter().all(|s| s.tail == 0);
@@ -95,26 +101,26 @@ unsafe fn few<D: Dot, S: Source>(x: &Packed, w: &Mat<'_>, y: &mut Out<'_>) {
                 (1, 2) => direct::<D, S, 1, 2, false, false>(x, w, 0, n, y),
                 (1, 4) => direct::<D, S, 1, 4, false, false>(x, w, 0, n, y),
                 // Constant blocks, so that only the sizes a class asks for are compiled.
-                (2, 4) if const { D::FEW.len() > 1 } => {
+                (2, 2) if const { asks::<D>(2, 2) } => {
+                    direct::<D, S, 2, 2, false, false>(x, w, 0, n, y)
+                }
+                (3, 2) if const { asks::<D>(3, 2) } => {
+                    direct::<D, S, 3, 2, false, false>(x, w, 0, n, y)
+                }
+                (4, 1) if const { asks::<D>(4, 1) } => {
+                    direct::<D, S, 4, 1, false, false>(x, w, 0, n, y)
+                }
+                (2, 4) if const { asks::<D>(2, 4) } => {
                     direct::<D, S, 2, 4, false, false>(x, w, 0, n, y)
                 }
-                (3, 4) if const { D::FEW.len() > 1 } => {
+                (3, 4) if const { asks::<D>(3, 4) } => {
                     direct::<D, S, 3, 4, false, false>(x, w, 0, n, y)
                 }
-                (4, 4) if const { D::FEW.len() > 1 } => {
+                (4, 4) if const { asks::<D>(4, 4) } => {
                     direct::<D, S, 4, 4, false, false>(x, w, 0, n, y)
                 }
-                (1, 8) if const { D::FEW.len() > 1 } => {
+                (1, 8) if const { asks::<D>(1, 8) } => {
                     direct::<D, S, 1, 8, false, false>(x, w, 0, n, y)
-                }
-                (2, 8) if const { D::FEW.len() > 1 } => {
-                    direct::<D, S, 2, 8, false, false>(x, w, 0, n, y)
-                }
-                (3, 8) if const { D::FEW.len() > 1 } => {
-                    direct::<D, S, 3, 8, false, false>(x, w, 0, n, y)
-                }
-                (4, 6) if const { D::FEW.len() > 1 } => {
-                    direct::<D, S, 4, 6, false, false>(x, w, 0, n, y)
                 }
                 _ => narrow::<D, S, false>(x, w, n, width, y),
             };

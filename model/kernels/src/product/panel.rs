@@ -1,8 +1,9 @@
 //! Many rows: a panel of the weight is decoded once per block of k and passed over tiles of rows.
 //!
 //! Partial sums rest in memory between blocks as whole lanes, which changes no bit of them. Sizes follow the caches:
-//! a row tile and an output tile of one block fit the first level, a panel's sums the second. The memory used is
-//! bounded by a panel, whatever the number of rows.
+//! a decoded block of a panel and a row tile of it fit the first level, a panel's sums the second. While a block is
+//! computed, the next one's weights are asked for, so that memory does not wait for arithmetic. The memory used is bounded by
+//! a panel, whatever the number of rows.
 
 use super::{padded, spread_nan, underflowed};
 use crate::dot::{Bf16, Dot, F32, Fp8, Source};
@@ -18,7 +19,7 @@ const PANEL: usize = 16;
 /// Rows whose partial sums are kept at once.
 const GROUP: usize = 256;
 /// Steps of k decoded at once.
-const BLOCK: usize = 32;
+const BLOCK: usize = 12;
 
 thread_local! {
     /// A decoded panel and the partial sums over it, kept between calls.
@@ -35,6 +36,7 @@ pub(super) unsafe fn many<D: Dot>(x: &Packed, w: &Mat<'_>, y: &mut Out<'_>) {
                 x,
                 w: w.rows(n..w.n().min(n + PANEL)),
                 rows: rows.clone(),
+                next: w.rows((n + PANEL).min(w.n())..w.n().min(n + 2 * PANEL)),
                 parts: &parts,
                 blocks: &blocks,
             };
@@ -86,6 +88,8 @@ fn cut(segments: &[Segment], scaled: bool) -> (Vec<Segment>, Vec<Range<usize>>) 
 struct Panel<'a> {
     x: &'a Packed,
     w: Mat<'a>,
+    /// The panel after this one.
+    next: Mat<'a>,
     rows: Range<usize>,
     parts: &'a [Segment],
     blocks: &'a [Range<usize>],
@@ -105,7 +109,8 @@ impl Panel<'_> {
         sums.fill(0.0);
         let mut hit = false;
         let mut scales = Vec::new();
-        for block in self.blocks {
+        let mut ahead = Vec::new();
+        for (index, block) in self.blocks.iter().enumerate() {
             let parts = &self.parts[block.clone()];
             let at = parts[0].at;
             let width: usize = parts.iter().map(|p| p.steps() * STEP).sum();
@@ -127,12 +132,16 @@ impl Panel<'_> {
                 }
             }
             let panel = &*aligned::<D::Elem>(decoded, outputs * width);
+            self.ahead(index + 1, &mut ahead);
             let x = &self.x.data::<D>()[self.rows.start * self.x.width()..];
-            let mut r = 0;
+            let (mut r, tiles) = (0, rows.div_ceil(tile_r));
             while r < rows {
                 // As even as can be: a lone last row would wait for its own sums.
                 let left = rows - r;
                 let height = if EXACT { 1 } else { left.div_ceil(left.div_ceil(tile_r)) };
+                // Each row tile asks for its share of an output tile's rows.
+                let share = |n: usize, i: usize| ahead.len().min(n + tile_n * i.min(tiles) / tiles);
+                let i = r / tile_r;
                 for n in (0..outputs).step_by(tile_n) {
                     let tile = Tile::<D> {
                         x: x[r * self.x.width() + at..].as_ptr(),
@@ -143,6 +152,8 @@ impl Panel<'_> {
                         sums_ld: outputs * LANES,
                         parts,
                         scales: scales.get(n * parts.len()..).unwrap_or_default(),
+                        ahead: &ahead[share(n, i)..share(n, i + 1)],
+                        ahead_step: STEP * self.w.dtype().size(),
                     };
                     // SAFETY: the caller's; `height` rows and `tile_n` outputs are inside x, panel and sums.
                     unsafe { tile.compute::<EXACT>(height) };
@@ -154,6 +165,19 @@ impl Panel<'_> {
         // SAFETY: the caller's; `y` is this panel's rows and columns.
         unsafe { D::S::run(Collect { sums, outputs, row, rows, n, y }) };
         hit
+    }
+}
+
+impl Panel<'_> {
+    /// Where the rows of block `block` begin, or those of the next panel's first block; `into` holds one for each output.
+    fn ahead(&self, block: usize, into: &mut Vec<*const u8>) {
+        let (w, block) = match self.blocks.get(block) {
+            Some(block) => (&self.w, block),
+            None => (&self.next, &self.blocks[0]),
+        };
+        let from = self.parts[block.start].from * w.dtype().size();
+        into.clear();
+        into.extend((0..w.n()).map(|n| w.row_bytes(n).as_ptr().wrapping_add(from)));
     }
 }
 
@@ -205,8 +229,6 @@ impl<D: Dot, S: Source> Task<D::S> for Decode<'_, D, S> {
                         if S::WATCHED {
                             watch = D::S::watch(watch, p);
                         }
-                        // The same row's next block, which is due when the rows between have been decoded.
-                        D::S::prefetch(p.wrapping_add(self.width * S::SIZE));
                         D::store(to, S::load::<D>(p));
                         to = to.add(STEP);
                     }
@@ -228,6 +250,9 @@ struct Tile<'a, D: Dot> {
     parts: &'a [Segment],
     /// One for each output and part, or none.
     scales: &'a [f32],
+    /// What to ask for: from each of these on, `ahead_step` bytes a step.
+    ahead: &'a [*const u8],
+    ahead_step: usize,
 }
 
 /// A [`Tile`] of a size known to the compiler.
@@ -271,7 +296,7 @@ impl<D: Dot, const R: usize, const N: usize, const EXACT: bool> Task<D::S>
     #[inline(always)]
     unsafe fn call(self) {
         let t = self.0;
-        let (mut x, mut w) = (t.x, t.w);
+        let (mut x, mut w, mut ahead) = (t.x, t.w, 0);
         // SAFETY: x, w and sums cover R rows and N outputs of the parts' steps.
         unsafe {
             for (index, part) in t.parts.iter().enumerate() {
@@ -295,6 +320,10 @@ impl<D: Dot, const R: usize, const N: usize, const EXACT: bool> Task<D::S>
                             };
                         }
                     }
+                    for p in t.ahead {
+                        D::S::prefetch_far(p.wrapping_add(ahead));
+                    }
+                    ahead += t.ahead_step;
                     x = x.add(STEP);
                     w = w.add(STEP);
                 }

@@ -14,7 +14,7 @@ pub(crate) struct Avx2;
 
 impl Registers for Avx2 {
     const TILE: (usize, usize) = (3, 2);
-    const FEW: &[usize] = &[4];
+    const FEW: &[usize] = &[4, 2, 2, 1];
     const FEW_FP8: usize = 2;
     const FLAGS: bool = true;
 }
@@ -257,6 +257,11 @@ impl Simd for Avx2 {
     #[inline(always)]
     unsafe fn prefetch(p: *const u8) {
         unsafe { _mm_prefetch::<_MM_HINT_T0>(p.cast()) }
+    }
+
+    #[inline(always)]
+    unsafe fn prefetch_far(p: *const u8) {
+        unsafe { _mm_prefetch::<_MM_HINT_T1>(p.cast()) }
     }
 
     unsafe fn watch_underflow() {

@@ -9,7 +9,9 @@ use crate::dot::{Dot, Registers};
 use crate::lanes::{LANES, STEP, Simd, flush, fma_flush};
 use crate::mat::{Acts, round_bf16};
 use std::arch::x86_64::*;
+use std::hint::black_box;
 use std::sync::OnceLock;
+use std::time::Instant;
 
 /// bf16 pairs in 512-bit registers, multiplied by VDPBF16PS if `HARDWARE`.
 pub(crate) struct Pairs<const HARDWARE: bool>;
@@ -32,6 +34,12 @@ impl<const HARDWARE: bool> Dot for Pairs<HARDWARE> {
     const FEW: &[usize] = <Avx512>::FEW;
     const FEW_FP8: usize = <Avx512>::FEW_FP8;
     const FP8_NAN: bool = HARDWARE;
+
+    /// A few rows are bound by memory, and pairs are half as many bytes to read and less to decode; more rows go where
+    /// the arithmetic is faster.
+    fn pays(rows: usize) -> bool {
+        !HARDWARE || rows <= Self::FEW.len() || dots_are_fast()
+    }
 
     fn pack(x: Acts<'_>, from: usize, len: usize, out: &mut [u16]) {
         out.fill(0);
@@ -179,6 +187,54 @@ pub(super) fn conforms() -> bool {
     static CONFORMS: OnceLock<bool> = OnceLock::new();
     // SAFETY: asked only where the instruction is there (`x86::has`).
     *CONFORMS.get_or_init(|| trials(|acc, w, x| unsafe { dot_once(acc, w, x) }))
+}
+
+/// Whether this CPU computes more in VDPBF16PS than in two f32 multiply-adds, which give the same bits. Some have one
+/// unit for it, and slower. Takes a fraction of a millisecond, once.
+fn dots_are_fast() -> bool {
+    static FAST: OnceLock<bool> = OnceLock::new();
+    *FAST.get_or_init(|| {
+        let best = |f: unsafe fn()| {
+            let time = |_| {
+                let start = Instant::now();
+                // SAFETY: asked only where both instructions are there (`Kernels::new`).
+                unsafe { f() };
+                start.elapsed()
+            };
+            (0..5).map(time).min()
+        };
+        best(dots) < best(multiply_adds)
+    })
+}
+
+/// Rounds of [`dots`] and [`multiply_adds`].
+const ROUNDS: usize = 1000;
+/// Independent sums in a round, enough to keep every unit busy.
+const SUMS: usize = 16;
+
+#[target_feature(enable = "avx512f,avx512bf16")]
+unsafe fn dots() {
+    let x = _mm512_set1_epi16(black_box(0x3f80));
+    let mut sums = [_mm512_setzero_ps(); SUMS];
+    for _ in 0..ROUNDS {
+        for sum in &mut sums {
+            // SAFETY: the instruction is there.
+            *sum = unsafe { dot(*sum, x, x) };
+        }
+    }
+    black_box(sums);
+}
+
+#[target_feature(enable = "avx512f")]
+unsafe fn multiply_adds() {
+    let x = _mm512_set1_ps(black_box(1.0));
+    let mut sums = [_mm512_setzero_ps(); SUMS];
+    for _ in 0..2 * ROUNDS {
+        for sum in &mut sums {
+            *sum = _mm512_fmadd_ps(x, x, *sum);
+        }
+    }
+    black_box(sums);
 }
 
 type Pairs16 = [[u16; 2]; LANES];
