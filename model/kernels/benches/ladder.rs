@@ -37,10 +37,11 @@ fn main() {
     if rows.is_empty() {
         rows = vec![1, 2, 4, 8, 16, 64, 256];
     }
-    let classes = ["f32", "bf16"].into_iter().flat_map(|class| {
-        [DType::F32, DType::Bf16, DType::Fp8].map(|dtype| (class, dtype))
-    });
-    let mut pairs: Vec<(&str, DType)> = classes.clone().filter(|p| chosen.contains(&pair(*p))).collect();
+    let classes = ["f32", "bf16"]
+        .into_iter()
+        .flat_map(|class| [DType::F32, DType::Bf16, DType::Fp8].map(|dtype| (class, dtype)));
+    let mut pairs: Vec<(&str, DType)> =
+        classes.clone().filter(|p| chosen.contains(&pair(*p))).collect();
     if pairs.is_empty() {
         pairs = classes.collect();
     }

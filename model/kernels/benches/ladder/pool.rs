@@ -15,7 +15,8 @@ pub fn report() {
     let pool = Pool::new(threads);
     println!("pool of {threads} threads: an empty job of {threads} tasks");
     println!("pause, busy    median us   90 % us   CPU seconds a second");
-    for (pause, busy) in [(0, true), (5, true), (20, true), (50, true), (200, true), (1000, false)] {
+    for (pause, busy) in [(0, true), (5, true), (20, true), (50, true), (200, true), (1000, false)]
+    {
         let pause = Duration::from_micros(pause);
         let (start, cpu) = (Instant::now(), cpu_time());
         let jobs = if busy { JOBS } else { JOBS / 4 };

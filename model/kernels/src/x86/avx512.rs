@@ -24,9 +24,7 @@ unsafe fn run<S, T: Task<S>>(task: T) -> T::Out {
     unsafe { task.call() }
 }
 
-#[target_feature(
-    enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi,avx512bf16,avx2,fma,f16c"
-)]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi,avx512bf16,avx2,fma,f16c")]
 unsafe fn run_bf16<S, T: Task<S>>(task: T) -> T::Out {
     // SAFETY: the caller's.
     unsafe { task.call() }

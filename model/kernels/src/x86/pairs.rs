@@ -113,7 +113,9 @@ impl<const HARDWARE: bool> Dot for Pairs<HARDWARE> {
             // Bytes are interleaved within 128 bits, so eight codes of each half go to each of them first.
             let order = _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7);
             let codes = _mm512_permutexvar_epi64(order, _mm512_loadu_si512(p.cast()));
-            let at = |bytes: &'static [u8; 128], i: usize| _mm512_loadu_si512(bytes[i..].as_ptr().cast());
+            let at = |bytes: &'static [u8; 128], i: usize| {
+                _mm512_loadu_si512(bytes[i..].as_ptr().cast())
+            };
             let high = _mm512_permutex2var_epi8(at(&TABLE[1], 0), codes, at(&TABLE[1], 64));
             let low = _mm512_permutex2var_epi8(at(&TABLE[0], 0), codes, at(&TABLE[0], 64));
             // `high | (codes & sign)`.
