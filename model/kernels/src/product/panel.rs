@@ -16,8 +16,10 @@ use std::ops::Range;
 
 /// Outputs decoded together.
 const PANEL: usize = 16;
-/// Rows whose partial sums are kept at once.
+/// The most rows whose partial sums are kept at once.
 const GROUP: usize = 256;
+/// Bytes of activations that are passed over every panel in turn: what stays in the second level beside the sums.
+const GROUP_BYTES: usize = 1 << 20;
 /// Steps of k decoded at once.
 const BLOCK: usize = 12;
 
@@ -29,8 +31,10 @@ thread_local! {
 pub(super) unsafe fn many<D: Dot>(x: &Packed, w: &Mat<'_>, y: &mut Out<'_>) {
     let (parts, blocks) = cut(x.segments(), w.scales().is_some());
     let mut scratch = SCRATCH.take();
-    for from in (0..x.rows()).step_by(GROUP) {
-        let rows = from..x.rows().min(from + GROUP);
+    let group = GROUP_BYTES / (x.width() * size_of::<D::Elem>()).max(1);
+    let group = (group / D::TILE.0 * D::TILE.0).clamp(4 * D::TILE.0, GROUP);
+    for from in (0..x.rows()).step_by(group) {
+        let rows = from..x.rows().min(from + group);
         for n in (0..w.n()).step_by(PANEL) {
             let panel = Panel {
                 x,
