@@ -56,11 +56,14 @@ impl Limits {
         self.bandwidth[0].max(self.bandwidth[1])
     }
 
-    /// The faster way to multiply bf16 values.
+    /// The fastest way to multiply values of the class.
     fn peak(&self, numerics: Numerics) -> f64 {
         match numerics {
             Numerics::F32 => self.peaks.f32,
-            Numerics::Bf16 => self.peaks.f32.max(self.peaks.bf16.unwrap_or_default()),
+            Numerics::Bf16 => {
+                let Peaks { f32, bf16, amx } = self.peaks;
+                [bf16, amx].into_iter().flatten().fold(f32, f64::max)
+            }
         }
     }
 }
@@ -227,15 +230,20 @@ fn numbers(random: &mut Random, count: usize) -> impl Iterator<Item = f32> {
     })
 }
 
+fn cell(peak: Option<f64>) -> String {
+    peak.map_or_else(|| "–".to_owned(), |peak| format!("{peak:.0}"))
+}
+
 fn markdown(subject: &str, limits: &Limits, numerics: Numerics, lines: &[Line]) -> String {
     let [before, after] = limits.bandwidth;
     let mut text = format!(
         "{subject}\n\nMemory is read at {before:.1} GB/s (at the end {after:.1}); multiply-adds in \
-         registers: f32 {:.0} GFLOP/s, bf16 pairs {}.\n\n\
+         registers: f32 {:.0} GFLOP/s, bf16 pairs {}, bf16 tiles {}.\n\n\
          | kernel | weights | rows | GB/s | of memory | GFLOP/s | of peak |\n\
          |---|---|---:|---:|---:|---:|---:|\n",
         limits.peaks.f32,
-        limits.peaks.bf16.map_or_else(|| "–".to_owned(), |peak| format!("{peak:.0}")),
+        cell(limits.peaks.bf16),
+        cell(limits.peaks.amx),
     );
     for line in lines {
         let _ = writeln!(
@@ -275,6 +283,7 @@ fn to_json(subject: &str, limits: &Limits, numerics: Numerics, lines: &[Line]) -
             "read_gb_per_second": limits.bandwidth,
             "f32_gflop_per_second": limits.peaks.f32,
             "bf16_gflop_per_second": limits.peaks.bf16,
+            "amx_gflop_per_second": limits.peaks.amx,
         },
         "lines": all,
     })
@@ -286,8 +295,8 @@ mod tests {
 
     #[test]
     fn ratios_are_to_the_better_limit() {
-        let limits =
-            Limits { bandwidth: [10.0, 20.0], peaks: Peaks { f32: 100.0, bf16: Some(50.0) } };
+        let peaks = Peaks { f32: 100.0, bf16: Some(50.0), amx: None };
+        let limits = Limits { bandwidth: [10.0, 20.0], peaks };
         let line = Line {
             kernel: "product".to_owned(),
             weights: "bf16".to_owned(),
@@ -300,8 +309,8 @@ mod tests {
         assert!(table.ends_with("| product | bf16 | 4 | 15.0 | 75 % | 60 | 60 % |\n"), "{table}");
         let parsed = to_json("here", &limits, Numerics::Bf16, &lines);
         assert_eq!(parsed["lines"][0]["of_memory"], 0.75);
-        let hardly = Peaks { f32: 100.0, bf16: Some(400.0) };
-        assert_eq!(Limits { peaks: hardly, ..limits }.peak(Numerics::Bf16), 400.0);
+        let tiles = Limits { peaks: Peaks { amx: Some(400.0), ..peaks }, ..limits };
+        assert_eq!((tiles.peak(Numerics::Bf16), tiles.peak(Numerics::F32)), (400.0, 100.0));
     }
 
     #[test]

@@ -17,6 +17,8 @@ pub struct Peaks {
     pub f32: f64,
     /// Of pairs of bf16 values with VDPBF16PS, where the CPU has it.
     pub bf16: Option<f64>,
+    /// Of bf16 tiles with TDPBF16PS, where the CPU has it.
+    pub amx: Option<f64>,
 }
 
 /// Measures [`Peaks`].
@@ -39,13 +41,15 @@ pub fn peaks(threads: usize) -> Peaks {
         let has_bf16 = avx512 && is_x86_feature_detected!("avx512bf16");
         // SAFETY: as above.
         let bf16 = || rate(2 * 32 * x86::ACCUMULATORS, || unsafe { x86::bf16() });
-        Peaks { f32, bf16: has_bf16.then(bf16) }
+        // SAFETY: as above.
+        let amx = || rate(2 * 16 * 16 * 32 * 4, || unsafe { x86::amx() });
+        Peaks { f32, bf16: has_bf16.then(bf16), amx: crate::Isa::Amx.is_available().then(amx) }
     }
     #[cfg(not(target_arch = "x86_64"))]
     {
         let seconds = best(threads, |_| plain());
         let flops = (2 * PLAIN * ROUNDS * threads) as f64;
-        Peaks { f32: flops / seconds / 1e9, bf16: None }
+        Peaks { f32: flops / seconds / 1e9, bf16: None, amx: None }
     }
 }
 
@@ -110,6 +114,7 @@ fn plain() {
 #[cfg(target_arch = "x86_64")]
 mod x86 {
     use super::{ROUNDS, black_box};
+    use std::arch::asm;
     use std::arch::x86_64::*;
 
     /// As many chains as hide the latency of two units.
@@ -150,5 +155,30 @@ mod x86 {
             }
         }
         black_box(acc);
+    }
+
+    /// Four sums of tiles in turn, each of 16 by 16 elements and 32 products.
+    pub unsafe fn amx() {
+        #[repr(C, align(64))]
+        struct Config([u8; 64]);
+        let mut config = Config([0; 64]);
+        config.0[0] = 1;
+        for tile in 0..8 {
+            (config.0[16 + 2 * tile], config.0[48 + tile]) = (64, 16);
+        }
+        // SAFETY: the caller has AMX; a valid configuration, and no memory but it. Nothing else
+        // holds values in tiles.
+        unsafe {
+            asm!("ldtilecfg [{}]", in(reg) &raw const config);
+            for _ in 0..ROUNDS {
+                asm!(
+                    "tdpbf16ps tmm0, tmm4, tmm6",
+                    "tdpbf16ps tmm1, tmm4, tmm7",
+                    "tdpbf16ps tmm2, tmm5, tmm6",
+                    "tdpbf16ps tmm3, tmm5, tmm7"
+                );
+            }
+            asm!("tilerelease");
+        }
     }
 }
