@@ -5,12 +5,15 @@ use super::{available, panel};
 use crate::fp8_to_f32;
 use crate::lanes::STEP;
 
+/// Adds up an element's products in some way.
+type Sum<'a> = &'a dyn Fn(f32, &[(f32, f32); STEP]) -> f32;
+
 /// Sums in another order, without flushing, or rounded elsewhere, are told apart.
 #[test]
 fn trials_tell() {
     assert!(trials::pass(2, defined));
     let wide = |bits: u16| f32::from_bits(u32::from(bits) << 16);
-    let other = |sum: &dyn Fn(f32, &[(f32, f32); STEP]) -> f32| {
+    let other = |sum: Sum<'_>| {
         trials::pass(16, |acc: &Sums, w: &Rows, x: &Rows| {
             std::array::from_fn(|n| {
                 std::array::from_fn(|r| {
