@@ -160,9 +160,7 @@ impl Scheduler {
 
     /// Records how long a planned step took, from which later ones are sized.
     pub fn took(&mut self, plan: &[Part], time: Duration) {
-        let decoding = plan.iter().filter(|part| part.len == 1).count();
-        let rows: usize = plan.iter().map(|part| part.len).sum();
-        self.pace.observe(decoding, rows - decoding, time);
+        self.pace.observe(plan.iter().map(|part| part.len).sum(), time);
     }
 
     /// Records that a planned part was computed.

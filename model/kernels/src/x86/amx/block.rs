@@ -275,6 +275,8 @@ impl Pass<'_> {
                 panel::run::<P, R>(left, right, part.steps(), |_| self.next.turn());
                 done += part.steps();
                 if scaled {
+                    panel::store::<P, R>(self.block);
+                    panel::zero::<P, R>();
                     panel::fold::<P, R>(self.scales, index, self.block, sums);
                 }
             }

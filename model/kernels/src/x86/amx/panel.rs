@@ -154,24 +154,15 @@ pub(super) unsafe fn store<const P: usize, const R: usize>(Sums(to): &mut Sums) 
     }
 }
 
-/// Takes a k-block's sums out of the tiles, by way of `block`, and adds them, times each output's scale, to `sums`:
-/// k-block `index` of the outputs that `scales` is for.
-///
-/// # Safety
-/// Tiles are configured.
+/// Adds a k-block's sums, times each output's scale, to `sums`: k-block `index` of the outputs that `scales` is for.
 #[inline]
 #[target_feature(enable = "avx512f")]
-pub(super) unsafe fn fold<const P: usize, const R: usize>(
+pub(super) fn fold<const P: usize, const R: usize>(
     scales: &[Scales<'_>],
     index: usize,
-    block: &mut Sums,
+    block: &Sums,
     sums: &mut Sums,
 ) {
-    // SAFETY: the caller's.
-    unsafe {
-        store::<P, R>(block);
-        zero::<P, R>();
-    }
     for p in 0..P {
         let mut factors = [0.0; EDGE];
         for (factor, scales) in factors.iter_mut().zip(&scales[p * EDGE..]) {
@@ -256,6 +247,11 @@ pub(super) fn decode(
 ) {
     let out = &mut out[..part.steps() * TILE];
     let size = w.dtype().size();
+    if w.dtype() == DType::Fp8 && n + EDGE <= w.n() && part.len.is_multiple_of(2 * STEP) {
+        let first = &w.row_bytes(n)[part.from..part.from + part.len];
+        // SAFETY: the panel's rows are there, `part.len` codes of each, and as many tiles as hold them.
+        return unsafe { decode_codes(first, w.stride(), EDGE, out.as_mut_ptr(), &ahead) };
+    }
     for row in 0..EDGE {
         let to = out[row * ROW..].as_mut_ptr();
         if n + row >= w.n() {
@@ -271,7 +267,7 @@ pub(super) fn decode(
             match w.dtype() {
                 DType::F32 => decode_f32(from, to, &ahead),
                 DType::Bf16 => decode_bf16(from, to, &ahead),
-                DType::Fp8 => decode_fp8(from, to, &ahead),
+                DType::Fp8 => decode_codes(from, 0, 1, to, &ahead),
             }
         }
     }
@@ -309,8 +305,15 @@ unsafe fn decode_bf16(from: &[u8], to: *mut u8, ahead: &impl Fn(*const u8) -> *c
     }
 }
 
+/// Codes of `rows` rows, of which `first` is the first and `stride` bytes lie from one to the next.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi")]
-unsafe fn decode_fp8(from: &[u8], to: *mut u8, ahead: &impl Fn(*const u8) -> *const u8) {
+unsafe fn decode_codes(
+    first: &[u8],
+    stride: usize,
+    rows: usize,
+    to: *mut u8,
+    ahead: &impl Fn(*const u8) -> *const u8,
+) {
     // SAFETY: the tables are two registers each.
     let [low0, low1, high0, high1] = unsafe {
         [&LOW[0], &LOW[64], &HIGH[0], &HIGH[64]]
@@ -319,22 +322,38 @@ unsafe fn decode_fp8(from: &[u8], to: *mut u8, ahead: &impl Fn(*const u8) -> *co
     // Halves of 128-bit lanes: eight codes of the first step below eight of the second.
     let order = _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7);
     let sign = _mm512_set1_epi8(0x80_u8 as i8);
-    for (i, bytes) in from.chunks(2 * STEP).enumerate() {
-        let p = bytes.as_ptr();
-        let mask = u64::MAX >> (2 * STEP - bytes.len());
-        // SAFETY: as for f32; the second step has a tile if it has a code.
-        unsafe {
-            _mm_prefetch::<_MM_HINT_T0>(ahead(p).cast());
-            let codes = _mm512_maskz_loadu_epi8(mask, p.cast());
-            let codes = _mm512_permutexvar_epi64(order, codes);
-            let low = _mm512_permutex2var_epi8(low0, codes, low1);
-            let high = _mm512_permutex2var_epi8(high0, codes, high1);
-            // The code's own sign bit over the table's clear one: a | (b & c).
-            let high = _mm512_ternarylogic_epi64::<0xf8>(high, codes, sign);
-            let to = to.add(2 * i * TILE);
-            _mm512_storeu_si512(to.cast(), _mm512_unpacklo_epi8(low, high));
-            if bytes.len() > STEP {
-                _mm512_storeu_si512(to.add(TILE).cast(), _mm512_unpackhi_epi8(low, high));
+    let pairs = |codes: __m512i| {
+        let codes = _mm512_permutexvar_epi64(order, codes);
+        let low = _mm512_permutex2var_epi8(low0, codes, low1);
+        let high = _mm512_permutex2var_epi8(high0, codes, high1);
+        // The code's own sign bit over the table's clear one: a | (b & c).
+        let high = _mm512_ternarylogic_epi64::<0xf8>(high, codes, sign);
+        [_mm512_unpacklo_epi8(low, high), _mm512_unpackhi_epi8(low, high)]
+    };
+    let (whole, rest) = (first.len() / (2 * STEP), first.len() % (2 * STEP));
+    for row in 0..rows {
+        let from = first.as_ptr().wrapping_add(row * stride);
+        let to = to.wrapping_add(row * ROW);
+        for i in 0..whole {
+            let (p, to) = (from.wrapping_add(i * 2 * STEP), to.wrapping_add(2 * i * TILE));
+            // SAFETY: by the caller's word.
+            unsafe {
+                _mm_prefetch::<_MM_HINT_T0>(ahead(p).cast());
+                let [a, b] = pairs(_mm512_loadu_si512(p.cast()));
+                _mm512_storeu_si512(to.cast(), a);
+                _mm512_storeu_si512(to.wrapping_add(TILE).cast(), b);
+            }
+        }
+        if rest > 0 {
+            let mask = u64::MAX >> (2 * STEP - rest);
+            let (p, to) = (from.wrapping_add(whole * 2 * STEP), to.wrapping_add(2 * whole * TILE));
+            // SAFETY: masked loads read the row alone; the second step has a tile if it has a code.
+            unsafe {
+                let [a, b] = pairs(_mm512_maskz_loadu_epi8(mask, p.cast()));
+                _mm512_storeu_si512(to.cast(), a);
+                if rest > STEP {
+                    _mm512_storeu_si512(to.wrapping_add(TILE).cast(), b);
+                }
             }
         }
     }

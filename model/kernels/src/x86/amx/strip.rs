@@ -1,7 +1,8 @@
 //! Up to 32 rows: the weight is streamed, two panels of sixteen outputs at a time over all of k.
 //!
 //! Memory bounds this, so bf16 goes into tiles straight from where it is stored, each row's next lines asked for early;
-//! other weights, and edges, are decoded through a few tiles that stay in the first-level cache.
+//! other weights, and edges, are decoded through a few tiles that stay in the first-level cache. What was decoded is
+//! multiplied, and what was stored from tiles is read, one turn later: a tile's load waits for the stores before it.
 
 use super::Right;
 use super::panel::{self, Operand, Part, Scales, Sums, collect, decode};
@@ -15,18 +16,24 @@ use std::arch::x86_64::*;
 /// Steps decoded at once.
 const PIECE: usize = 8;
 /// How far ahead of its use a row of the weight is asked for, in bytes.
-const AHEAD: usize = 1024;
+const AHEAD: usize = 256;
 
 /// Decoded tiles of two panels.
 #[repr(C, align(64))]
 struct Decoded([[u8; PIECE * TILE]; 2]);
 
-/// Working memory of a product.
+/// Working memory of a product; of two, the other is the last turn's.
 struct Memory {
-    decoded: Decoded,
+    decoded: [Decoded; 2],
     /// A k-block's sums.
-    block: Sums,
+    blocks: [Sums; 2],
     sums: Sums,
+}
+
+/// A stretch that is decoded at once, and the k-block that ends with it.
+struct Piece {
+    part: Part,
+    ends: Option<usize>,
 }
 
 /// The product for `R` tiles of rows.
@@ -36,8 +43,8 @@ struct Memory {
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi")]
 pub(super) unsafe fn product<const R: usize>(x: &Packed, w: &Mat<'_>, y: &mut Out<'_>) {
     let mut memory = Memory {
-        decoded: Decoded([[0; PIECE * TILE]; 2]),
-        block: Sums::zeroed(),
+        decoded: [const { Decoded([[0; PIECE * TILE]; 2]) }; 2],
+        blocks: [Sums::zeroed(); 2],
         sums: Sums::zeroed(),
     };
     let strips = Strips { right: Right::of(x), segments: x.segments(), w };
@@ -65,43 +72,25 @@ impl Strips<'_> {
     unsafe fn compute<const P: usize, const R: usize>(
         &self,
         n: usize,
-        Memory { decoded, block, sums }: &mut Memory,
+        memory: &mut Memory,
         y: &mut Out<'_>,
     ) -> usize {
         let w = self.w;
         let scaled = w.scales().is_some();
-        let scales: [Scales<'_>; 2 * EDGE] = std::array::from_fn(|i| panel::scales(w, n + i));
-        let stored = w.dtype() == DType::Bf16 && w.n() - n >= P * EDGE;
-        *sums = Sums::zeroed();
-        // SAFETY: tiles are configured, by the caller's word.
-        unsafe { panel::zero::<P, R>() };
-        for (index, s) in self.segments.iter().enumerate() {
-            let mut done = 0;
-            while done < s.steps() {
-                let direct = stored && done < s.full;
-                let steps = if direct { s.full } else { PIECE.min(s.steps() - done) };
-                let from = s.from + done * STEP;
-                let len = (s.full * STEP + s.tail - done * STEP).min(steps * STEP);
-                let part = Part { from, len, step: s.at / STEP + done };
-                // SAFETY: the caller's; the part lies in the segment.
-                unsafe {
-                    if direct {
-                        self.stream::<P, R>(n, part);
-                    } else {
-                        self.decode::<P, R>(n, part, decoded);
-                    }
-                }
-                done += steps;
+        memory.sums = Sums::zeroed();
+        // SAFETY: the caller's.
+        unsafe {
+            panel::zero::<P, R>();
+            if w.dtype() == DType::Bf16 && w.n() - n >= P * EDGE {
+                self.stored::<P, R>(n, memory);
+            } else {
+                self.decoded::<P, R>(n, memory);
             }
-            if scaled {
-                // SAFETY: the caller's.
-                unsafe { panel::fold::<P, R>(&scales, index, block, sums) };
+            if !scaled {
+                panel::store::<P, R>(&mut memory.sums);
             }
         }
-        if !scaled {
-            // SAFETY: the caller's.
-            unsafe { panel::store::<P, R>(sums) };
-        }
+        let sums = &memory.sums;
         let rows = y.shape().0;
         for p in 0..P {
             for r in 0..R {
@@ -109,6 +98,68 @@ impl Strips<'_> {
             }
         }
         (P * EDGE).min(w.n() - n)
+    }
+
+    /// All of k, whole steps from where they are stored.
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi")]
+    unsafe fn stored<const P: usize, const R: usize>(&self, n: usize, memory: &mut Memory) {
+        for s in self.segments {
+            let whole = Part { from: s.from, len: s.full * STEP, step: s.at / STEP };
+            let tail = Part { from: s.from + whole.len, len: s.tail, step: whole.step + s.full };
+            // SAFETY: the caller's; the parts lie in the segment.
+            unsafe {
+                self.stream::<P, R>(n, whole);
+                if tail.len > 0 {
+                    self.decode::<P>(n, tail, &mut memory.decoded[0]);
+                    self.multiply::<P, R>(tail, &memory.decoded[0]);
+                }
+            }
+        }
+    }
+
+    /// All of k through decoded tiles.
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi")]
+    unsafe fn decoded<const P: usize, const R: usize>(&self, n: usize, memory: &mut Memory) {
+        let Memory { decoded, blocks, sums } = memory;
+        let scaled = self.w.scales().is_some();
+        let scales: [Scales<'_>; 2 * EDGE] = std::array::from_fn(|i| panel::scales(self.w, n + i));
+        let mut turn = 0;
+        // Decoded and not yet multiplied; out of the tiles and not yet added, with its place in `blocks`.
+        let (mut last, mut block) = (None::<Piece>, None::<usize>);
+        let pieces = self.segments.iter().enumerate().flat_map(|(index, s)| {
+            let (steps, len) = (s.steps(), s.full * STEP + s.tail);
+            (0..steps).step_by(PIECE).map(move |done| Piece {
+                part: Part {
+                    from: s.from + done * STEP,
+                    len: (len - done * STEP).min(PIECE * STEP),
+                    step: s.at / STEP + done,
+                },
+                ends: (scaled && done + PIECE >= steps).then_some(index),
+            })
+        });
+        for piece in pieces.map(Some).chain([None]) {
+            // SAFETY: the caller's; the parts lie in their segments.
+            unsafe {
+                if let Some(piece) = &piece {
+                    self.decode::<P>(n, piece.part, &mut decoded[turn % 2]);
+                }
+                if let Some(Piece { part, ends }) = last {
+                    self.multiply::<P, R>(part, &decoded[(turn + 1) % 2]);
+                    if let Some(index) = ends {
+                        if let Some(block) = block {
+                            panel::fold::<P, R>(&scales, block, &blocks[block % 2], sums);
+                        }
+                        panel::store::<P, R>(&mut blocks[index % 2]);
+                        panel::zero::<P, R>();
+                        block = Some(index);
+                    }
+                }
+            }
+            (last, turn) = (piece, turn + 1);
+        }
+        if let Some(block) = block {
+            panel::fold::<P, R>(&scales, block, &blocks[block % 2], sums);
+        }
     }
 
     fn right<const R: usize>(&self, step: usize) -> Operand {
@@ -143,21 +194,21 @@ impl Strips<'_> {
         }
     }
 
-    /// The same through decoded tiles.
+    /// Decodes a part of `P` panels.
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi")]
-    unsafe fn decode<const P: usize, const R: usize>(
-        &self,
-        n: usize,
-        part: Part,
-        Decoded(out): &mut Decoded,
-    ) {
+    unsafe fn decode<const P: usize>(&self, n: usize, part: Part, Decoded(out): &mut Decoded) {
         let next = self.next::<P>();
         let at = next(part.from * self.w.dtype().size());
         for (p, out) in out[..P].iter_mut().enumerate() {
             decode(self.w, n + p * EDGE, part, out, |byte| byte.wrapping_add(at));
         }
-        let left = Operand { first: [out[0].as_ptr(), out[1].as_ptr()], stride: ROW, step: TILE };
-        // SAFETY: as above.
+    }
+
+    /// Adds a decoded part to the sums.
+    #[target_feature(enable = "avx512f")]
+    unsafe fn multiply<const P: usize, const R: usize>(&self, part: Part, Decoded(w): &Decoded) {
+        let left = Operand { first: [w[0].as_ptr(), w[1].as_ptr()], stride: ROW, step: TILE };
+        // SAFETY: the caller's: the part's steps of `P` panels and `R` tiles are there.
         unsafe { panel::run::<P, R>(left, self.right::<R>(part.step), part.steps(), |_| ()) };
     }
 
