@@ -79,7 +79,8 @@ pub struct MeshArgs {
     /// What activations are rounded to; f32 is the reference class [default: bf16]
     #[arg(long, value_name = "CLASS", value_parser = ["bf16", "f32"])]
     pub numerics: Option<String>,
-    /// Threads that compute: a router has all, nodes share as many [default: all CPUs]
+    /// Threads that compute: a router has all, a node up to twice its
+    /// share [default: all CPUs]
     #[arg(long, value_name = "N")]
     pub threads: Option<String>,
     /// Settings file; flags win over it, and its sections [gateway], [router] and

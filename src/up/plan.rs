@@ -81,7 +81,9 @@ impl Planner<'_> {
         fixed.derive("shard_index", index as i64);
         fixed.derive("shard_count", self.local.expert_nodes as i64);
         fixed.derive("shard_replicas", self.local.replicas as i64);
-        let threads = (self.local.threads / self.local.expert_nodes).max(1);
+        // Twice its share: a step's rows rarely keep all nodes equally busy.
+        let share = self.local.threads.div_ceil(self.local.expert_nodes);
+        let threads = (2 * share).min(self.local.threads);
         self.grpc(Role::ExpertNode, index, threads, fixed)
     }
 
@@ -207,7 +209,7 @@ mod tests {
         let RoleConfig::ExpertNode(node) = config(&plan[1]) else { panic!("no node") };
         assert_eq!(node.listen.to_string(), "unix:/run/m/expert-node-1.sock");
         assert_eq!((node.shard.index, node.shard.count, node.shard.replicas), (1, 2, 2));
-        assert_eq!(node.threads, 2, "nodes share the threads");
+        assert_eq!(node.threads, 5, "twice its share, and no more than there are");
         let RoleConfig::Router(router) = config(&plan[2]) else { panic!("no router") };
         assert_eq!(router.nodes, [plan[0].endpoint.clone(), plan[1].endpoint.clone()]);
         assert_eq!((router.threads, router.numerics), (5, model::Numerics::F32));
