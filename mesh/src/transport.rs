@@ -51,6 +51,13 @@ pub enum TransportError {
     Serve { endpoint: Endpoint, source: tonic::transport::Error },
 }
 
+impl Endpoint {
+    /// Reached without a network.
+    pub fn is_local(&self) -> bool {
+        matches!(self, Self::Unix(_))
+    }
+}
+
 impl FromStr for Endpoint {
     type Err = TransportError;
 

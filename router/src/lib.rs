@@ -201,7 +201,11 @@ pub async fn serve(config: Config, shutdown: Shutdown) -> Result<(), Error> {
             tpot_target: config.tpot_target,
         }),
         sampling,
-        splitting: config.micro_batches,
+        splitting: match config.micro_batches {
+            // Processes of one host share its cores: whoever waits leaves them to the others.
+            Splitting::Auto if config.nodes.iter().all(Endpoint::is_local) => Splitting::Never,
+            other => other,
+        },
         jobs: inbox,
         pump: pump.clone(),
         gauges: gauges.clone(),

@@ -221,7 +221,7 @@ fn router(reader: &mut Reader<'_>) -> Result<Process, ConfigError> {
             "micro_batches",
             router::Splitting::Auto,
             "Whether a step runs as two micro-batches, one computing while the other's rows are\n\
-             with the experts: auto (where measured to be faster), always or never.",
+             with the experts: auto (over a network, where measured to be faster), always or never.",
         )?,
         max_running: reader.within("max_running", 64, 1..=65_536, "Sequences computed at once.")?,
         max_waiting: reader.within(
