@@ -41,7 +41,7 @@ mod x86;
 pub use compute::Compute;
 pub use device::{Device, Kernels};
 pub use isa::{Isa, UnknownIsa};
-pub use mat::{Acts, DType, Mat, ShapeError, fp8_to_f32, round_bf16};
+pub use mat::{Acts, DType, Mat, ShapeError, f32_to_fp8, fp8_to_f32, round_bf16};
 pub use packed::{Out, Packed};
 pub use pool::Pool;
 

@@ -306,6 +306,29 @@ pub fn fp8_to_f32(code: u8) -> f32 {
     f32::from_bits(bits) * f32::from_bits((127 + 120) << 23)
 }
 
+/// The e4m3 (fn) code nearest to `x`, ties to even; beyond the largest value, that. NaN stays NaN.
+pub fn f32_to_fp8(x: f32) -> u8 {
+    const LARGEST: f32 = 448.0;
+    /// Least normal value, 2^-6, and what puts its 1/8 steps into the lowest bits of an f32.
+    const NORMAL: f32 = 1.0 / 64.0;
+    const MAGIC: f32 = 16384.0;
+    let sign = (x.to_bits() >> 24) as u8 & 0x80;
+    let magnitude = x.abs();
+    if magnitude.is_nan() {
+        return sign | 0x7f;
+    }
+    let magnitude = magnitude.min(LARGEST);
+    let code = if magnitude < NORMAL {
+        // Steps of 2^-9; the addition rounds to even.
+        (magnitude + MAGIC).to_bits() - MAGIC.to_bits()
+    } else {
+        let bits = magnitude.to_bits();
+        let rounded = (bits + 0x7_ffff + ((bits >> 20) & 1)) >> 20;
+        rounded - (120 << 3)
+    };
+    sign | code.min(0x7e) as u8
+}
+
 /// bf16 nearest to `x`, ties to even; NaN stays NaN. The one rounding every device uses.
 pub fn round_bf16(x: f32) -> bf16 {
     let bits = x.to_bits();

@@ -4,7 +4,7 @@ mod pool;
 mod product;
 mod rowwise;
 
-use crate::{Acts, Isa, Kernels, Mat};
+use crate::{Acts, Isa, Kernels, Mat, f32_to_fp8, fp8_to_f32};
 use half::bf16;
 
 /// A repeatable stream of numbers.
@@ -81,4 +81,23 @@ pub(crate) fn matmul(k: &Kernels, x: Acts<'_>, rows: usize, w: Mat<'_>, ldy: usi
         out.extend_from_slice(&row[..n]);
     }
     out
+}
+
+/// Every code, halves between neighbours, and what lies about them.
+#[test]
+fn codes_are_the_nearest_with_ties_to_even() {
+    for code in 0..=0x7e_u8 {
+        let value = fp8_to_f32(code);
+        assert_eq!(f32_to_fp8(value), code);
+        assert_eq!(f32_to_fp8(-value), code | 0x80);
+        if code == 0x7e {
+            break;
+        }
+        let middle = (value + fp8_to_f32(code + 1)) / 2.0;
+        assert_eq!(f32_to_fp8(middle), code + (code & 1), "{middle}");
+        assert_eq!(f32_to_fp8(middle.next_down()), code);
+        assert_eq!(f32_to_fp8(middle.next_up()), code + 1);
+    }
+    assert_eq!((f32_to_fp8(1e9), f32_to_fp8(f32::NEG_INFINITY)), (0x7e, 0xfe));
+    assert_eq!(f32_to_fp8(f32::NAN) & 0x7f, 0x7f);
 }

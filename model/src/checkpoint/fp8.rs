@@ -8,7 +8,7 @@ use std::fs::{self, File};
 use std::io::{BufWriter, Write};
 use std::path::{Path, PathBuf};
 
-use kernels::{Compute, Mat, fp8_to_f32};
+use kernels::{Compute, Mat, f32_to_fp8, fp8_to_f32};
 use parking_lot::Mutex;
 use serde_json::{Value, json};
 
@@ -311,7 +311,7 @@ fn quantize_rows(weight: Mat<'_>, codes: &mut [u8], scales: &mut [f32]) -> Squar
         *scale = if largest > 0.0 { (largest / LARGEST).max(f32::MIN_POSITIVE) } else { 1.0 };
         for (row, codes) in wide.chunks(k).zip(codes.chunks_mut(k)) {
             for (w, code) in row[columns.clone()].iter().zip(&mut codes[columns.clone()]) {
-                *code = to_e4m3(w / *scale);
+                *code = f32_to_fp8(w / *scale);
                 let error = f64::from(fp8_to_f32(*code) * *scale) - f64::from(*w);
                 squares.error += error * error;
                 squares.weight += f64::from(*w) * f64::from(*w);
@@ -321,51 +321,10 @@ fn quantize_rows(weight: Mat<'_>, codes: &mut [u8], scales: &mut [f32]) -> Squar
     squares
 }
 
-/// The e4m3 code nearest to `x`, ties to even; beyond the largest value, that. NaN stays NaN.
-fn to_e4m3(x: f32) -> u8 {
-    /// Least normal value, 2^-6, and what puts its 1/8 steps into the lowest bits of an f32.
-    const NORMAL: f32 = 1.0 / 64.0;
-    const MAGIC: f32 = 16384.0;
-    let sign = (x.to_bits() >> 24) as u8 & 0x80;
-    let magnitude = x.abs();
-    if magnitude.is_nan() {
-        return sign | 0x7f;
-    }
-    let magnitude = magnitude.min(LARGEST);
-    let code = if magnitude < NORMAL {
-        // Steps of 2^-9; the addition rounds to even.
-        (magnitude + MAGIC).to_bits() - MAGIC.to_bits()
-    } else {
-        let bits = magnitude.to_bits();
-        let rounded = (bits + 0x7_ffff + ((bits >> 20) & 1)) >> 20;
-        rounded - (120 << 3)
-    };
-    sign | code.min(0x7e) as u8
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
     use kernels::Isa;
-
-    /// Every code, halves between neighbours, and what lies about them.
-    #[test]
-    fn codes_are_the_nearest_with_ties_to_even() {
-        for code in 0..=0x7e_u8 {
-            let value = fp8_to_f32(code);
-            assert_eq!(to_e4m3(value), code);
-            assert_eq!(to_e4m3(-value), code | 0x80);
-            if code == 0x7e {
-                break;
-            }
-            let middle = (value + fp8_to_f32(code + 1)) / 2.0;
-            assert_eq!(to_e4m3(middle), code + (code & 1), "{middle}");
-            assert_eq!(to_e4m3(middle.next_down()), code);
-            assert_eq!(to_e4m3(middle.next_up()), code + 1);
-        }
-        assert_eq!((to_e4m3(1e9), to_e4m3(f32::NEG_INFINITY)), (0x7e, 0xfe));
-        assert_eq!(to_e4m3(f32::NAN) & 0x7f, 0x7f);
-    }
 
     fn fixture(name: &str) -> PathBuf {
         Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/fixtures").join(name)
