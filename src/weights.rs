@@ -2,11 +2,9 @@
 //! copy with FP8 projections, made once and kept in the user's cache directory,
 //! so that all processes map the same file and the next start finds it ready.
 
-use std::fmt;
 use std::fs::{self, File};
 use std::io;
 use std::path::{Path, PathBuf};
-use std::str::FromStr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::UNIX_EPOCH;
@@ -18,41 +16,11 @@ use model::{Checkpoint, QuantizeError, Quantized};
 use sha2::{Digest as _, Sha256};
 
 use crate::config::local::Local;
+use crate::config::setting::Weights;
 use crate::exit::{BadCheckpoint, Interrupted};
 use crate::model_dir;
 use crate::up::Signals;
 use crate::up::console::Console;
-
-/// What the weights of a local mesh are stored as.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Weights {
-    /// As the checkpoint has them.
-    #[default]
-    Stored,
-    /// Projections as block-scaled e4m3, made from bf16 or f32.
-    Fp8,
-}
-
-impl fmt::Display for Weights {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::Stored => "stored",
-            Self::Fp8 => "fp8",
-        })
-    }
-}
-
-impl FromStr for Weights {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, Self::Err> {
-        match text {
-            "stored" => Ok(Self::Stored),
-            "fp8" => Ok(Self::Fp8),
-            _ => Err(format!("`{text}` is neither stored nor fp8")),
-        }
-    }
-}
 
 /// The directory to serve: the one asked for, or its FP8 copy, which is made if
 /// it is not there yet.

@@ -157,7 +157,7 @@ struct TaskScratch {
 }
 
 /// Least multiplications that are worth waking a thread for.
-const WORTH_SHARING: usize = 1 << 16;
+const WORTH_SHARING: usize = 1 << 18;
 
 /// How many columns of `n` a tile takes, for `work` multiplications of all groups together.
 fn tile_columns(n: usize, groups: usize, threads: usize, work: usize) -> usize {

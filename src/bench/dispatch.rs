@@ -266,7 +266,7 @@ impl Peer {
             nodes: nodes?,
             identity: Identity {
                 model_digest: expert_node::stub::DIGEST.to_vec(),
-                numerics: expert_node::stub::NUMERICS.to_string(),
+                numerics: expert_node::stub::NUMERICS.class(kernels::Isa::detect()),
                 hidden: hidden as u32,
             },
             shape: Shape { hidden: hidden as u32, dtype: Dtype::Bf16, top_k: top_k as u32 },

@@ -109,7 +109,8 @@ async fn measure(target: Target, subject: String, args: &BenchServeArgs) -> anyh
         }
     }
     let Run { rows, memory, processes, ids, .. } = run;
-    let memory = (!processes.is_empty()).then_some(memory);
+    // Without rows nothing was looked at.
+    let memory = (!processes.is_empty() && !rows.is_empty()).then_some(memory);
     Ok(Report { subject, model, ids, rows, intrusion, memory })
 }
 

@@ -14,7 +14,7 @@ use crate::config::ConfigError;
 use crate::config::given::{File, Given, Origin, Raw, variables};
 use crate::config::reader::{Reader, read};
 use crate::config::roles::{Role, cpus};
-use crate::weights::Weights;
+use crate::config::setting::Weights;
 
 const PREFIX: &str = "MOEMESH_UP_";
 /// More processes than this on one machine is a slip of the finger.

@@ -1,7 +1,9 @@
 //! How a setting of each type is read, from TOML and from plain text, and how it
 //! is written back as TOML. Messages say what was expected and what was found.
 
+use std::fmt;
 use std::path::PathBuf;
+use std::str::FromStr;
 use std::time::Duration;
 
 use kernels::Isa;
@@ -9,8 +11,6 @@ use mesh::telemetry::LogFormat;
 use mesh::transport::Endpoint;
 use model::Numerics;
 use toml::Value;
-
-use crate::weights::Weights;
 
 /// A type that a key can have.
 pub trait Setting: Sized {
@@ -161,6 +161,37 @@ impl Setting for router::Splitting {
 
     fn to_toml(&self) -> String {
         quoted(self.to_string())
+    }
+}
+
+/// What the weights of a local mesh are stored as.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Weights {
+    /// As the checkpoint has them.
+    #[default]
+    Stored,
+    /// Projections as block-scaled e4m3, made from bf16 or f32.
+    Fp8,
+}
+
+impl fmt::Display for Weights {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Stored => "stored",
+            Self::Fp8 => "fp8",
+        })
+    }
+}
+
+impl FromStr for Weights {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        match text {
+            "stored" => Ok(Self::Stored),
+            "fp8" => Ok(Self::Fp8),
+            _ => Err(format!("`{text}` is neither stored nor fp8")),
+        }
     }
 }
 
