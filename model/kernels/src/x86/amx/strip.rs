@@ -12,6 +12,7 @@ use crate::mat::{DType, Mat};
 use crate::packed::{Out, Packed, Segment};
 use bytemuck::Zeroable;
 use std::arch::x86_64::*;
+use std::cell::RefCell;
 
 /// Steps decoded at once.
 const PIECE: usize = 8;
@@ -30,6 +31,11 @@ struct Memory {
     sums: Sums,
 }
 
+thread_local! {
+    /// Kept between products: to clear it takes longer than a small one.
+    static MEMORY: RefCell<Option<Box<Memory>>> = const { RefCell::new(None) };
+}
+
 /// A stretch that is decoded at once, and the k-block that ends with it.
 struct Piece {
     part: Part,
@@ -42,11 +48,13 @@ struct Piece {
 /// Tiles are configured for `x`, which is packed for `w`; `y` has their shape.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi")]
 pub(super) unsafe fn product<const R: usize>(x: &Packed, w: &Mat<'_>, y: &mut Out<'_>) {
-    let mut memory = Memory {
-        decoded: [const { Decoded([[0; PIECE * TILE]; 2]) }; 2],
-        blocks: [Sums::zeroed(); 2],
-        sums: Sums::zeroed(),
-    };
+    let mut memory = MEMORY.take().unwrap_or_else(|| {
+        Box::new(Memory {
+            decoded: [const { Decoded([[0; PIECE * TILE]; 2]) }; 2],
+            blocks: [Sums::zeroed(); 2],
+            sums: Sums::zeroed(),
+        })
+    });
     let strips = Strips { right: Right::of(x), segments: x.segments(), w };
     let mut n = 0;
     while n < w.n() {
@@ -58,6 +66,7 @@ pub(super) unsafe fn product<const R: usize>(x: &Packed, w: &Mat<'_>, y: &mut Ou
             }
         };
     }
+    MEMORY.set(Some(memory));
 }
 
 struct Strips<'a> {
