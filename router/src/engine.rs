@@ -184,8 +184,13 @@ impl Engine {
         let start = Instant::now();
         let rows = plan.iter().map(|part| part.len).sum();
         let split = self.parts.experts.lanes() > 1 && self.overlap.split(rows);
-        let batches = if split { halves(plan) } else { (plan.to_vec(), Vec::new()) };
-        let batches = [batches.0, batches.1];
+        let cut;
+        let batches: [&[Part]; LANES] = if split {
+            cut = halves(plan);
+            [&cut.0, &cut.1]
+        } else {
+            [plan, &[]]
+        };
         if let Err(error) = self.forward(plan, &batches) {
             return self.fail(plan, &error);
         }
@@ -201,7 +206,7 @@ impl Engine {
     /// Runs all layers. What it leaves is the logits of the wanted rows. A micro-batch
     /// goes on to its next layer while the rows of the other are away; the bits
     /// depend on neither.
-    fn forward(&mut self, plan: &[Part], batches: &[Vec<Part>; LANES]) -> Result<(), Failure> {
+    fn forward(&mut self, plan: &[Part], batches: &[&[Part]; LANES]) -> Result<(), Failure> {
         let rows: usize = plan.iter().map(|part| part.len).sum();
         let span = self.step_span(plan, rows);
         let _in_step = span.enter();

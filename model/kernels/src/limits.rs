@@ -1,6 +1,7 @@
 //! What this machine can do at most, for `moemesh bench`: how fast memory is read, and how fast
 //! multiply-adds go that never leave the registers. Of use only beside measurements of the same minute.
 
+use crate::Isa;
 use std::hint::black_box;
 use std::sync::Barrier;
 use std::time::Instant;
@@ -27,9 +28,7 @@ pub fn peaks(threads: usize) -> Peaks {
     {
         let avx2 = is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma");
         let avx512 = is_x86_feature_detected!("avx512f");
-        let rate = |flops: usize, f: fn()| {
-            flops as f64 * ROUNDS as f64 * threads as f64 / best(threads, |_| f()) / 1e9
-        };
+        let rate = |flops: usize, f: fn()| rate(threads, flops, f);
         // SAFETY, of the calls below: the instruction set was found to be there.
         let f32 = match (avx512, avx2) {
             // SAFETY: as above.
@@ -43,14 +42,53 @@ pub fn peaks(threads: usize) -> Peaks {
         let bf16 = || rate(2 * 32 * x86::ACCUMULATORS, || unsafe { x86::bf16() });
         // SAFETY: as above.
         let amx = || rate(2 * 16 * 16 * 32 * 4, || unsafe { x86::amx() });
-        Peaks { f32, bf16: has_bf16.then(bf16), amx: crate::Isa::Amx.is_available().then(amx) }
+        Peaks { f32, bf16: has_bf16.then(bf16), amx: Isa::Amx.is_available().then(amx) }
     }
     #[cfg(not(target_arch = "x86_64"))]
     {
-        let seconds = best(threads, |_| plain());
-        let flops = (2 * PLAIN * ROUNDS * threads) as f64;
-        Peaks { f32: flops / seconds / 1e9, bf16: None, amx: None }
+        Peaks { f32: rate(threads, 2 * PLAIN, plain), bf16: None, amx: None }
     }
+}
+
+/// GFLOP/s of one thread with the instructions of `isa`, which has to be available: in f32, and in bf16, which is the
+/// same where there is no instruction for it.
+pub fn peak_of(isa: Isa) -> (f64, f64) {
+    assert!(isa.is_available(), "this cpu has no {isa}");
+    #[cfg(target_arch = "x86_64")]
+    {
+        // SAFETY, of the calls below: `isa` is available.
+        let wide = || {
+            // SAFETY: as above.
+            rate(1, 2 * 16 * x86::ACCUMULATORS, || unsafe { x86::avx512() })
+        };
+        match isa {
+            Isa::Scalar => {}
+            Isa::Avx2 => {
+                // SAFETY: as above.
+                let f32 = rate(1, 2 * 8 * x86::ACCUMULATORS, || unsafe { x86::avx2() });
+                return (f32, f32);
+            }
+            Isa::Avx512 => {
+                let f32 = wide();
+                return (f32, f32);
+            }
+            Isa::Avx512Bf16 => {
+                // SAFETY: as above.
+                return (wide(), rate(1, 2 * 32 * x86::ACCUMULATORS, || unsafe { x86::bf16() }));
+            }
+            Isa::Amx => {
+                // SAFETY: as above.
+                return (wide(), rate(1, 2 * 16 * 16 * 32 * 4, || unsafe { x86::amx() }));
+            }
+        }
+    }
+    let f32 = rate(1, 2 * PLAIN, plain);
+    (f32, f32)
+}
+
+/// GFLOP/s of `threads` threads that each run `f`, [`ROUNDS`] rounds of `flops`.
+fn rate(threads: usize, flops: usize, f: fn()) -> f64 {
+    flops as f64 * ROUNDS as f64 * threads as f64 / best(threads, |_| f()) / 1e9
 }
 
 /// GB/s at which `threads` threads read memory together, each its own part in four streams.
