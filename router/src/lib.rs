@@ -8,11 +8,13 @@
 //! - [`experts`]: the seam to the experts, local or remote
 //! - [`exchange`]: one layer's dispatch, retry and gather (sans-IO)
 //! - [`fleet`]: the actor that publishes placements
+//! - `choice`: which of two ways is measured to be faster here
 //! - [`measure`]: dispatch and gather without an engine, to be timed
 
 #![forbid(unsafe_code)]
 
 mod actors;
+mod choice;
 pub mod engine;
 pub mod exchange;
 pub mod experts;

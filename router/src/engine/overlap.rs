@@ -8,18 +8,17 @@ use std::fmt;
 use std::str::FromStr;
 use std::time::Duration;
 
+use crate::choice::{Choice, Judgement};
 use crate::scheduler::Part;
 
 /// Steps of fewer rows are not worth cutting.
 const LEAST_ROWS: usize = 8;
-/// Sizes are told apart by powers of two.
-const SIZES: usize = usize::BITS as usize;
-/// Of so many steps of a size, one tries the way that seemed slower.
-const TRY_EVERY: u32 = 64;
-/// Weight of a new measurement.
-const NEW: f64 = 0.25;
-/// Two have to be faster by this much: half as many rows a frame cost the nodes more.
-const MARGIN: f64 = 0.97;
+const JUDGEMENT: Judgement = Judgement {
+    // Half as many rows a frame cost the nodes more.
+    margin: 0.97,
+    new: 0.25,
+    most: f64::INFINITY,
+};
 
 /// What an operator says about splitting.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -55,53 +54,31 @@ impl FromStr for Splitting {
     }
 }
 
-/// What was measured for one size of step: seconds per row, as a whole and split.
-#[derive(Clone, Copy, Default)]
-struct Size {
-    whole: Option<f64>,
-    split: Option<f64>,
-    steps: u32,
-}
-
 /// See the module's text. Pure: times come in as arguments.
 pub(super) struct Overlap {
     splitting: Splitting,
-    sizes: [Size; SIZES],
+    measured: Choice,
 }
 
 impl Overlap {
     pub fn new(splitting: Splitting) -> Self {
-        Self { splitting, sizes: [Size::default(); SIZES] }
+        Self { splitting, measured: Choice::new(JUDGEMENT) }
     }
 
     /// Whether a step of `rows` rows is to be split.
     pub fn split(&mut self, rows: usize) -> bool {
         match self.splitting {
-            Splitting::Auto if rows >= LEAST_ROWS => {}
-            Splitting::Auto | Splitting::Never => return false,
-            Splitting::Always => return rows > 1,
-        }
-        let size = &mut self.sizes[rows.ilog2() as usize];
-        size.steps = size.steps.wrapping_add(1);
-        match (size.whole, size.split) {
-            (None, _) => false,
-            (_, None) => true,
-            (Some(whole), Some(split)) => {
-                let faster = split < whole * MARGIN;
-                faster != size.steps.is_multiple_of(TRY_EVERY)
-            }
+            Splitting::Auto => rows >= LEAST_ROWS && self.measured.other(rows),
+            Splitting::Always => rows > 1,
+            Splitting::Never => false,
         }
     }
 
     /// Takes in how long a step took.
     pub fn observe(&mut self, rows: usize, split: bool, took: Duration) {
-        if rows < LEAST_ROWS {
-            return;
+        if rows >= LEAST_ROWS {
+            self.measured.observe(rows, split, took.as_secs_f64() / rows as f64);
         }
-        let size = &mut self.sizes[rows.ilog2() as usize];
-        let mean = if split { &mut size.split } else { &mut size.whole };
-        let new = took.as_secs_f64() / rows as f64;
-        *mean = Some(mean.map_or(new, |old| old + (new - old) * NEW));
     }
 }
 

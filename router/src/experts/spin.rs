@@ -5,31 +5,22 @@
 
 use std::time::Duration;
 
-/// Sizes are told apart by powers of two.
-const SIZES: usize = usize::BITS as usize;
-/// Of so many exchanges of a size, one waits the way that seemed slower.
-const TRY_EVERY: u32 = 64;
-/// Weight of a new measurement.
-const NEW: f64 = 0.1;
-/// Staying awake has to be faster by this much, as it costs power and others' time.
-const MARGIN: f64 = 0.95;
+use crate::choice::{Choice, Judgement};
 
-/// Seconds waited for exchanges of one size, asleep and awake.
-#[derive(Clone, Copy, Default)]
-struct Size {
-    asleep: Option<f64>,
-    awake: Option<f64>,
-    waits: u32,
-}
+const JUDGEMENT: Judgement = Judgement {
+    // Staying awake has to be faster by this much, as it costs power and others' time.
+    margin: 0.95,
+    new: 0.1,
+    // One long wait, such as for a lost node, says nothing of the others.
+    most: 4.0,
+};
 
 /// See the module's text. Pure: times come in as arguments.
-pub struct Spin {
-    sizes: [Size; SIZES],
-}
+pub struct Spin(Choice);
 
 impl Default for Spin {
     fn default() -> Self {
-        Self { sizes: [Size::default(); SIZES] }
+        Self(Choice::new(JUDGEMENT))
     }
 }
 
@@ -39,26 +30,12 @@ impl Spin {
 
     /// Whether to stay awake for an exchange of `rows` rows.
     pub fn choose(&mut self, rows: usize) -> bool {
-        let size = &mut self.sizes[rows.max(1).ilog2() as usize];
-        size.waits = size.waits.wrapping_add(1);
-        match (size.asleep, size.awake) {
-            (None, _) => false,
-            (_, None) => true,
-            (Some(asleep), Some(awake)) => {
-                let faster = awake < asleep * MARGIN;
-                faster != size.waits.is_multiple_of(TRY_EVERY)
-            }
-        }
+        self.0.other(rows)
     }
 
     /// Takes in how long such a wait was.
     pub fn observe(&mut self, rows: usize, awake: bool, took: Duration) {
-        let size = &mut self.sizes[rows.max(1).ilog2() as usize];
-        let mean = if awake { &mut size.awake } else { &mut size.asleep };
-        let new = took.as_secs_f64();
-        // One long wait, such as for a lost node, says nothing of the others.
-        let new = mean.map_or(new, |old| new.min(old * 4.0));
-        *mean = Some(mean.map_or(new, |old| old + (new - old) * NEW));
+        self.0.observe(rows, awake, took.as_secs_f64());
     }
 }
 
