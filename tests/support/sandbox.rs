@@ -26,6 +26,8 @@ pub struct Plan {
     /// Nodes of another mesh, in place of its own.
     foreign: Option<String>,
     router: Vec<(String, String)>,
+    /// Settings of routers and nodes alike.
+    compute: Vec<(String, String)>,
 }
 
 pub struct Sandbox {
@@ -52,6 +54,7 @@ impl Sandbox {
             replicas: 1,
             foreign: None,
             router: Vec::new(),
+            compute: vec![("threads".to_owned(), "1".to_owned())],
         }
     }
 }
@@ -78,6 +81,13 @@ impl Plan {
         self
     }
 
+    /// A setting of every process that computes, as TOML.
+    pub fn compute(mut self, key: &str, value: impl ToString) -> Self {
+        self.compute.retain(|(known, _)| known != key);
+        self.compute.push((key.to_owned(), value.to_string()));
+        self
+    }
+
     /// Has the router talk to these nodes (a TOML array), and starts none.
     pub fn router_nodes(mut self, nodes: String) -> Self {
         (self.foreign, self.expert_nodes) = (Some(nodes), 0);
@@ -99,8 +109,8 @@ impl Plan {
         std::fs::create_dir_all(&dir).unwrap();
         let socket = |name: &str| format!("unix:{}", dir.join(format!("{name}.sock")).display());
         let model = format!("model_dir = {:?}\n", self.model);
-        let class =
-            format!("numerics = \"{}\"\nthreads = 1\nlog_filter = \"warn\"\n", self.numerics);
+        let mut class = format!("numerics = \"{}\"\nlog_filter = \"warn\"\n", self.numerics);
+        extend(&mut class, &self.compute);
 
         let mut endpoints = Vec::new();
         let mut nodes = Vec::new();
