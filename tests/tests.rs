@@ -12,5 +12,6 @@ mod lifecycle;
 mod nodes;
 mod parity;
 mod sensitivity;
+#[allow(dead_code, reason = "the other target needs the rest")]
 mod support;
 mod tidy;
