@@ -9,6 +9,7 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use bytes::{BufMut as _, Bytes, BytesMut};
+use mesh::failpoint;
 use mesh::telemetry::propagate;
 use model::{ExpertGroup, ExpertScratch, Numerics, forward_experts};
 use proto::frame::all_finite;
@@ -98,6 +99,7 @@ impl Executor {
 
     /// Computes and answers all `jobs`.
     fn compute(&mut self, jobs: &mut Vec<Job>) {
+        failpoint::pass("executor");
         let start = Instant::now();
         for late in jobs.extract_if(.., |job| expired(job, start).is_some()) {
             let Some(error) = expired(&late, start) else { continue };

@@ -246,6 +246,12 @@ fn router(reader: &mut Reader<'_>) -> Result<Process, ConfigError> {
             "How long one node may take over a frame before it is sent again.",
         )?,
         request_timeout: timeout(reader, "Longest a request may take.")?,
+        history: reader.optional(
+            "history",
+            "\"/tmp/router-0.history\"",
+            "File that frames, replies, placements and steps are logged to, as JSON lines, for\n\
+             checking a run afterwards. Grows by about 1 MB a second of load. Unset: none.",
+        )?,
     };
     let telemetry = telemetry(reader, Role::Router, config.id.clone())?;
     Ok(Process { telemetry, role: RoleConfig::Router(config) })
