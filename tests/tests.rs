@@ -14,3 +14,4 @@ mod parity;
 mod sensitivity;
 mod support;
 mod tidy;
+mod tls;
