@@ -47,6 +47,8 @@ pub struct Sandbox {
     pub addresses: Vec<Address>,
     /// One before each node, if the plan has them.
     pub proxies: Vec<FaultProxy>,
+    /// What the configuration of every node says.
+    common: String,
 }
 
 impl Sandbox {
@@ -150,14 +152,13 @@ impl Plan {
         std::fs::create_dir_all(&dir).unwrap();
         let socket = |name: &str| format!("unix:{}", dir.join(format!("{name}.sock")).display());
         let model = format!("model_dir = {:?}\nlog_filter = \"warn\"\n", self.model);
+        let class = format!("numerics = \"{}\"\nthreads = 1\n", self.numerics);
         let start = |role: &str, index: usize, own: String| {
             let name = format!("{role}-{index}");
             let mut config = format!("id = \"{name}\"\n{model}{own}");
             if role != "gateway" {
                 let (listen, admin) = (socket(&name), socket(&format!("{name}-admin")));
-                let class = self.numerics;
-                writeln!(config, "listen = \"{listen}\"\nadmin = \"{admin}\"").unwrap();
-                writeln!(config, "numerics = \"{class}\"\nthreads = 1").unwrap();
+                writeln!(config, "listen = \"{listen}\"\nadmin = \"{admin}\"\n{class}").unwrap();
             }
             if role == "router" && self.history {
                 let path = dir.join(format!("{name}.history"));
@@ -206,7 +207,8 @@ impl Plan {
             addresses.push(Address::Tcp(address));
         }
         let http = addresses[0].clone();
-        Sandbox { dir, http, gateways, routers, nodes, addresses, proxies }
+        let common = format!("{model}{class}");
+        Sandbox { dir, http, gateways, routers, nodes, addresses, proxies, common }
     }
 }
 
@@ -247,6 +249,23 @@ impl Sandbox {
     /// The first router's own account of itself, over gRPC.
     pub async fn router_status(&self) -> RouterStatus {
         self.status_of(0).await.unwrap()
+    }
+
+    /// The Prometheus text of a router or an expert node.
+    pub async fn metrics(&self, name: &str) -> String {
+        let address = Address::Unix(self.socket(&format!("{name}-admin")));
+        http::get(&address, "/metrics").await.unwrap().1
+    }
+
+    /// Starts a further node, with settings of its own beside those of all.
+    pub fn add_node(&mut self, name: &str, settings: &[(&str, String)]) {
+        let listen = self.socket(name);
+        let mut config =
+            format!("id = \"{name}\"\nlisten = \"unix:{}\"\n{}", listen.display(), self.common);
+        for (key, value) in settings {
+            writeln!(config, "{key} = {value}").unwrap();
+        }
+        self.nodes.push(Process::start(&self.dir, name, &config, Launch::default()));
     }
 
     /// A router's account of itself; an error while it is down.
