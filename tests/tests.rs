@@ -15,3 +15,4 @@ mod sensitivity;
 #[allow(dead_code, reason = "the other target needs the rest")]
 mod support;
 mod tidy;
+mod tls;

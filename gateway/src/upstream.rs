@@ -15,6 +15,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use mesh::lifecycle::Shutdown;
+use mesh::tls::Tls;
 use mesh::transport::Endpoint;
 
 use crate::error::Error;
@@ -23,6 +24,8 @@ use pick::Candidate;
 use router::{Class, Router};
 
 const POLL_EVERY: Duration = Duration::from_millis(250);
+/// The same for a router that is not ready: somebody may wait for it.
+const POLL_ABSENT: Duration = Duration::from_millis(50);
 
 /// Every router the gateway may use.
 pub struct Upstream {
@@ -44,6 +47,7 @@ impl Upstream {
     /// Routers whose vocabulary is not `vocab_size` are never ready.
     pub fn new(
         endpoints: &[Endpoint],
+        tls: Option<&Tls>,
         vocab_size: u32,
         metrics: Metrics,
     ) -> Result<Arc<Self>, Error> {
@@ -52,7 +56,7 @@ impl Upstream {
         }
         let routers = endpoints
             .iter()
-            .map(|endpoint| Ok(Arc::new(Router::new(endpoint, vocab_size)?)))
+            .map(|endpoint| Ok(Arc::new(Router::new(endpoint, tls, vocab_size)?)))
             .collect::<Result<_, Error>>()?;
         Ok(Arc::new(Self { routers, metrics }))
     }
@@ -63,14 +67,14 @@ impl Upstream {
             let (router, upstream) = (Arc::clone(router), Arc::clone(self));
             let shutdown = shutdown.clone();
             tokio::spawn(async move {
-                let mut tick = tokio::time::interval(POLL_EVERY);
-                tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+                let mut pause = Duration::ZERO;
                 loop {
                     tokio::select! {
                         () = shutdown.wait() => return,
-                        _ = tick.tick() => {}
+                        () = tokio::time::sleep(pause) => {}
                     }
                     router.refresh().await;
+                    pause = if router.status().is_ok() { POLL_EVERY } else { POLL_ABSENT };
                     let ready = upstream.routers.iter().filter(|r| r.status().is_ok()).count();
                     upstream.metrics.routers_ready.set(ready as i64);
                 }

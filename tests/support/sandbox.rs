@@ -1,10 +1,11 @@
 //! A mesh of real processes on one machine, in a directory of its own.
 
 use std::fmt::Write as _;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
+use mesh::tls::{Expected, Files, Owner, Role, Tls};
 use proto::v1::inference_client::InferenceClient;
 use proto::v1::{RouterStatus, RouterStatusRequest};
 use serde_json::{Value, json};
@@ -30,6 +31,10 @@ pub struct Plan {
     foreign: Option<String>,
     /// Role, key and value, as TOML.
     settings: Vec<(&'static str, String, String)>,
+    /// Settings of routers and nodes alike.
+    compute: Vec<(String, String)>,
+    /// A directory of certificates (`moemesh certs all`).
+    certificates: Option<PathBuf>,
     proxied: bool,
     history: bool,
     fail: bool,
@@ -45,6 +50,8 @@ pub struct Sandbox {
     pub nodes: Vec<Process>,
     /// Every gateway.
     pub addresses: Vec<Address>,
+    /// Whose certificate this program calls with.
+    pub operator: Option<Tls>,
     /// One before each node, if the plan has them.
     pub proxies: Vec<FaultProxy>,
     /// What the configuration of every node says.
@@ -62,6 +69,8 @@ impl Sandbox {
             replicas: 1,
             foreign: None,
             settings: Vec::new(),
+            compute: vec![("threads".to_owned(), "1".to_owned())],
+            certificates: None,
             proxied: false,
             history: false,
             fail: false,
@@ -104,6 +113,19 @@ impl Plan {
     /// A setting of a role's configuration files, as TOML.
     pub fn set(mut self, role: &'static str, key: &str, value: impl ToString) -> Self {
         self.settings.push((role, key.to_owned(), value.to_string()));
+        self
+    }
+
+    /// A setting of every process that computes, as TOML.
+    pub fn compute(mut self, key: &str, value: impl ToString) -> Self {
+        self.compute.retain(|(known, _)| known != key);
+        self.compute.push((key.to_owned(), value.to_string()));
+        self
+    }
+
+    /// Has every process speak mutual TLS with the certificates of this directory.
+    pub fn tls(mut self, certificates: &Path) -> Self {
+        self.certificates = Some(certificates.to_owned());
         self
     }
 
@@ -152,13 +174,20 @@ impl Plan {
         std::fs::create_dir_all(&dir).unwrap();
         let socket = |name: &str| format!("unix:{}", dir.join(format!("{name}.sock")).display());
         let model = format!("model_dir = {:?}\nlog_filter = \"warn\"\n", self.model);
-        let class = format!("numerics = \"{}\"\nthreads = 1\n", self.numerics);
+        let mut class = format!("numerics = \"{}\"\n", self.numerics);
+        for (key, value) in &self.compute {
+            writeln!(class, "{key} = {value}").unwrap();
+        }
+        let certificates = self.certificates.as_deref();
         let start = |role: &str, index: usize, own: String| {
             let name = format!("{role}-{index}");
             let mut config = format!("id = \"{name}\"\n{model}{own}");
             if role != "gateway" {
                 let (listen, admin) = (socket(&name), socket(&format!("{name}-admin")));
-                writeln!(config, "listen = \"{listen}\"\nadmin = \"{admin}\"\n{class}").unwrap();
+                write!(config, "listen = \"{listen}\"\nadmin = \"{admin}\"\n{class}").unwrap();
+            }
+            if let Some(dir) = certificates {
+                config.push_str(&tls_settings(dir, &name));
             }
             if role == "router" && self.history {
                 let path = dir.join(format!("{name}.history"));
@@ -207,9 +236,27 @@ impl Plan {
             addresses.push(Address::Tcp(address));
         }
         let http = addresses[0].clone();
+        let operator = certificates.map(|dir| identity(dir, Role::Operator, "operator-0"));
         let common = format!("{model}{class}");
-        Sandbox { dir, http, gateways, routers, nodes, addresses, proxies, common }
+        Sandbox { dir, http, gateways, routers, nodes, addresses, operator, proxies, common }
     }
+}
+
+/// The lines of a configuration file that make a process `id`.
+pub fn tls_settings(dir: &Path, id: &str) -> String {
+    let file = |name: String| dir.join(name).display().to_string();
+    let (cert, key) = (file(format!("{id}.pem")), file(format!("{id}.key")));
+    format!("tls_cert = {cert:?}\ntls_key = {key:?}\ntls_ca = {:?}\n", file("ca.pem".into()))
+}
+
+/// Whoever `id`'s certificate in `dir` is.
+pub fn identity(dir: &Path, role: Role, id: &str) -> Tls {
+    let files = Files {
+        certificate: dir.join(format!("{id}.pem")),
+        key: dir.join(format!("{id}.key")),
+        authorities: dir.join("ca.pem"),
+    };
+    Tls::load(&files, Owner { role, id: None }).unwrap()
 }
 
 impl Sandbox {
@@ -271,7 +318,8 @@ impl Sandbox {
     /// A router's account of itself; an error while it is down.
     pub async fn status_of(&self, router: usize) -> Result<RouterStatus, tonic::Status> {
         let endpoint = mesh::transport::Endpoint::Unix(self.socket(&format!("router-{router}")));
-        let channel = mesh::transport::channel(&endpoint).unwrap();
+        let (tls, expected) = (self.operator.as_ref(), Expected::any(Role::Router));
+        let channel = mesh::transport::channel(&endpoint, tls, expected).unwrap();
         let request = RouterStatusRequest {};
         Ok(InferenceClient::new(channel).status(request).await?.into_inner())
     }
