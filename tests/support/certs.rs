@@ -6,7 +6,8 @@ use std::sync::atomic::{AtomicU32, Ordering};
 
 use mesh::tls::{Role, Tls};
 
-use super::sandbox::{identity, moemesh, run};
+use super::process::{moemesh, run};
+use super::sandbox::identity;
 
 /// A directory of certificates, removed at the end.
 pub struct Certs(pub PathBuf);

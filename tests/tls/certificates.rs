@@ -16,7 +16,8 @@ use tokio::io::AsyncReadExt as _;
 use super::node_socket;
 use crate::support::certs::Certs;
 use crate::support::http::{self, Address};
-use crate::support::sandbox::{free_port, moemesh, run, signal, tls_settings};
+use crate::support::process::{free_port, moemesh, run, signal};
+use crate::support::sandbox::tls_settings;
 use crate::support::{Fixture, Sandbox, block_on};
 
 #[test]
