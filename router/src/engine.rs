@@ -103,6 +103,7 @@ impl Engine {
 
     /// Runs until every sender of jobs is gone and every sequence has ended.
     pub fn run(&mut self) {
+        self.parts.trunk.compute().pool.bind_caller();
         let mut open = true;
         while open || !self.parts.scheduler.is_empty() {
             open = self.take_jobs();

@@ -82,6 +82,8 @@ pub struct Config {
     /// The expert nodes; empty keeps the experts inside the router.
     pub nodes: Vec<Endpoint>,
     pub threads: usize,
+    /// Position of the CPU that the first of them is bound to; `None` leaves them free.
+    pub first_cpu: Option<usize>,
     /// `None` takes the best the CPU has.
     pub isa: Option<Isa>,
     /// Tokens the KV cache holds, over all sequences.
@@ -152,7 +154,7 @@ pub async fn serve(config: Config, shutdown: Shutdown) -> Result<(), Error> {
     let model = checkpoint.config();
     tracing::info!(model = model.summary(), numerics = %config.numerics, "checkpoint opened");
     let isa = config.isa.unwrap_or_else(Isa::detect);
-    let compute = Arc::new(Compute::new(isa, config.threads));
+    let compute = Arc::new(Compute::bound(isa, config.threads, config.first_cpu));
     let sampling = Scratch::new(compute.kernels);
     let trunk = Trunk::load(&checkpoint, config.numerics, compute.clone())?;
     let pages = config.kv_tokens.div_ceil(config.page_tokens.max(1));

@@ -196,6 +196,7 @@ fn router(reader: &mut Reader<'_>) -> Result<Process, ConfigError> {
             "Expert nodes, host:port or unix:/path. Empty: experts stay inside the router.",
         )?,
         threads: threads(reader)?,
+        first_cpu: first_cpu(reader)?,
         isa: isa(reader)?,
         kv_tokens: reader.within(
             "kv_tokens",
@@ -272,6 +273,7 @@ fn expert_node(reader: &mut Reader<'_>) -> Result<Process, ConfigError> {
         numerics: numerics(reader)?,
         shard: shard(reader)?,
         threads: threads(reader)?,
+        first_cpu: first_cpu(reader)?,
         isa: isa(reader)?,
         max_queued_rows: reader.within(
             "max_queued_rows",
@@ -352,6 +354,15 @@ fn threads(reader: &mut Reader<'_>) -> Result<usize, ConfigError> {
         return Err(reader.refuse("threads", format!("{threads} is not within 1 to 1024")));
     }
     Ok(threads)
+}
+
+fn first_cpu(reader: &mut Reader<'_>) -> Result<Option<usize>, ConfigError> {
+    reader.optional(
+        "first_cpu",
+        "0",
+        "Binds the computing threads to CPUs, one each, the first to the one at this place among\n\
+         those that the process may use. Unset: the system places them.",
+    )
 }
 
 fn isa(reader: &mut Reader<'_>) -> Result<Option<kernels::Isa>, ConfigError> {

@@ -8,7 +8,7 @@ use arc_swap::ArcSwap;
 use bytes::BytesMut;
 use mesh::link::{LinkEvent, LinkHandle};
 use mesh::placement::Placement;
-use mesh::pump::Pump;
+use mesh::pump::{AWAKE, Pump};
 use mesh::telemetry::propagate;
 use model::Routed;
 use proto::{Epoch, LayerId, Ticket};
@@ -72,7 +72,8 @@ impl Remote {
             let pause = next.saturating_duration_since(now);
             let event = match self.events.try_recv() {
                 Ok(event) => Some(Some(event)),
-                Err(_) if awake && now - start < Spin::LIMIT => {
+                Err(_) if awake && now - start < AWAKE => {
+                    std::thread::yield_now();
                     self.pump.turn();
                     continue;
                 }
