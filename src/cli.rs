@@ -2,6 +2,7 @@
 //! not judged here but in [`crate::config`], which is the only parser.
 
 mod bench;
+mod operate;
 
 use std::path::PathBuf;
 
@@ -9,6 +10,7 @@ use clap::{Args, Parser, Subcommand};
 use clap_complete::Shell;
 
 pub use self::bench::*;
+pub use self::operate::*;
 use crate::config::local::Flag;
 
 /// A service mesh for mixture-of-experts language models: experts are services,
@@ -48,6 +50,14 @@ pub enum Command {
     ExpertNode(RoleArgs),
     /// Show how gateways, routers and expert nodes are doing
     Status(StatusArgs),
+    /// Move all experts away from a node, so that it can be stopped
+    Drain(DrainArgs),
+    /// Even out what expert nodes own, by the load that they have measured
+    Rebalance(RebalanceArgs),
+    /// Tell routers of an expert node
+    Join(MemberArgs),
+    /// Have routers forget an expert node
+    Leave(MemberArgs),
     /// Measure throughput and latency
     Bench(BenchArgs),
     /// Print a completion script

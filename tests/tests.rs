@@ -11,6 +11,7 @@ mod identity;
 mod lifecycle;
 mod nodes;
 mod parity;
+mod placement;
 mod sensitivity;
 mod support;
 mod tidy;

@@ -2,6 +2,7 @@
 //!
 //! - [`transport`]: endpoints, listeners, channels; the one place that opens sockets
 //! - [`link`]: the actor that keeps one data stream to one expert node
+//! - [`membership`]: the list of nodes, which grows and shrinks
 //! - [`pump`]: the runtime that a computing thread drives itself
 //! - [`placement`]: which live node owns which expert, and the pure planner
 //! - [`supervise`]: actors rebuilt from a factory when they stop or panic
@@ -16,6 +17,7 @@
 pub mod admin;
 pub mod lifecycle;
 pub mod link;
+pub mod membership;
 pub mod metrics;
 pub mod placement;
 pub mod pump;

@@ -100,6 +100,23 @@ impl Setting for f64 {
     }
 }
 
+impl Setting for bool {
+    fn from_text(text: &str) -> Result<Self, String> {
+        text.parse().map_err(|_| format!("expected true or false, found `{text}`"))
+    }
+
+    fn from_value(value: &Value) -> Result<Self, String> {
+        match value {
+            Value::Boolean(value) => Ok(*value),
+            other => Err(format!("expected true or false, found {}", found(other))),
+        }
+    }
+
+    fn to_toml(&self) -> String {
+        self.to_string()
+    }
+}
+
 impl Setting for Duration {
     fn from_text(text: &str) -> Result<Self, String> {
         let wrong = || format!("expected a duration such as \"30s\" or \"500ms\", found `{text}`");

@@ -6,11 +6,16 @@ use std::time::Duration;
 use mesh::transport::{Endpoint, channel};
 use proto::v1::expert_control_client::ExpertControlClient;
 use proto::v1::inference_client::InferenceClient;
-use proto::v1::{NodeStatus, NodeStatusRequest, RouterStatus, RouterStatusRequest};
+use proto::v1::operations_client::OperationsClient;
+use proto::v1::{
+    NodeStatus, NodeStatusRequest, PlacementReply, PlacementRequest, RouterStatus,
+    RouterStatusRequest,
+};
 use serde_json::{Value, json};
 
 use crate::client::http::Server;
 use crate::client::openai::first_model;
+use crate::status::placement;
 use crate::up::runtime_dir::{Member, State};
 
 const TIMEOUT: Duration = Duration::from_secs(3);
@@ -37,6 +42,8 @@ pub struct Mesh {
     pub gateways: Vec<Seen<GatewayStatus>>,
     pub routers: Vec<Seen<RouterStatus>>,
     pub nodes: Vec<Seen<NodeStatus>>,
+    /// Who owns what: as the controller says, or else any router.
+    pub placement: Option<PlacementReply>,
 }
 
 /// A gateway alone: it does not say what is behind it.
@@ -47,14 +54,15 @@ pub async fn gateway_only(server: Server) -> Mesh {
 
 /// A router and the nodes that it knows.
 pub async fn router_and_nodes(endpoint: Endpoint) -> Mesh {
-    let seen = router("router".to_owned(), endpoint).await;
+    let seen = router("router".to_owned(), endpoint.clone()).await;
+    let placement = placement_of([endpoint]).await;
     let mut nodes = Vec::new();
     if let Ok(status) = &seen.answer {
         for peer in &status.nodes {
             nodes.push(node(peer.node_id.clone(), &peer.endpoint).await);
         }
     }
-    Mesh { routers: vec![seen], nodes, ..Mesh::default() }
+    Mesh { routers: vec![seen], nodes, placement, ..Mesh::default() }
 }
 
 /// Every process of a mesh that `moemesh up` runs.
@@ -76,7 +84,37 @@ pub async fn all(state: &State) -> Mesh {
     for Member { id, endpoint, .. } in &state.expert_nodes {
         mesh.nodes.push(node(id.clone(), endpoint).await);
     }
+    let routers = state.routers.iter().filter_map(|router| router.endpoint.parse().ok());
+    mesh.placement = placement_of(routers).await;
+    // Nodes that joined later are known to the routers only.
+    let joined = mesh.placement.iter().flat_map(|known| &known.nodes);
+    let started = |endpoint: &str| state.expert_nodes.iter().any(|node| node.endpoint == endpoint);
+    let joined: Vec<_> = joined
+        .filter(|node| !started(&node.endpoint))
+        .map(|node| (node.node_id.clone(), node.endpoint.clone()))
+        .collect();
+    for (id, endpoint) in joined {
+        mesh.nodes.push(node(id, &endpoint).await);
+    }
     mesh
+}
+
+/// Who owns what: as the controller says, or else the last router that answers.
+async fn placement_of(routers: impl IntoIterator<Item = Endpoint>) -> Option<PlacementReply> {
+    let mut known = None;
+    for router in routers {
+        let asked = async {
+            let channel = channel(&router).map_err(|error| error.to_string())?;
+            let answer = OperationsClient::new(channel).placement(PlacementRequest {}).await;
+            answer.map(tonic::Response::into_inner).map_err(|status| explain(&status))
+        };
+        known = in_time(asked).await.ok().or(known);
+        if known.as_ref().is_some_and(|known: &PlacementReply| known.controller.is_some()) {
+            break;
+        }
+    }
+    // With experts inside the router there is nothing to tell.
+    known.filter(|known| !known.nodes.is_empty())
 }
 
 impl Mesh {
@@ -131,6 +169,7 @@ impl Mesh {
             })),
             "routers": list(&self.routers, router_json),
             "expert_nodes": list(&self.nodes, node_json),
+            "placement": self.placement.as_ref().map(placement::json),
         });
         format!("{mesh:#}\n")
     }
@@ -199,6 +238,7 @@ fn node_json(status: &NodeStatus) -> Value {
         "refused": status.refused,
         "queued_rows": status.queued_rows,
         "resident_bytes": status.resident_bytes,
+        "capacity_bytes": described.capacity_bytes,
         "loads": loads,
     })
 }

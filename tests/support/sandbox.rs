@@ -34,6 +34,8 @@ pub struct Sandbox {
     gateway: Option<Process>,
     router: Option<Process>,
     pub nodes: Vec<Process>,
+    /// What the configuration of every node says.
+    common: String,
 }
 
 /// One process, killed when dropped.
@@ -140,6 +142,7 @@ impl Plan {
             gateway: Some(gateway),
             router: Some(router),
             nodes,
+            common: model + &class,
         }
     }
 }
@@ -181,6 +184,17 @@ impl Sandbox {
         let (status, answer) = http::post(&self.http, "/v1/completions", &body).await;
         assert_eq!(status, 200, "{answer}");
         answer["choices"][0].clone()
+    }
+
+    /// Starts a further node, with settings of its own beside those of all.
+    pub fn add_node(&mut self, name: &str, settings: &[(&str, String)]) {
+        let listen = self.socket(name);
+        let mut config =
+            format!("id = \"{name}\"\nlisten = \"unix:{}\"\n{}", listen.display(), self.common);
+        for (key, value) in settings {
+            writeln!(config, "{key} = {value}").unwrap();
+        }
+        self.nodes.push(Process::start(&self.dir, "expert-node", name, &config));
     }
 
     pub fn socket(&self, name: &str) -> PathBuf {
@@ -253,7 +267,8 @@ impl Process {
         *self = Self::start(self.config.parent().unwrap(), &role, &self.name.clone(), &config);
     }
 
-    fn terminate(mut self) {
+    /// SIGTERM; it must drain and exit with 0.
+    pub fn terminate(mut self) {
         signal(self.child.id(), "TERM");
         let status = self.child.wait().unwrap();
         assert!(status.success(), "{} ended with {status}", self.name);
