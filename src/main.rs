@@ -5,6 +5,7 @@
 #![forbid(unsafe_code)]
 
 mod bench;
+mod certs;
 mod cli;
 mod client;
 mod completions;
@@ -103,6 +104,7 @@ async fn run(command: Command) -> anyhow::Result<()> {
         Command::Rebalance(args) => operate::rebalance(args).await,
         Command::Join(args) => operate::join(args).await,
         Command::Leave(args) => operate::leave(args).await,
+        Command::Certs(args) => certs::run(args.what),
         Command::Bench(args) => match args.what {
             BenchCommand::Serve(args) => bench::serve::run(args).await,
             BenchCommand::Compare(args) => bench::compare::run(args).await,

@@ -2,19 +2,22 @@
 //! the routers of a mesh. What is moved is decided by the one that is the
 //! controller, which is found by asking.
 
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, anyhow, bail};
-use mesh::transport::{Endpoint, channel};
+use mesh::tls::{Expected, Role, Tls};
+use mesh::transport::{Endpoint, channel, explain};
 use proto::v1::operations_client::OperationsClient;
 use proto::v1::{
     DrainNodeRequest, DrainProgress, JoinRequest, LeaveRequest, Move, PlacementRequest,
     RebalanceRequest,
 };
 use tonic::transport::Channel;
-use tonic::{Request, Status};
+use tonic::{Code, Request, Status};
 
-use crate::cli::{DrainArgs, MemberArgs, RebalanceArgs};
+use crate::certs::operator::identity;
+use crate::cli::{DrainArgs, MemberArgs, RebalanceArgs, TlsArgs};
 use crate::status::table::bytes;
 use crate::up::runtime_dir;
 
@@ -29,8 +32,8 @@ type Client = OperationsClient<Channel>;
 /// # Errors
 /// It cannot be emptied, or something hinders it for long.
 pub async fn drain(args: DrainArgs) -> anyhow::Result<()> {
-    let DrainArgs { node, cancel, router } = args;
-    let mut controller = controller(router.as_deref()).await?;
+    let DrainArgs { node, cancel, router, tls } = args;
+    let mut controller = Routers::find(router.as_deref(), &tls)?.controller().await?;
     let request = DrainNodeRequest { node: node.clone(), cancel };
     let mut reports = controller.drain(request).await.map_err(refused)?.into_inner();
     if cancel {
@@ -62,8 +65,8 @@ pub async fn drain(args: DrainArgs) -> anyhow::Result<()> {
 /// # Errors
 /// Something else is under way, or there is no controller.
 pub async fn rebalance(args: RebalanceArgs) -> anyhow::Result<()> {
-    let RebalanceArgs { dry_run, router } = args;
-    let mut controller = controller(router.as_deref()).await?;
+    let RebalanceArgs { dry_run, router, tls } = args;
+    let mut controller = Routers::find(router.as_deref(), &tls)?.controller().await?;
     let request = timed(RebalanceRequest { dry_run });
     let moves = controller.rebalance(request).await.map_err(refused)?.into_inner().moves;
     for one in &moves {
@@ -94,9 +97,10 @@ fn line(Move { layer, expert, from, to, bytes: size }: &Move) -> String {
 /// # Errors
 /// A router refuses or does not answer.
 pub async fn join(args: MemberArgs) -> anyhow::Result<()> {
-    for router in routers(args.router.as_deref())? {
+    let routers = Routers::find(args.router.as_deref(), &args.tls)?;
+    for router in &routers.endpoints {
         let request = timed(JoinRequest { endpoint: args.endpoint.clone() });
-        let reply = client(&router)?.join(request).await.map_err(refused)?.into_inner();
+        let reply = routers.client(router)?.join(request).await.map_err(refused)?.into_inner();
         let how = if reply.added { "joins" } else { "is known already" };
         println!("{}: the node at {} {how}", reply.router_id, args.endpoint);
     }
@@ -108,48 +112,61 @@ pub async fn join(args: MemberArgs) -> anyhow::Result<()> {
 /// # Errors
 /// It is the last owner of an expert, or a router does not answer.
 pub async fn leave(args: MemberArgs) -> anyhow::Result<()> {
-    for router in routers(args.router.as_deref())? {
+    let routers = Routers::find(args.router.as_deref(), &args.tls)?;
+    for router in &routers.endpoints {
         let request = timed(LeaveRequest { endpoint: args.endpoint.clone() });
-        let reply = client(&router)?.leave(request).await.map_err(refused)?.into_inner();
+        let reply = routers.client(router)?.leave(request).await.map_err(refused)?.into_inner();
         let how = if reply.removed { "has left" } else { "was not known" };
         println!("{router}: the node at {} {how}", args.endpoint);
     }
     Ok(())
 }
 
-/// The routers to talk to: the one given, or all of the newest mesh that runs here.
-fn routers(given: Option<&str>) -> anyhow::Result<Vec<Endpoint>> {
-    if let Some(router) = given {
-        return Ok(vec![router.parse()?]);
-    }
-    let running = runtime_dir::running();
-    let newest = running.first().ok_or_else(|| {
-        anyhow!("no mesh runs here: start one with `moemesh up`, or name a router with --router")
-    })?;
-    let parse = |member: &runtime_dir::Member| Ok(member.endpoint.parse()?);
-    newest.routers.iter().map(parse).collect()
+/// The routers to talk to, and as whom.
+struct Routers {
+    endpoints: Vec<Endpoint>,
+    tls: Option<Tls>,
 }
 
-/// The router that decides who owns what.
-async fn controller(given: Option<&str>) -> anyhow::Result<Client> {
-    let routers = routers(given)?;
-    let mut problems = Vec::new();
-    for router in &routers {
-        let mut client = client(router)?;
-        match client.placement(timed(PlacementRequest {})).await {
-            Ok(reply) if reply.get_ref().controller.is_some() => return Ok(client),
-            Ok(reply) => {
-                problems.push(format!("{} is not the controller", reply.get_ref().router_id));
-            }
-            Err(status) => problems.push(format!("{router}: {}", refused(status))),
+impl Routers {
+    /// The one given, or all of the newest mesh that runs here.
+    fn find(given: Option<&str>, tls: &TlsArgs) -> anyhow::Result<Self> {
+        if let Some(router) = given {
+            return Ok(Self { endpoints: vec![router.parse()?], tls: identity(tls, None)? });
         }
+        let running = runtime_dir::running();
+        let newest = running.first().ok_or_else(|| {
+            anyhow!(
+                "no mesh runs here: start one with `moemesh up`, or name a router with --router"
+            )
+        })?;
+        let certificates = newest.certificates.as_deref().map(Path::new);
+        let parse = |member: &runtime_dir::Member| Ok(member.endpoint.parse()?);
+        let endpoints = newest.routers.iter().map(parse).collect::<anyhow::Result<_>>()?;
+        Ok(Self { endpoints, tls: identity(tls, certificates)? })
     }
-    bail!("{}; one router of a mesh has `controller = true`", problems.join(", "))
-}
 
-fn client(router: &Endpoint) -> anyhow::Result<Client> {
-    let channel = channel(router).with_context(|| format!("cannot reach router {router}"))?;
-    Ok(OperationsClient::new(channel))
+    /// The one that decides who owns what.
+    async fn controller(&self) -> anyhow::Result<Client> {
+        let mut problems = Vec::new();
+        for router in &self.endpoints {
+            let mut client = self.client(router)?;
+            match client.placement(timed(PlacementRequest {})).await {
+                Ok(reply) if reply.get_ref().controller.is_some() => return Ok(client),
+                Ok(reply) => {
+                    problems.push(format!("{} is not the controller", reply.get_ref().router_id));
+                }
+                Err(status) => problems.push(format!("{router}: {}", refused(status))),
+            }
+        }
+        bail!("{}; one router of a mesh has `controller = true`", problems.join(", "))
+    }
+
+    fn client(&self, router: &Endpoint) -> anyhow::Result<Client> {
+        let channel = channel(router, self.tls.as_ref(), Expected::any(Role::Router))
+            .with_context(|| format!("cannot reach router {router}"))?;
+        Ok(OperationsClient::new(channel))
+    }
 }
 
 fn timed<T>(message: T) -> Request<T> {
@@ -159,7 +176,11 @@ fn timed<T>(message: T) -> Request<T> {
 }
 
 fn refused(status: Status) -> anyhow::Error {
-    anyhow!("{}", status.message().replace('\n', " "))
+    match status.code() {
+        // The cause: who is not there, or is not who was expected.
+        Code::Unavailable => anyhow!("{}", explain(&status)),
+        _ => anyhow!("{}", status.message().replace('\n', " ")),
+    }
 }
 
 #[cfg(test)]

@@ -4,6 +4,7 @@
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
+use mesh::tls::{Expected, Role};
 use mesh::transport::{Endpoint, channel};
 use proto::v1::expert_control_client::ExpertControlClient;
 use proto::v1::expert_data_client::ExpertDataClient;
@@ -21,7 +22,8 @@ use crate::support::sandbox::{Plan, moemesh, run};
 use crate::support::{Fixture, Sandbox, block_on, http};
 
 fn to(mesh: &Sandbox, name: &str) -> Channel {
-    channel(&Endpoint::Unix(mesh.socket(name))).unwrap()
+    let endpoint = Endpoint::Unix(mesh.socket(name));
+    channel(&endpoint, None, Expected::any(Role::ExpertNode)).unwrap()
 }
 
 async fn placement(mesh: &Sandbox) -> PlacementReply {

@@ -15,3 +15,4 @@ mod placement;
 mod sensitivity;
 mod support;
 mod tidy;
+mod tls;

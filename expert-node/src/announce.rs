@@ -4,6 +4,7 @@
 use std::time::Duration;
 
 use mesh::lifecycle::{Readiness, Shutdown};
+use mesh::tls::{Expected, Role, Tls};
 use mesh::transport::{Endpoint, channel};
 use proto::v1::JoinRequest;
 use proto::v1::operations_client::OperationsClient;
@@ -14,15 +15,19 @@ use tonic::transport::Channel;
 const EVERY: Duration = Duration::from_secs(2);
 const ANSWER_WITHIN: Duration = Duration::from_secs(2);
 
-/// Announces `endpoint` to `routers` from when the node is ready until `shutdown`.
-pub async fn keep(
-    routers: Vec<Endpoint>,
-    endpoint: Endpoint,
-    readiness: Readiness,
-    shutdown: Shutdown,
-) {
+/// What is said to whom.
+pub struct Announcement {
+    pub routers: Vec<Endpoint>,
+    /// Where the node is reached.
+    pub endpoint: Endpoint,
+    pub tls: Option<Tls>,
+}
+
+/// Announces the node from when it is ready until `shutdown`.
+pub async fn keep(announcement: Announcement, readiness: Readiness, shutdown: Shutdown) {
+    let Announcement { routers, endpoint, tls } = announcement;
     let mut telling = JoinSet::new();
-    for mut told in routers.into_iter().filter_map(Told::new) {
+    for mut told in routers.into_iter().filter_map(|router| Told::new(router, tls.as_ref())) {
         let (endpoint, readiness) = (endpoint.clone(), readiness.clone());
         telling.spawn(async move {
             loop {
@@ -45,8 +50,8 @@ struct Told {
 }
 
 impl Told {
-    fn new(router: Endpoint) -> Option<Self> {
-        match channel(&router) {
+    fn new(router: Endpoint, tls: Option<&Tls>) -> Option<Self> {
+        match channel(&router, tls, Expected::any(Role::Router)) {
             Ok(channel) => {
                 Some(Self { router, client: OperationsClient::new(channel), problem: None })
             }

@@ -34,6 +34,7 @@ use mesh::admin;
 use mesh::lifecycle::{Readiness, Shutdown};
 use mesh::metrics::Metrics;
 use mesh::pump::Pump;
+use mesh::tls::{self, Tls, TlsError};
 use mesh::transport::{self, Endpoint, Listener, TransportError};
 use model::{Checkpoint, LoadError, Numerics};
 use proto::frame::Shape;
@@ -67,6 +68,9 @@ pub struct Config {
     pub listen: Endpoint,
     /// Where `/metrics`, `/healthz` and `/readyz` are served, if anywhere.
     pub admin: Option<Endpoint>,
+    /// This node's certificate, which has its id, and whom it trusts; `None` is
+    /// plain text.
+    pub tls: Option<tls::Files>,
     pub model_dir: PathBuf,
     pub numerics: Numerics,
     pub shard: Shard,
@@ -92,6 +96,8 @@ pub enum Error {
     Memory(StoreError),
     #[error(transparent)]
     Transport(#[from] TransportError),
+    #[error(transparent)]
+    Tls(#[from] TlsError),
     #[error("cannot serve metrics: {0}")]
     Admin(std::io::Error),
     #[error("cannot start the executor thread: {0}")]
@@ -110,6 +116,8 @@ pub async fn serve(config: Config, shutdown: Shutdown) -> Result<(), Error> {
     }
     let readiness = Readiness::starting("loading experts");
     let metrics = Metrics::default();
+    let owner = tls::Owner { role: tls::Role::ExpertNode, id: Some(config.id.clone()) };
+    let tls = tls::start(config.tls.as_ref(), owner, &metrics, &shutdown)?;
     let listener = transport::bind(&config.listen).await?;
     let admin = match &config.admin {
         Some(endpoint) => Some(transport::bind(endpoint).await?),
@@ -155,10 +163,16 @@ pub async fn serve(config: Config, shutdown: Shutdown) -> Result<(), Error> {
     };
     let compute = kernels::Compute::new(isa, config.threads);
     let control = Control::new(Some(checkpoint));
-    let run = Run { facts, compute, store, control, admission: admission.clone(), node };
-    let reached_at = config.advertise.unwrap_or_else(|| listener.local());
-    let announcing =
-        tokio::spawn(announce::keep(config.join, reached_at, readiness.clone(), shutdown.clone()));
+    let announcing = tokio::spawn(announce::keep(
+        announce::Announcement {
+            routers: config.join,
+            endpoint: config.advertise.unwrap_or_else(|| listener.local()),
+            tls: tls.clone(),
+        },
+        readiness.clone(),
+        shutdown.clone(),
+    ));
+    let run = Run { facts, compute, store, control, admission: admission.clone(), node, tls };
     run.until(listener, shutdown, readiness).await?;
     // It ends with the shutdown that ended the serving.
     announcing.abort();
@@ -180,6 +194,7 @@ struct Run {
     control: Control,
     admission: Arc<Admission>,
     node: NodeMetrics,
+    tls: Option<Tls>,
 }
 
 impl Run {
@@ -190,7 +205,7 @@ impl Run {
         shutdown: Shutdown,
         readiness: Readiness,
     ) -> Result<(), Error> {
-        let Self { facts, compute, store, control, admission, node } = self;
+        let Self { facts, compute, store, control, admission, node, tls } = self;
         let spare = Spare::default();
         let executor = Executor::new(executor::Parts {
             compute,
@@ -214,7 +229,7 @@ impl Run {
             readiness.set(Err("draining".to_owned()));
         };
         let serving = compute_and_serve(listener, executor, jobs, async move |listener| {
-            transport::serve_grpc(listener, routes, drained).await
+            transport::serve_grpc(listener, routes, tls.as_ref(), drained).await
         })?;
         // Nothing is said by a thread that panicked.
         serving.await.unwrap_or(Err(Error::Executor))

@@ -43,6 +43,7 @@ pub async fn serve(
         control: Control::new(None),
         admission: Arc::new(Admission::new(usize::MAX >> 1)),
         node: Metrics::default().register(NodeMetrics::new),
+        tls: None,
     };
     run.until(listener, shutdown, Readiness::starting("a stub")).await
 }

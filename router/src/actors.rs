@@ -9,6 +9,7 @@ use actix::Addr;
 use mesh::link::{FleetAddress, Identity, Link, LinkEvent, LinkHandle, LinkParts};
 use mesh::membership::Links;
 use mesh::supervise;
+use mesh::tls::Tls;
 use tokio::runtime::Handle;
 use tokio::sync::{mpsc, oneshot};
 
@@ -32,6 +33,8 @@ pub(crate) struct Cast {
     pub link_events: mpsc::Sender<LinkEvent>,
     /// The engine's runtime, where the links' streams live.
     pub pump: Handle,
+    /// How nodes are spoken to.
+    pub tls: Option<Tls>,
 }
 
 /// The running actors; they end with it.
@@ -59,7 +62,7 @@ pub(crate) fn start(cast: Cast) -> std::io::Result<Actors> {
 }
 
 fn play(cast: Cast) {
-    let Cast { fleet, controller, intake, identity, link_events, pump } = cast;
+    let Cast { fleet, controller, intake, identity, link_events, pump, tls } = cast;
     if let Some((intake, view)) = intake {
         actix::spawn(supervise::keep(
             "intake".to_owned(),
@@ -91,6 +94,7 @@ fn play(cast: Cast) {
     actix::spawn(keep_links(links, move |handle| LinkParts {
         handle,
         identity: identity.clone(),
+        tls: tls.clone(),
         events: link_events.clone(),
         pump: pump.clone(),
         fleet: current.clone(),

@@ -22,6 +22,7 @@ use arc_swap::{ArcSwap, ArcSwapOption};
 use mesh::link::LinksChanged;
 use mesh::membership::Links;
 use mesh::supervise::Pulse;
+use mesh::tls::Tls;
 use proto::v1::Move;
 
 use self::core::{Core, Progress, Refusal, Seen, Settings};
@@ -60,6 +61,7 @@ pub struct Report {
 pub struct ControllerParts {
     pub settings: Settings,
     pub links: Links,
+    pub tls: Option<Tls>,
     pub door: Arc<Door>,
 }
 
@@ -152,7 +154,8 @@ impl Controller {
     fn channel(&mut self, endpoint: &str) -> Option<tonic::transport::Channel> {
         let members = self.parts.links.members();
         let link = members.iter().find(|link| link.endpoint.to_string() == endpoint)?;
-        self.channels.get(&link.endpoint)
+        let id = link.description()?.node_id.clone();
+        self.channels.get(&link.endpoint, &id, self.parts.tls.as_ref())
     }
 
     fn take(&mut self, outcomes: Vec<Outcome>) {

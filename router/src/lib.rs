@@ -43,6 +43,7 @@ use mesh::membership::Links;
 use mesh::metrics::Metrics;
 use mesh::placement::{ExpertGrid, Placement};
 use mesh::pump::Pump;
+use mesh::tls::{self, TlsError};
 use mesh::transport::{self, Endpoint, TransportError};
 use model::sample::Scratch;
 use model::{Checkpoint, KvError, KvPool, LoadError, Numerics, Trunk};
@@ -80,6 +81,8 @@ pub struct Config {
     pub listen: Endpoint,
     /// Where `/metrics`, `/healthz` and `/readyz` are served, if anywhere.
     pub admin: Option<Endpoint>,
+    /// This router's certificate and whom it trusts; `None` is plain text.
+    pub tls: Option<tls::Files>,
     pub model_dir: PathBuf,
     pub numerics: Numerics,
     /// The expert nodes; empty keeps the experts inside the router.
@@ -125,6 +128,8 @@ pub enum Error {
     Kv(#[from] KvError),
     #[error(transparent)]
     Transport(#[from] TransportError),
+    #[error(transparent)]
+    Tls(#[from] TlsError),
     #[error("cannot serve metrics: {0}")]
     Admin(std::io::Error),
     #[error("cannot start a thread: {0}")]
@@ -139,6 +144,8 @@ pub async fn serve(config: Config, shutdown: Shutdown) -> Result<(), Error> {
     let readiness = Readiness::starting("loading the trunk");
     let registry = Metrics::default();
     let metrics = registry.register(RouterMetrics::new);
+    let owner = tls::Owner { role: tls::Role::Router, id: None };
+    let tls = tls::start(config.tls.as_ref(), owner, &registry, &shutdown)?;
     let listener = transport::bind(&config.listen).await?;
     let side = match &config.admin {
         Some(endpoint) => Some(transport::bind(endpoint).await?),
@@ -262,6 +269,7 @@ pub async fn serve(config: Config, shutdown: Shutdown) -> Result<(), Error> {
             grace: config.replica_grace,
         },
         links: links.clone(),
+        tls: tls.clone(),
         door: Door::new(config.replicas),
     });
     let operations = OperationsService {
@@ -289,6 +297,7 @@ pub async fn serve(config: Config, shutdown: Shutdown) -> Result<(), Error> {
         },
         link_events,
         pump: pump.handle(),
+        tls: tls.clone(),
     })?;
 
     let service = InferenceServer::new(Service::new(facts, view.clone()))
@@ -299,7 +308,7 @@ pub async fn serve(config: Config, shutdown: Shutdown) -> Result<(), Error> {
     // the running ones have ended.
     let stop = shutdown.clone();
     let routes = Routes::new(service).add_service(OperationsServer::new(operations));
-    transport::serve_grpc(listener, routes, async move { stop.wait().await }).await?;
+    transport::serve_grpc(listener, routes, tls.as_ref(), async move { stop.wait().await }).await?;
     let died = *engine_ended.borrow();
     actors.stop();
     if let Some(side) = side

@@ -2,6 +2,8 @@
 
 use clap::Args;
 
+use super::TlsArgs;
+
 #[derive(Debug, Args)]
 #[command(after_help = DRAIN_EXAMPLES)]
 pub struct DrainArgs {
@@ -13,6 +15,8 @@ pub struct DrainArgs {
     /// Ask this router, host:port or unix:/path [default: those of the mesh that runs here]
     #[arg(long, value_name = "ENDPOINT")]
     pub router: Option<String>,
+    #[command(flatten)]
+    pub tls: TlsArgs,
 }
 
 const DRAIN_EXAMPLES: &str = "\
@@ -32,6 +36,8 @@ pub struct RebalanceArgs {
     /// Ask this router, host:port or unix:/path [default: those of the mesh that runs here]
     #[arg(long, value_name = "ENDPOINT")]
     pub router: Option<String>,
+    #[command(flatten)]
+    pub tls: TlsArgs,
 }
 
 #[derive(Debug, Args)]
@@ -41,4 +47,6 @@ pub struct MemberArgs {
     /// Tell this router [default: all of the mesh that runs here]
     #[arg(long, value_name = "ENDPOINT")]
     pub router: Option<String>,
+    #[command(flatten)]
+    pub tls: TlsArgs,
 }

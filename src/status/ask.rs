@@ -3,6 +3,7 @@
 
 use std::time::Duration;
 
+use mesh::tls::{self, Expected, Role, Tls};
 use mesh::transport::{Endpoint, channel};
 use proto::v1::expert_control_client::ExpertControlClient;
 use proto::v1::inference_client::InferenceClient;
@@ -53,20 +54,20 @@ pub async fn gateway_only(server: Server) -> Mesh {
 }
 
 /// A router and the nodes that it knows.
-pub async fn router_and_nodes(endpoint: Endpoint) -> Mesh {
-    let seen = router("router".to_owned(), endpoint.clone()).await;
-    let placement = placement_of([endpoint]).await;
+pub async fn router_and_nodes(endpoint: Endpoint, tls: Option<&Tls>) -> Mesh {
+    let seen = router("router".to_owned(), endpoint.clone(), tls).await;
+    let placement = placement_of([endpoint], tls).await;
     let mut nodes = Vec::new();
     if let Ok(status) = &seen.answer {
         for peer in &status.nodes {
-            nodes.push(node(peer.node_id.clone(), &peer.endpoint).await);
+            nodes.push(node(peer.node_id.clone(), &peer.endpoint, tls).await);
         }
     }
     Mesh { routers: vec![seen], nodes, placement, ..Mesh::default() }
 }
 
 /// Every process of a mesh that `moemesh up` runs.
-pub async fn all(state: &State) -> Mesh {
+pub async fn all(state: &State, tls: Option<&Tls>) -> Mesh {
     let about = format!("mesh of `moemesh up` with process id {}, {}", state.pid, state.model);
     let mut mesh = Mesh { about: Some(about), ..Mesh::default() };
     for Member { id, endpoint, .. } in &state.gateways {
@@ -77,15 +78,15 @@ pub async fn all(state: &State) -> Mesh {
     }
     for Member { id, endpoint, .. } in &state.routers {
         mesh.routers.push(match endpoint.parse() {
-            Ok(at) => router(id.clone(), at).await,
+            Ok(at) => router(id.clone(), at, tls).await,
             Err(error) => failed(id, endpoint, error),
         });
     }
     for Member { id, endpoint, .. } in &state.expert_nodes {
-        mesh.nodes.push(node(id.clone(), endpoint).await);
+        mesh.nodes.push(node(id.clone(), endpoint, tls).await);
     }
     let routers = state.routers.iter().filter_map(|router| router.endpoint.parse().ok());
-    mesh.placement = placement_of(routers).await;
+    mesh.placement = placement_of(routers, tls).await;
     // Nodes that joined later are known to the routers only.
     let joined = mesh.placement.iter().flat_map(|known| &known.nodes);
     let started = |endpoint: &str| state.expert_nodes.iter().any(|node| node.endpoint == endpoint);
@@ -94,17 +95,21 @@ pub async fn all(state: &State) -> Mesh {
         .map(|node| (node.node_id.clone(), node.endpoint.clone()))
         .collect();
     for (id, endpoint) in joined {
-        mesh.nodes.push(node(id, &endpoint).await);
+        mesh.nodes.push(node(id, &endpoint, tls).await);
     }
     mesh
 }
 
 /// Who owns what: as the controller says, or else the last router that answers.
-async fn placement_of(routers: impl IntoIterator<Item = Endpoint>) -> Option<PlacementReply> {
+async fn placement_of(
+    routers: impl IntoIterator<Item = Endpoint>,
+    tls: Option<&Tls>,
+) -> Option<PlacementReply> {
     let mut known = None;
     for router in routers {
         let asked = async {
-            let channel = channel(&router).map_err(|error| error.to_string())?;
+            let expected = Expected::any(Role::Router);
+            let channel = channel(&router, tls, expected).map_err(|error| error.to_string())?;
             let answer = OperationsClient::new(channel).placement(PlacementRequest {}).await;
             answer.map(tonic::Response::into_inner).map_err(|status| explain(&status))
         };
@@ -259,9 +264,10 @@ async fn gateway(id: String, server: Server) -> Seen<GatewayStatus> {
     Seen { id, endpoint, answer: in_time(asked).await }
 }
 
-async fn router(id: String, endpoint: Endpoint) -> Seen<RouterStatus> {
+async fn router(id: String, endpoint: Endpoint, tls: Option<&Tls>) -> Seen<RouterStatus> {
     let asked = async {
-        let channel = channel(&endpoint).map_err(|error| error.to_string())?;
+        let expected = Expected::any(Role::Router);
+        let channel = channel(&endpoint, tls, expected).map_err(|error| error.to_string())?;
         let answer = InferenceClient::new(channel).status(RouterStatusRequest {}).await;
         answer.map(tonic::Response::into_inner).map_err(|status| explain(&status))
     };
@@ -271,10 +277,11 @@ async fn router(id: String, endpoint: Endpoint) -> Seen<RouterStatus> {
     Seen { id, endpoint: endpoint.to_string(), answer }
 }
 
-async fn node(id: String, endpoint: &str) -> Seen<NodeStatus> {
+async fn node(id: String, endpoint: &str, tls: Option<&Tls>) -> Seen<NodeStatus> {
     let asked = async {
         let at: Endpoint = endpoint.parse().map_err(|error| format!("{error}"))?;
-        let channel = channel(&at).map_err(|error| error.to_string())?;
+        let expected = Expected::any(Role::ExpertNode);
+        let channel = channel(&at, tls, expected).map_err(|error| error.to_string())?;
         let answer = ExpertControlClient::new(channel).status(NodeStatusRequest {}).await;
         answer.map(tonic::Response::into_inner).map_err(|status| explain(&status))
     };
@@ -290,6 +297,9 @@ async fn in_time<T>(asked: impl Future<Output = Result<T, String>>) -> Result<T,
 
 /// One line for a failed call.
 fn explain(status: &tonic::Status) -> String {
+    if let Some(told) = tls::explain(status) {
+        return told;
+    }
     match status.code() {
         tonic::Code::Unavailable => "not reachable".to_owned(),
         code => format!("{code:?}: {}", status.message().replace('\n', " ")),

@@ -8,6 +8,7 @@ use proto::v1::expert_control_client::ExpertControlClient;
 use proto::v1::{NodeDescription, WatchRequest};
 
 use super::{LinkError, LinkParts, notify};
+use crate::tls::{Expected, Role};
 use crate::transport::channel;
 
 /// Before a watch that ended is begun again.
@@ -25,7 +26,12 @@ pub(super) async fn follow(parts: LinkParts) {
 }
 
 async fn watch(parts: &LinkParts) -> Result<(), LinkError> {
-    let mut client = ExpertControlClient::new(channel(&parts.handle.endpoint)?);
+    let LinkParts { handle, tls, .. } = parts;
+    // Who the session was opened with, and nobody else.
+    let id = handle.description().map(|about| about.node_id.clone());
+    let expected = Expected { role: Role::ExpertNode, id };
+    let channel = channel(&handle.endpoint, tls.as_ref(), expected)?;
+    let mut client = ExpertControlClient::new(channel);
     let mut changes = client.watch(WatchRequest {}).await.map_err(Box::new)?.into_inner();
     while let Some(description) = changes.message().await.map_err(Box::new)? {
         take(parts, description)?;
@@ -43,6 +49,10 @@ fn take(parts: &LinkParts, description: NodeDescription) -> Result<(), LinkError
         }
     }
     let known = &parts.handle.description;
+    // The data stream is with the process that the session was opened with.
+    if known.load().as_ref().is_some_and(|known| known.incarnation != description.incarnation) {
+        return Err(LinkError::Ended);
+    }
     if known.load().as_deref() != Some(&description) {
         known.store(Some(Arc::new(description)));
         notify(&parts.fleet);

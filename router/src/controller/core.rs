@@ -99,6 +99,14 @@ struct Goal {
     loaded: Option<Instant>,
 }
 
+impl Goal {
+    /// What each of `nodes` is to own.
+    fn of(&self, nodes: &[Seen], cells: usize) -> Vec<Vec<bool>> {
+        let wanted = |node: &Seen| self.wanted.get(&node.endpoint).cloned();
+        nodes.iter().map(|node| wanted(node).unwrap_or_else(|| vec![false; cells])).collect()
+    }
+}
+
 /// See the module's text.
 pub struct Core {
     settings: Settings,
@@ -284,11 +292,7 @@ impl Core {
     fn go_on(&mut self, nodes: &[Seen], load: &[u64], now: Instant) -> Option<Orders> {
         let problem = self.problem(nodes, load);
         let goal = self.goal.as_mut()?;
-        let nothing = vec![false; problem.cells()];
-        let wanted: Vec<Vec<bool>> = nodes
-            .iter()
-            .map(|node| goal.wanted.get(&node.endpoint).unwrap_or(&nothing).clone())
-            .collect();
+        let wanted = goal.of(nodes, problem.cells());
         let (to_load, to_drop) = steps::left(&problem, &wanted);
         (self.progress.to_load, self.progress.to_drop) = (to_load as u32, to_drop as u32);
         let step = steps::next(&problem, &wanted);
@@ -390,11 +394,14 @@ impl Core {
     ) -> Result<Vec<Move>, Refusal> {
         self.look(nodes, now);
         self.in_office()?;
-        if self.goal.is_some() {
-            let Progress { to_load, to_drop, .. } = self.progress;
-            return Err(Refusal::Busy(format!("{to_load} to load, {to_drop} to drop")));
-        }
         let problem = self.problem(nodes, load);
+        if let Some(goal) = &self.goal {
+            let (to_load, to_drop) = steps::left(&problem, &goal.of(nodes, problem.cells()));
+            if to_load + to_drop > 0 {
+                return Err(Refusal::Busy(format!("{to_load} to load, {to_drop} to drop")));
+            }
+            self.goal = None;
+        }
         let planned = plan(&problem, Aim::Balance);
         let moves = self.moves(nodes, &problem, &planned);
         if !dry_run {

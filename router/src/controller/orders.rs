@@ -5,6 +5,7 @@
 use std::collections::HashMap;
 use std::time::Duration;
 
+use mesh::tls::{Expected, Role, Tls};
 use mesh::transport::{Endpoint, channel};
 use proto::v1::expert_control_client::ExpertControlClient;
 use proto::v1::{DropRequest, LayerExperts, LoadRequest, NodeStatusRequest, Order};
@@ -45,14 +46,16 @@ pub struct Outcome {
 pub struct Channels(HashMap<Endpoint, Channel>);
 
 impl Channels {
-    pub fn get(&mut self, endpoint: &Endpoint) -> Option<Channel> {
+    /// To the node `id` at `endpoint`, and with TLS to no other.
+    pub fn get(&mut self, endpoint: &Endpoint, id: &str, tls: Option<&Tls>) -> Option<Channel> {
         if let Some(known) = self.0.get(endpoint) {
             return Some(known.clone());
         }
         if self.0.len() >= MOST_CHANNELS {
             self.0.clear();
         }
-        match channel(endpoint) {
+        let expected = Expected { role: Role::ExpertNode, id: Some(id.to_owned()) };
+        match channel(endpoint, tls, expected) {
             Ok(made) => {
                 self.0.insert(endpoint.clone(), made.clone());
                 Some(made)
