@@ -18,7 +18,8 @@ use tokio::task::JoinSet;
 use tonic::Code;
 use tonic::transport::Channel;
 
-use crate::support::sandbox::{Plan, moemesh, run};
+use crate::support::process::{moemesh, run};
+use crate::support::sandbox::Plan;
 use crate::support::{Fixture, Sandbox, block_on, http};
 
 fn to(mesh: &Sandbox, name: &str) -> Channel {
@@ -227,8 +228,8 @@ fn a_node_obeys_the_newest_order_and_no_older_one() {
         // It may hold three experts and starts with none.
         let limit = (3 * each).to_string();
         let settings = [("shard_count", "0".to_owned()), ("memory_limit", limit)];
-        mesh.add_node("small", &settings);
-        let mut node = ExpertControlClient::new(to(&mesh, "small"));
+        mesh.add_node("expert-node-9", &settings);
+        let mut node = ExpertControlClient::new(to(&mesh, "expert-node-9"));
         let mut changes = loop {
             match node.watch(WatchRequest {}).await {
                 Ok(changes) => break changes.into_inner(),
@@ -246,14 +247,14 @@ fn a_node_obeys_the_newest_order_and_no_older_one() {
         assert_eq!(layer(&about.owned, 1), [0, 1], "it says so by itself");
         let again = node.load(load(order(5, 1), &[1, 0])).await.unwrap().into_inner();
         assert_eq!(again.loaded, 0, "the same order twice is the same");
-        assert!(ask(to(&mesh, "small"), &about, 1).await.is_ok());
+        assert!(ask(to(&mesh, "expert-node-9"), &about, 1).await.is_ok());
 
         // What does not fit is refused as a whole, by how much, and harms nobody.
         let full = node.load(load(order(5, 2), &[2, 3, 4])).await.unwrap_err();
         assert_eq!(full.code(), Code::ResourceExhausted);
         assert!(full.message().contains(&format!("{} are missing", 2 * each)), "{full}");
-        assert_eq!(ask(to(&mesh, "small"), &about, 2).await, Err(ErrorCode::NotResident));
-        assert!(ask(to(&mesh, "small"), &about, 0).await.is_ok());
+        assert_eq!(ask(to(&mesh, "expert-node-9"), &about, 2).await, Err(ErrorCode::NotResident));
+        assert!(ask(to(&mesh, "expert-node-9"), &about, 0).await.is_ok());
 
         // Orders of the past and of nowhere.
         let old = node.load(load(order(4, 99), &[2])).await.unwrap_err();
@@ -271,8 +272,8 @@ fn a_node_obeys_the_newest_order_and_no_older_one() {
         let dropped = DropRequest { order: order(6, 1), experts: some(&[0, 7]) };
         let dropped = node.drop(dropped).await.unwrap().into_inner();
         assert_eq!((dropped.dropped, dropped.resident_bytes), (1, each));
-        assert_eq!(ask(to(&mesh, "small"), &about, 0).await, Err(ErrorCode::NotResident));
-        assert!(ask(to(&mesh, "small"), &about, 1).await.is_ok());
+        assert_eq!(ask(to(&mesh, "expert-node-9"), &about, 0).await, Err(ErrorCode::NotResident));
+        assert!(ask(to(&mesh, "expert-node-9"), &about, 1).await.is_ok());
         loop {
             let about = changes.message().await.unwrap().unwrap();
             if about.resident_bytes == each {

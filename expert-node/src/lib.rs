@@ -81,6 +81,8 @@ pub struct Config {
     /// Where routers reach it, if not at `listen`.
     pub advertise: Option<Endpoint>,
     pub threads: usize,
+    /// Position of the CPU that the first of them is bound to; `None` leaves them free.
+    pub first_cpu: Option<usize>,
     /// `None` takes the best the CPU has.
     pub isa: Option<kernels::Isa>,
     /// Rows × slots that may wait for the executor; more is refused as `BUSY`.
@@ -161,7 +163,7 @@ pub async fn serve(config: Config, shutdown: Shutdown) -> Result<(), Error> {
             top_k: model.top_k as u32,
         },
     };
-    let compute = kernels::Compute::new(isa, config.threads);
+    let compute = kernels::Compute::bound(isa, config.threads, config.first_cpu);
     let control = Control::new(Some(checkpoint));
     let announcing = tokio::spawn(announce::keep(
         announce::Announcement {

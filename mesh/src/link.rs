@@ -27,6 +27,7 @@ use tokio::sync::mpsc;
 use tokio::sync::mpsc::error::TrySendError;
 use tokio::task::JoinSet;
 
+use crate::failpoint;
 use crate::link::stream::{Reader, StreamError, Writer};
 use crate::placement::NodeIndex;
 use crate::supervise::Pulse;
@@ -219,6 +220,7 @@ impl Link {
     }
 
     fn lost(&mut self, error: &LinkError, was_up: bool, ctx: &mut Context<Self>) {
+        failpoint::pass("link");
         let LinkParts { handle, .. } = &self.parts;
         if handle.detail() != error.to_string() {
             tracing::warn!(node = %handle.endpoint, reason = %error, "link is down");

@@ -7,12 +7,15 @@ use std::time::{Duration, Instant};
 
 use actix::{Actor, AsyncContext as _, Context, Handler};
 use arc_swap::ArcSwap;
+use mesh::failpoint;
 use mesh::lifecycle::Readiness;
 use mesh::link::{FleetAddress, LinksChanged};
 use mesh::membership::Links;
 use mesh::placement::Placement;
 use mesh::supervise::Pulse;
 use proto::LayerId;
+
+use crate::history::History;
 
 /// What the fleet reads and publishes; cloned by its factory.
 #[derive(Clone)]
@@ -25,6 +28,7 @@ pub struct FleetParts {
     pub loss_grace: Duration,
     /// Who hears of changes after the fleet, if anybody.
     pub controller: FleetAddress,
+    pub history: History,
 }
 
 /// See the module's text.
@@ -41,7 +45,7 @@ impl Fleet {
     }
 
     fn refresh(&mut self, ctx: &mut Context<Self>) {
-        let FleetParts { links, placement, controller, .. } = &self.parts;
+        let FleetParts { links, placement, controller, history, .. } = &self.parts;
         // A node that is draining refuses frames.
         let live: Vec<_> = links
             .members()
@@ -70,6 +74,8 @@ impl Fleet {
                 }
                 Err(missing) => tracing::info!(%epoch, nodes, missing, "waiting for experts"),
             }
+            // Before it is published: a frame never goes out under an epoch not yet recorded.
+            history.placement(&next, &live);
             placement.store(Arc::new(next));
         }
         if let Some(controller) = controller.load().as_ref() {
@@ -108,6 +114,7 @@ impl Handler<LinksChanged> for Fleet {
     type Result = ();
 
     fn handle(&mut self, _: LinksChanged, ctx: &mut Self::Context) {
+        failpoint::pass("fleet");
         self.refresh(ctx);
     }
 }

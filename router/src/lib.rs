@@ -7,6 +7,7 @@
 //! - [`engine`]: the loop over steps and layers, on its own thread
 //! - [`experts`]: the seam to the experts, local or remote
 //! - [`exchange`]: one layer's dispatch, retry and gather (sans-IO)
+//! - [`history`]: an event log, for checking a run afterwards
 //! - [`fleet`]: the actor that publishes placements
 //! - [`controller`]: on one router of the mesh, the actor that decides them
 //! - [`operations`]: gRPC for operators, and for nodes that join
@@ -22,6 +23,7 @@ pub mod engine;
 pub mod exchange;
 pub mod experts;
 pub mod fleet;
+pub mod history;
 pub mod intake;
 pub mod measure;
 pub mod metrics;
@@ -63,6 +65,7 @@ use crate::experts::Experts;
 use crate::experts::local::Local;
 use crate::experts::remote::Remote;
 use crate::experts::spin::Spin;
+use crate::history::History;
 use crate::metrics::RouterMetrics;
 use crate::operations::OperationsService;
 use crate::scheduler::{Limits, Scheduler};
@@ -88,6 +91,8 @@ pub struct Config {
     /// The expert nodes; empty keeps the experts inside the router.
     pub nodes: Vec<Endpoint>,
     pub threads: usize,
+    /// Position of the CPU that the first of them is bound to; `None` leaves them free.
+    pub first_cpu: Option<usize>,
     /// `None` takes the best the CPU has.
     pub isa: Option<Isa>,
     /// Tokens the KV cache holds, over all sequences.
@@ -117,6 +122,8 @@ pub struct Config {
     /// How long a frame waits for its reply before another owner is asked.
     pub attempt_timeout: Duration,
     pub request_timeout: Duration,
+    /// Where the event log goes, if anywhere.
+    pub history: Option<PathBuf>,
 }
 
 /// Why a router did not start or had to stop.
@@ -132,6 +139,8 @@ pub enum Error {
     Tls(#[from] TlsError),
     #[error("cannot serve metrics: {0}")]
     Admin(std::io::Error),
+    #[error("cannot write the history {0}: {1}")]
+    History(PathBuf, std::io::Error),
     #[error("cannot start a thread: {0}")]
     Thread(#[from] std::io::Error),
     #[error("the engine panicked; the router cannot compute any more")]
@@ -162,11 +171,14 @@ pub async fn serve(config: Config, shutdown: Shutdown) -> Result<(), Error> {
     let model = checkpoint.config();
     tracing::info!(model = model.summary(), numerics = %config.numerics, "checkpoint opened");
     let isa = config.isa.unwrap_or_else(Isa::detect);
-    let compute = Arc::new(Compute::new(isa, config.threads));
+    let compute = Arc::new(Compute::bound(isa, config.threads, config.first_cpu));
     let sampling = Scratch::new(compute.kernels);
     let trunk = Trunk::load(&checkpoint, config.numerics, compute.clone())?;
     let pages = config.kv_tokens.div_ceil(config.page_tokens.max(1));
     let kv = KvPool::new(model, config.numerics, pages, config.page_tokens)?;
+
+    let history = History::open(config.history.as_deref(), &config.id)
+        .map_err(|error| Error::History(config.history.clone().unwrap_or_default(), error))?;
 
     let alone = config.nodes.is_empty();
     let links = Links::new(config.nodes.iter().cloned());
@@ -205,6 +217,7 @@ pub async fn serve(config: Config, shutdown: Shutdown) -> Result<(), Error> {
             metrics: metrics.clone(),
             epoch: Epoch(0),
             spin: Spin::default(),
+            history: history.clone(),
         }))
     };
 
@@ -231,6 +244,7 @@ pub async fn serve(config: Config, shutdown: Shutdown) -> Result<(), Error> {
         pump: pump.clone(),
         gauges: gauges.clone(),
         metrics: metrics.clone(),
+        history: history.clone(),
     });
     let engine_ended = run_engine(engine)?;
 
@@ -283,6 +297,7 @@ pub async fn serve(config: Config, shutdown: Shutdown) -> Result<(), Error> {
         links,
         placement,
         readiness: readiness.clone(),
+        history,
         loss_grace: config.loss_grace,
         controller: FleetAddress::default(),
     };

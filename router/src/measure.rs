@@ -23,6 +23,7 @@ use crate::exchange::{Exchange, ExchangeError, Patience, Shape};
 use crate::experts::remote::Remote;
 use crate::experts::spin::Spin;
 use crate::fleet::FleetParts;
+use crate::history::History;
 use crate::metrics::RouterMetrics;
 
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -61,6 +62,7 @@ impl Dispatcher {
                 links: links.clone(),
                 placement: placement.clone(),
                 readiness: readiness.clone(),
+                history: History::default(),
                 loss_grace: Duration::ZERO,
                 controller: FleetAddress::default(),
             }),
@@ -85,6 +87,7 @@ impl Dispatcher {
             metrics: Metrics::default().register(RouterMetrics::new),
             epoch: Epoch(0),
             spin: Spin::default(),
+            history: History::default(),
         };
         while let Err(missing) = readiness.get() {
             if now.elapsed() > PATIENCE {
