@@ -45,15 +45,17 @@ pub struct Sandbox {
     pub dir: PathBuf,
     /// The first gateway.
     pub http: Address,
-    /// Whose certificate this program calls with.
-    pub operator: Option<Tls>,
     pub gateways: Vec<Process>,
     pub routers: Vec<Process>,
     pub nodes: Vec<Process>,
     /// Every gateway.
     pub addresses: Vec<Address>,
+    /// Whose certificate this program calls with.
+    pub operator: Option<Tls>,
     /// One before each node, if the plan has them.
     pub proxies: Vec<FaultProxy>,
+    /// What the configuration of every node says.
+    common: String,
 }
 
 impl Sandbox {
@@ -98,19 +100,6 @@ impl Plan {
         self
     }
 
-    /// A setting of every process that computes, as TOML.
-    pub fn compute(mut self, key: &str, value: impl ToString) -> Self {
-        self.compute.retain(|(known, _)| known != key);
-        self.compute.push((key.to_owned(), value.to_string()));
-        self
-    }
-
-    /// Has every process speak mutual TLS with the certificates of this directory.
-    pub fn tls(mut self, certificates: &Path) -> Self {
-        self.certificates = Some(certificates.to_owned());
-        self
-    }
-
     pub fn replicas(mut self, count: usize) -> Self {
         self.replicas = count;
         self
@@ -124,6 +113,19 @@ impl Plan {
     /// A setting of a role's configuration files, as TOML.
     pub fn set(mut self, role: &'static str, key: &str, value: impl ToString) -> Self {
         self.settings.push((role, key.to_owned(), value.to_string()));
+        self
+    }
+
+    /// A setting of every process that computes, as TOML.
+    pub fn compute(mut self, key: &str, value: impl ToString) -> Self {
+        self.compute.retain(|(known, _)| known != key);
+        self.compute.push((key.to_owned(), value.to_string()));
+        self
+    }
+
+    /// Has every process speak mutual TLS with the certificates of this directory.
+    pub fn tls(mut self, certificates: &Path) -> Self {
+        self.certificates = Some(certificates.to_owned());
         self
     }
 
@@ -172,20 +174,20 @@ impl Plan {
         std::fs::create_dir_all(&dir).unwrap();
         let socket = |name: &str| format!("unix:{}", dir.join(format!("{name}.sock")).display());
         let model = format!("model_dir = {:?}\nlog_filter = \"warn\"\n", self.model);
+        let mut class = format!("numerics = \"{}\"\n", self.numerics);
+        for (key, value) in &self.compute {
+            writeln!(class, "{key} = {value}").unwrap();
+        }
+        let certificates = self.certificates.as_deref();
         let start = |role: &str, index: usize, own: String| {
             let name = format!("{role}-{index}");
             let mut config = format!("id = \"{name}\"\n{model}{own}");
             if role != "gateway" {
                 let (listen, admin) = (socket(&name), socket(&format!("{name}-admin")));
-                let class = self.numerics;
-                writeln!(config, "listen = \"{listen}\"\nadmin = \"{admin}\"").unwrap();
-                writeln!(config, "numerics = \"{class}\"").unwrap();
-                for (key, value) in &self.compute {
-                    writeln!(config, "{key} = {value}").unwrap();
-                }
+                write!(config, "listen = \"{listen}\"\nadmin = \"{admin}\"\n{class}").unwrap();
             }
-            if let Some(certificates) = &self.certificates {
-                config += &tls_settings(certificates, &name);
+            if let Some(dir) = certificates {
+                config.push_str(&tls_settings(dir, &name));
             }
             if role == "router" && self.history {
                 let path = dir.join(format!("{name}.history"));
@@ -234,9 +236,9 @@ impl Plan {
             addresses.push(Address::Tcp(address));
         }
         let http = addresses[0].clone();
-        let operator = self.certificates.as_deref();
-        let operator = operator.map(|dir| identity(dir, Role::Operator, "operator-0"));
-        Sandbox { dir, http, operator, gateways, routers, nodes, addresses, proxies }
+        let operator = certificates.map(|dir| identity(dir, Role::Operator, "operator-0"));
+        let common = format!("{model}{class}");
+        Sandbox { dir, http, gateways, routers, nodes, addresses, operator, proxies, common }
     }
 }
 
@@ -287,19 +289,6 @@ impl Sandbox {
         answer["choices"][0].clone()
     }
 
-    /// Starts a further node, as the first one is but for its share and `settings`.
-    pub fn add_node(&mut self, name: &str, settings: &[(&str, String)]) {
-        let first = std::fs::read_to_string(self.dir.join("expert-node-0.toml")).unwrap();
-        let mut config = String::new();
-        for line in first.lines().filter(|line| !line.starts_with("shard_")) {
-            writeln!(config, "{}", line.replace("expert-node-0", name)).unwrap();
-        }
-        for (key, value) in settings {
-            writeln!(config, "{key} = {value}").unwrap();
-        }
-        self.nodes.push(Process::start(&self.dir, name, &config, Launch::default()));
-    }
-
     pub fn socket(&self, name: &str) -> PathBuf {
         self.dir.join(format!("{name}.sock"))
     }
@@ -307,6 +296,23 @@ impl Sandbox {
     /// The first router's own account of itself, over gRPC.
     pub async fn router_status(&self) -> RouterStatus {
         self.status_of(0).await.unwrap()
+    }
+
+    /// The Prometheus text of a router or an expert node.
+    pub async fn metrics(&self, name: &str) -> String {
+        let address = Address::Unix(self.socket(&format!("{name}-admin")));
+        http::get(&address, "/metrics").await.unwrap().1
+    }
+
+    /// Starts a further node, with settings of its own beside those of all.
+    pub fn add_node(&mut self, name: &str, settings: &[(&str, String)]) {
+        let listen = self.socket(name);
+        let mut config =
+            format!("id = \"{name}\"\nlisten = \"unix:{}\"\n{}", listen.display(), self.common);
+        for (key, value) in settings {
+            writeln!(config, "{key} = {value}").unwrap();
+        }
+        self.nodes.push(Process::start(&self.dir, name, &config, Launch::default()));
     }
 
     /// A router's account of itself; an error while it is down.
