@@ -12,8 +12,8 @@ use proto::v1::expert_control_server::{ExpertControl, ExpertControlServer};
 use proto::v1::expert_data_client::ExpertDataClient;
 use proto::v1::inference_client::InferenceClient;
 use proto::v1::{
-    DescribeRequest, DrainReply, DrainRequest, GenerateRequest, NodeDescription, NodeStatus,
-    NodeStatusRequest,
+    DescribeRequest, DrainReply, DrainRequest, DropReply, DropRequest, GenerateRequest, LoadReply,
+    LoadRequest, NodeDescription, NodeStatus, NodeStatusRequest, WatchRequest,
 };
 use serde_json::json;
 use tonic::{Code, Request, Response, Status};
@@ -137,6 +137,20 @@ impl ExpertControl for Pretender {
     }
 
     async fn drain(&self, _: Request<DrainRequest>) -> Result<Response<DrainReply>, Status> {
+        Err(Status::unimplemented(""))
+    }
+
+    type WatchStream = tokio_stream::Empty<Result<NodeDescription, Status>>;
+
+    async fn watch(&self, _: Request<WatchRequest>) -> Result<Response<Self::WatchStream>, Status> {
+        Err(Status::unimplemented(""))
+    }
+
+    async fn load(&self, _: Request<LoadRequest>) -> Result<Response<LoadReply>, Status> {
+        Err(Status::unimplemented(""))
+    }
+
+    async fn drop(&self, _: Request<DropRequest>) -> Result<Response<DropReply>, Status> {
         Err(Status::unimplemented(""))
     }
 }

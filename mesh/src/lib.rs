@@ -4,6 +4,7 @@
 //! - [`tls`]: identities, handshakes, certificates that are replaced while running
 //! - [`authz`]: which role may call which method
 //! - [`link`]: the actor that keeps one data stream to one expert node
+//! - [`membership`]: the list of nodes, which grows and shrinks
 //! - [`pump`]: the runtime that a computing thread drives itself
 //! - [`placement`]: which live node owns which expert, and the pure planner
 //! - [`supervise`]: actors rebuilt from a factory when they stop or panic
@@ -21,6 +22,7 @@ pub mod authz;
 pub mod failpoint;
 pub mod lifecycle;
 pub mod link;
+pub mod membership;
 pub mod metrics;
 pub mod placement;
 pub mod pump;
