@@ -67,7 +67,7 @@ fn a_bad_frame_is_refused_by_name_and_its_neighbours_are_answered() {
         let good = || frame(hidden, mine);
 
         type Edit = fn(&mut DispatchFrame);
-        let cases: [(Edit, ErrorCode); 9] = [
+        let cases: [(Edit, ErrorCode); 10] = [
             (|f| f.rows = f.rows.slice(1..), ErrorCode::Invalid),
             (|f| f.hidden = u32::MAX, ErrorCode::Invalid),
             (|f| f.dtype = 77, ErrorCode::Invalid),
@@ -75,6 +75,8 @@ fn a_bad_frame_is_refused_by_name_and_its_neighbours_are_answered() {
             (|f| f.slot_counts = vec![u32::MAX], ErrorCode::Invalid),
             (|f| f.experts = vec![u32::MAX], ErrorCode::Invalid),
             (|f| f.layer = 99, ErrorCode::NotResident),
+            // Over before it can be begun.
+            (|f| f.timeout_us = 1, ErrorCode::Expired),
             (|f| f.versions = vec![5], ErrorCode::VersionMismatch),
             (
                 |f| f.rows = f32::NAN.to_le_bytes().repeat(f.hidden as usize).into(),

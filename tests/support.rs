@@ -1,5 +1,6 @@
 //! The sandbox: a mesh of real processes, its HTTP client, and the fixtures.
 
+pub mod evil;
 pub mod fixture;
 pub mod http;
 pub mod sandbox;

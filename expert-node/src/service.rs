@@ -8,6 +8,7 @@ use std::time::Instant;
 
 use bytes::Bytes;
 use mesh::lifecycle::Shutdown;
+use mesh::transport::Endpoint;
 use model::Numerics;
 use proto::frame::{self, Shape, all_finite};
 use proto::v1::expert_control_server::ExpertControl;
@@ -45,6 +46,8 @@ pub struct Facts {
     pub numerics: Numerics,
     pub isa: kernels::Isa,
     pub shape: Shape,
+    /// Where `/healthz` is served, if anywhere.
+    pub alive_at: Option<Endpoint>,
 }
 
 struct Inner {
@@ -54,6 +57,7 @@ struct Inner {
     device: String,
     dtype: Dtype,
     shape: Shape,
+    alive_at: String,
     parts: Parts,
     shutdown: Shutdown,
     draining: AtomicBool,
@@ -72,6 +76,7 @@ impl Service {
             device: format!("cpu/{}", facts.isa),
             dtype: wire_dtype(facts.numerics),
             shape: facts.shape,
+            alive_at: facts.alive_at.map(|at| at.to_string()).unwrap_or_default(),
             parts,
             shutdown: shutdown.clone(),
             draining: AtomicBool::new(false),
@@ -132,6 +137,7 @@ impl Inner {
             owned: self.parts.store.owned(),
             max_frame_bytes: MAX_MESSAGE_BYTES as u64,
             draining: self.draining(),
+            alive_at: self.alive_at.clone(),
         }
     }
 }

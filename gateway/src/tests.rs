@@ -3,6 +3,7 @@
 
 mod bad_input;
 pub mod client;
+mod missing;
 pub mod router;
 pub mod serving;
 

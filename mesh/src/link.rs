@@ -7,11 +7,12 @@
 //! stream lives on the engine's own runtime (see [`crate::pump`]), and the engine
 //! writes to it through a [`LinkHandle`].
 
+mod liveness;
 pub mod stream;
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::Duration;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::{Duration, Instant};
 
 use actix::{Actor, ActorFutureExt as _, AsyncContext as _, Context, Recipient, WrapFuture as _};
 use arc_swap::{ArcSwap, ArcSwapOption};
@@ -19,8 +20,8 @@ use bytes::Bytes;
 use proto::v1::expert_control_client::ExpertControlClient;
 use proto::v1::{DescribeRequest, DispatchReply, NodeDescription};
 use tokio::runtime::Handle;
-use tokio::sync::mpsc;
 use tokio::sync::mpsc::error::TrySendError;
+use tokio::sync::{Notify, mpsc};
 use tokio::task::JoinSet;
 
 use crate::link::stream::{Reader, StreamError, Writer};
@@ -76,6 +77,8 @@ enum LinkError {
     Stream(#[from] StreamError),
     #[error("the stream ended")]
     Ended,
+    #[error("gave no sign of life")]
+    Hung,
 }
 
 /// The cause, not the wrapper: tonic says "transport error" for a refused connection.
@@ -104,6 +107,11 @@ pub struct LinkHandle {
     pub retries: AtomicU64,
     /// Exponentially weighted round trip of a frame, in microseconds.
     pub round_trip_us: AtomicU64,
+    /// Replies that came; each is a sign of life.
+    replies: AtomicU64,
+    hung: AtomicBool,
+    /// Has the link disconnect.
+    cut: Notify,
 }
 
 impl LinkHandle {
@@ -117,7 +125,15 @@ impl LinkHandle {
             frames: AtomicU64::new(0),
             retries: AtomicU64::new(0),
             round_trip_us: AtomicU64::new(0),
+            replies: AtomicU64::new(0),
+            hung: AtomicBool::new(false),
+            cut: Notify::new(),
         })
+    }
+
+    /// The node is connected and gives no sign of life; see [`liveness`].
+    pub fn is_hung(&self) -> bool {
+        self.hung.load(Ordering::Relaxed)
     }
 
     /// Hands an encoded frame to the stream; false when the link is down or has
@@ -146,8 +162,13 @@ impl LinkHandle {
         self.round_trip_us.store(mean, Ordering::Relaxed);
     }
 
-    fn up(&self, description: NodeDescription, stream: Writer) {
+    fn describe_as(&self, description: NodeDescription) {
         self.description.store(Some(Arc::new(description)));
+    }
+
+    fn up(&self, description: NodeDescription, stream: Writer) {
+        self.hung.store(false, Ordering::Relaxed);
+        self.describe_as(description);
         self.stream.store(Some(Arc::new(stream)));
         self.detail.store(Arc::new("up".to_owned()));
     }
@@ -156,6 +177,7 @@ impl LinkHandle {
         self.stream.store(None);
         self.description.store(None);
         self.detail.store(Arc::new(reason.to_string()));
+        self.hung.store(false, Ordering::Relaxed);
     }
 }
 
@@ -174,21 +196,29 @@ pub struct LinkParts {
 pub struct Link {
     parts: LinkParts,
     pause: Duration,
+    /// When the present session began.
+    began: Instant,
     _pulse: Pulse,
 }
 
 impl Link {
     pub fn new(parts: LinkParts, pulse: Pulse) -> Self {
-        Self { parts, pause: FIRST_RECONNECT, _pulse: pulse }
+        Self { parts, pause: FIRST_RECONNECT, began: Instant::now(), _pulse: pulse }
     }
 
     fn connect(&mut self, ctx: &mut Context<Self>) {
         let parts = self.parts.clone();
+        self.began = Instant::now();
         // Ends the session with the actor.
         let mut stream = JoinSet::new();
         stream.spawn_on(session(parts), &self.parts.pump);
+        let handle = self.parts.handle.clone();
         let session = async move {
-            match stream.join_next().await {
+            let ended = tokio::select! {
+                ended = stream.join_next() => ended,
+                () = handle.cut.notified() => return (LinkError::Hung, true),
+            };
+            match ended {
                 Some(Ok(ended)) => ended,
                 // It panicked, or the engine is gone.
                 Some(Err(_)) | None => (LinkError::Ended, true),
@@ -204,7 +234,8 @@ impl Link {
             tracing::warn!(node = %handle.endpoint, reason = %error, "link is down");
         }
         self.take_down(error);
-        if was_up {
+        // A node that breaks each session at once is not asked ever so often.
+        if was_up && self.began.elapsed() > SLOWEST_RECONNECT {
             self.pause = FIRST_RECONNECT;
         }
         ctx.run_later(self.pause, |link, ctx| link.connect(ctx));
@@ -233,6 +264,8 @@ impl Actor for Link {
 
     fn started(&mut self, ctx: &mut Self::Context) {
         self.connect(ctx);
+        let handle = self.parts.handle.clone();
+        ctx.spawn(async move { liveness::watch(&handle).await }.into_actor(self));
     }
 }
 
@@ -265,7 +298,10 @@ async fn session(parts: LinkParts) -> (LinkError, bool) {
     notify(&parts.fleet);
     let error = loop {
         match reader.next().await {
-            Ok(reply) => deliver(&parts.events, LinkEvent::Reply(handle.node, reply)).await,
+            Ok(reply) => {
+                handle.replies.fetch_add(1, Ordering::Relaxed);
+                deliver(&parts.events, LinkEvent::Reply(handle.node, reply)).await;
+            }
             Err(error) => break error.into(),
         }
     };

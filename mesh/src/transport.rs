@@ -56,6 +56,14 @@ impl Endpoint {
     pub fn is_local(&self) -> bool {
         matches!(self, Self::Unix(_))
     }
+
+    /// Reached on this machine.
+    pub(crate) fn is_here(&self) -> bool {
+        let Self::Tcp(address) = self else { return true };
+        let host = address.rsplit_once(':').map_or(address.as_str(), |(host, _)| host);
+        let ip = host.trim_start_matches('[').trim_end_matches(']').parse::<std::net::IpAddr>();
+        host == "localhost" || ip.is_ok_and(|ip| ip.is_loopback())
+    }
 }
 
 impl FromStr for Endpoint {

@@ -254,6 +254,25 @@ impl Step {
         }
     }
 
+    /// Leaves out the results of some `slots` (row × top_k + slot) of one row: their weight goes to
+    /// the others, if there are any.
+    pub fn drop_slots(&mut self, row: usize, slots: &[usize]) {
+        let of_row = row * self.top_k..(row + 1) * self.top_k;
+        let kept = of_row.clone().filter(|slot| !slots.contains(slot));
+        let all: f32 = self.weights[of_row.clone()].iter().sum();
+        let left: f32 = kept.map(|slot| self.weights[slot]).sum();
+        let scale = if left > 0.0 { all / left } else { 1.0 };
+        for slot in of_row {
+            let dropped = slots.contains(&slot);
+            self.weights[slot] = if dropped { 0.0 } else { self.weights[slot] * scale };
+        }
+    }
+
+    /// Makes a row one that computes on without any trouble, to no purpose: what it held is lost.
+    pub fn silence(&mut self, row: usize) {
+        self.residual[row * self.hidden..(row + 1) * self.hidden].fill(0.0);
+    }
+
     /// The normed rows as they enter products.
     pub(crate) fn acts(&self) -> Acts<'_> {
         let len = self.batch.rows() * self.hidden;

@@ -7,6 +7,7 @@
 //! - [`engine`]: the loop over steps and layers, on its own thread
 //! - [`experts`]: the seam to the experts, local or remote
 //! - [`exchange`]: one layer's dispatch, retry and gather (sans-IO)
+//! - [`health`]: whom to ask, how long to wait, whom to leave alone (sans-IO)
 //! - [`fleet`]: the actor that publishes placements
 //! - `choice`: which of two ways is measured to be faster here
 //! - [`measure`]: dispatch and gather without an engine, to be timed
@@ -19,6 +20,7 @@ pub mod engine;
 pub mod exchange;
 pub mod experts;
 pub mod fleet;
+pub mod health;
 pub mod intake;
 pub mod measure;
 pub mod metrics;
@@ -54,6 +56,8 @@ use crate::experts::Experts;
 use crate::experts::local::Local;
 use crate::experts::remote::Remote;
 use crate::experts::spin::Spin;
+pub use crate::health::Policy;
+use crate::health::{Counts, SharedHealth};
 use crate::metrics::RouterMetrics;
 use crate::scheduler::{Limits, Scheduler};
 use crate::service::{Facts, Service, View};
@@ -94,8 +98,8 @@ pub struct Config {
     pub max_waiting: usize,
     /// How long a step waits for an expert without a live owner.
     pub expert_wait: Duration,
-    /// How long a frame waits for its reply before another owner is asked.
-    pub attempt_timeout: Duration,
+    /// Whom to ask and when to ask another one.
+    pub policy: Policy,
     pub request_timeout: Duration,
 }
 
@@ -155,6 +159,7 @@ pub async fn serve(config: Config, shutdown: Shutdown) -> Result<(), Error> {
     let placement = Arc::new(ArcSwap::from_pointee(Placement::empty(grid)));
     let (link_events, events) = mpsc::channel(LINK_EVENTS);
     let pump = Pump::new()?;
+    let health = SharedHealth::new(config.policy, seed(&config.id), Instant::now());
     let experts = if links.is_empty() {
         readiness.set(Ok(()));
         Experts::Local(Box::new(Local::load(&checkpoint, config.numerics, compute)?))
@@ -168,15 +173,11 @@ pub async fn serve(config: Config, shutdown: Shutdown) -> Result<(), Error> {
             },
             top_k: model.top_k as u32,
         };
-        let patience = Patience {
-            attempt: config.attempt_timeout,
-            expert_wait: config.expert_wait,
-            busy: BUSY_PAUSE,
-        };
+        let patience = Patience { expert_wait: config.expert_wait, busy: BUSY_PAUSE };
         Experts::Remote(Box::new(Remote {
             lanes: std::array::from_fn(|lane| {
                 let now = Instant::now();
-                (Exchange::new(shape, patience, now, lane), now)
+                (Exchange::new(shape, patience, health.clone(), now, lane), now)
             }),
             links: links.clone(),
             events,
@@ -186,6 +187,9 @@ pub async fn serve(config: Config, shutdown: Shutdown) -> Result<(), Error> {
             metrics: metrics.clone(),
             epoch: Epoch(0),
             spin: Spin::default(),
+            health: health.clone(),
+            any_hung: false,
+            counted: Counts::default(),
         }))
     };
 
@@ -195,6 +199,7 @@ pub async fn serve(config: Config, shutdown: Shutdown) -> Result<(), Error> {
         trunk,
         kv,
         experts,
+        expert_wait: config.expert_wait,
         scheduler: Scheduler::new(Limits {
             step_tokens: config.step_tokens,
             prefill_chunk: config.prefill_chunk,
@@ -220,6 +225,7 @@ pub async fn serve(config: Config, shutdown: Shutdown) -> Result<(), Error> {
         gauges: gauges.clone(),
         links: links.clone(),
         placement: placement.clone(),
+        health,
         readiness: readiness.clone(),
         metrics,
         shutdown: shutdown.clone(),
@@ -271,6 +277,13 @@ pub async fn serve(config: Config, shutdown: Shutdown) -> Result<(), Error> {
         served.map_err(Error::Admin)?;
     }
     if died { Err(Error::Engine) } else { Ok(()) }
+}
+
+/// Routers that share nodes should not all prefer the same ones.
+fn seed(id: &str) -> u64 {
+    id.bytes().fold(0xcbf2_9ce4_8422_2325, |hash, byte| {
+        (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3)
+    })
 }
 
 /// Runs the engine on its own thread; the receiver turns true when it has ended.

@@ -195,6 +195,12 @@ impl Sandbox {
         InferenceClient::new(channel).status(request).await.unwrap().into_inner()
     }
 
+    /// The Prometheus text of a router or an expert node.
+    pub async fn metrics(&self, name: &str) -> String {
+        let address = Address::Unix(self.socket(&format!("{name}-admin")));
+        http::get(&address, "/metrics").await.unwrap().1
+    }
+
     /// Waits until nothing is running, waiting, cached or in flight.
     pub async fn wait_idle(&self) -> RouterStatus {
         for _ in 0..READY_TRIES {
@@ -238,6 +244,10 @@ impl Process {
             .spawn()
             .unwrap();
         Self { name: name.to_owned(), config: path, child }
+    }
+
+    pub fn id(&self) -> u32 {
+        self.child.id()
     }
 
     /// `kill -9`.

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use proto::v1::generate_event::Event as Wire;
-use proto::v1::{FinishReason, GenerateEvent, GenerateRequest, TokenEvent, TokenScore};
+use proto::v1::{FinishReason, GenerateEvent, GenerateRequest, OnMissing, TokenEvent, TokenScore};
 use tokio::time::Instant;
 use tonic::{Code, Status, Streaming};
 
@@ -210,6 +210,10 @@ impl Generation {
                 metrics.attempt(Outcome::Refused);
                 return Err(UpstreamError::Refused(message));
             }
+            Code::FailedPrecondition => {
+                metrics.attempt(Outcome::Failed);
+                return Err(UpstreamError::Missing(message));
+            }
             Code::DeadlineExceeded => {
                 metrics.attempt(Outcome::Failed);
                 return Err(UpstreamError::Deadline);
@@ -247,7 +251,9 @@ impl Generation {
         loop {
             // Once a token is out, only the same class can go on from it.
             let class = self.class.as_ref();
-            let Some((router, class)) = self.upstream.choose(self.key, class, &self.tried) else {
+            let drops = self.request.on_missing() == OnMissing::Drop;
+            let chosen = self.upstream.choose(self.key, class, &self.tried, drops);
+            let Some((router, class)) = chosen else {
                 self.wait().await?;
                 continue;
             };

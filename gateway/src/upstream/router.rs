@@ -52,6 +52,8 @@ pub struct Router {
 
 struct State {
     status: Result<Arc<RouterStatus>, String>,
+    /// What it said, where it is not ready only for want of some experts.
+    degraded: Option<Arc<RouterStatus>>,
     at: Instant,
 }
 
@@ -76,6 +78,7 @@ impl Router {
             vocab_size,
             state: ArcSwap::from_pointee(State {
                 status: Err("not asked yet".to_owned()),
+                degraded: None,
                 at: Instant::now(),
             }),
             in_flight: AtomicU64::new(0),
@@ -87,13 +90,18 @@ impl Router {
         self.state.load().status.clone()
     }
 
+    /// The last status, if nothing but some experts is missing.
+    pub fn degraded(&self) -> Option<Arc<RouterStatus>> {
+        self.state.load().degraded.clone()
+    }
+
     pub fn in_flight(&self) -> u64 {
         self.in_flight.load(Ordering::Relaxed)
     }
 
     /// Takes the router out until its next status.
     pub fn suspect(&self, reason: &Status) {
-        self.set(Err(describe(reason)));
+        self.set(Err(describe(reason)), None);
     }
 
     /// Asks for the status and keeps the answer.
@@ -101,11 +109,16 @@ impl Router {
         let mut client = self.client.clone();
         let asked = client.status(RouterStatusRequest {});
         match tokio::time::timeout(STATUS_TIMEOUT, asked).await {
-            Ok(Ok(answer)) => self.set(self.judge(answer.into_inner())),
-            Ok(Err(status)) => self.set(Err(describe(&status))),
+            Ok(Ok(answer)) => {
+                let answer = answer.into_inner();
+                let ready = RouterStatus { ready: true, ..answer.clone() };
+                let degraded = answer.degraded.then(|| self.judge(ready).ok()).flatten();
+                self.set(self.judge(answer), degraded);
+            }
+            Ok(Err(status)) => self.set(Err(describe(&status)), None),
             Err(_) => {
                 if self.state.load().at.elapsed() > STATUS_LIFE {
-                    self.set(Err("does not answer".to_owned()));
+                    self.set(Err("does not answer".to_owned()), None);
                 }
             }
         }
@@ -126,8 +139,9 @@ impl Router {
         Ok(Arc::new(status))
     }
 
-    fn set(&self, status: Result<Arc<RouterStatus>, String>) {
-        let before = self.state.swap(Arc::new(State { status, at: Instant::now() }));
+    fn set(&self, status: Result<Arc<RouterStatus>, String>, degraded: Option<Arc<RouterStatus>>) {
+        let state = State { status, degraded, at: Instant::now() };
+        let before = self.state.swap(Arc::new(state));
         match (&before.status, &self.state.load().status) {
             (Err(_), Ok(_)) => tracing::info!(router = %self.endpoint, "router is ready"),
             (Ok(_), Err(reason)) => {

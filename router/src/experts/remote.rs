@@ -7,16 +7,17 @@ use std::time::{Duration, Instant};
 use arc_swap::ArcSwap;
 use bytes::BytesMut;
 use mesh::link::{LinkEvent, LinkHandle};
-use mesh::placement::Placement;
+use mesh::placement::{NodeIndex, Placement};
 use mesh::pump::Pump;
 use mesh::telemetry::propagate;
 use model::Routed;
-use proto::{Epoch, LayerId, Ticket};
+use proto::{Epoch, ExpertId, LayerId, Ticket};
 use tokio::sync::mpsc::Receiver;
 use tracing::Span;
 
-use crate::exchange::{Exchange, ExchangeError, LANES, Outgoing, Taken, lane};
+use crate::exchange::{Exchange, LANES, Outgoing, Taken, lane};
 use crate::experts::spin::Spin;
+use crate::health::{Counts, SharedHealth};
 use crate::metrics::RouterMetrics;
 
 /// How often a waiting engine looks whether the placement has changed.
@@ -36,6 +37,11 @@ pub struct Remote {
     pub metrics: RouterMetrics,
     pub epoch: Epoch,
     pub spin: Spin,
+    pub health: SharedHealth,
+    /// As of the last look.
+    pub any_hung: bool,
+    /// What of its counts the metrics know.
+    pub counted: Counts,
 }
 
 impl Remote {
@@ -52,9 +58,10 @@ impl Remote {
 
     /// Returns when the lane's rows are all there. What comes for another lane is
     /// taken meanwhile; what it has to send again waits for its own call, which has its rows.
-    pub fn wait(&mut self, waited: usize, routed: &Routed<'_>) -> Result<(), ExchangeError> {
+    pub fn wait(&mut self, waited: usize, routed: &Routed<'_>) {
         let start = Instant::now();
         let placement = self.placement.load_full();
+        self.lanes.iter_mut().for_each(|(exchange, _)| exchange.on_listen(start));
         self.flush(waited, routed.rows, &placement, start);
         let idle = !self.lanes[waited].0.is_done();
         let awake = idle && self.spin.choose(routed.count);
@@ -69,7 +76,14 @@ impl Remote {
                     self.pump.turn();
                     continue;
                 }
-                Err(_) => self.pump.run_for(pause.min(LOOK_AROUND), self.events.recv()),
+                Err(_) => {
+                    let event = self.pump.run_for(pause.min(LOOK_AROUND), self.events.recv());
+                    // Nobody is late whose answer only has to be read.
+                    event.or_else(|| {
+                        self.pump.turn();
+                        self.events.try_recv().ok().map(Some)
+                    })
+                }
             };
             let now = Instant::now();
             let placement = self.placement.load_full();
@@ -77,12 +91,13 @@ impl Remote {
             match event {
                 Some(Some(LinkEvent::Reply(node, reply))) => {
                     let exchange = &mut self.lanes[lane(Ticket(reply.ticket))].0;
-                    match exchange.on_reply(node, reply, &placement, now)? {
+                    match exchange.on_reply(node, reply, &placement, now) {
                         Taken::Result(took) => {
                             self.links[node.0 as usize].observe(took);
                             self.metrics.round_trip.observe(took.as_secs_f64());
                         }
                         Taken::Retried => self.count_retry(node.0),
+                        Taken::Late => _ = self.metrics.late_replies.inc(),
                         Taken::Stale => _ = self.metrics.stale_replies.inc(),
                     }
                 }
@@ -91,13 +106,14 @@ impl Remote {
                     for (exchange, _) in &mut self.lanes {
                         exchange.on_down(node, &placement, now);
                     }
+                    self.health.lock().down(node, now);
                     if self.retries() > before {
                         self.count_retry(node.0);
                     }
                 }
                 None => {
                     for (exchange, _) in self.lanes.iter_mut().filter(|(e, _)| !e.is_done()) {
-                        exchange.on_time(&placement, now)?;
+                        exchange.on_time(&placement, now);
                     }
                 }
                 // The links hold the senders for as long as the process serves.
@@ -111,7 +127,34 @@ impl Remote {
         }
         self.metrics.exchange_wait.observe(waited_for.as_secs_f64());
         self.metrics.exchange.observe(self.lanes[waited].1.elapsed().as_secs_f64());
-        Ok(())
+        self.count();
+    }
+
+    /// Somebody who gives signs of life owns the expert.
+    pub fn has(&self, layer: LayerId, expert: ExpertId) -> bool {
+        let placement = self.placement.load();
+        let lives = |node: &NodeIndex| !self.links[node.0 as usize].is_hung();
+        placement.owners(layer, expert).iter().any(lives)
+    }
+
+    pub fn abandon(&mut self) {
+        let now = Instant::now();
+        self.lanes.iter_mut().for_each(|(exchange, _)| exchange.settle(now));
+    }
+
+    /// Brings the metrics up to what the policy has counted.
+    fn count(&mut self) {
+        let now = self.health.lock().counts;
+        if now == self.counted {
+            return;
+        }
+        let before = std::mem::replace(&mut self.counted, now);
+        let metrics = &self.metrics;
+        metrics.frames.inc_by(now.first - before.first);
+        metrics.late.inc_by(now.late - before.late);
+        metrics.again.inc_by(now.again - before.again);
+        metrics.spared.inc_by(now.spared - before.spared);
+        metrics.ejections.inc_by(now.ejections - before.ejections);
     }
 
     pub fn row(&self, lane: usize, slot: usize) -> &[u8] {
@@ -126,8 +169,21 @@ impl Remote {
         self.lanes.iter().map(|(exchange, _)| exchange.retries()).sum()
     }
 
-    /// Tells the open exchanges of a placement that they do not know yet.
+    /// Tells the open exchanges of a placement that they do not know yet, and
+    /// of nodes that hang.
     fn look(&mut self, placement: &Placement, now: Instant) {
+        let any_hung = self.links.iter().any(|link| link.is_hung());
+        if any_hung || self.any_hung {
+            self.any_hung = any_hung;
+            for link in self.links.iter() {
+                let hung = link.is_hung();
+                if self.health.lock().set_hung(link.node, hung, now) && hung {
+                    for (exchange, _) in &mut self.lanes {
+                        exchange.on_hung(link.node, placement, now);
+                    }
+                }
+            }
+        }
         if placement.epoch() != self.epoch {
             self.epoch = placement.epoch();
             for (exchange, _) in &mut self.lanes {
@@ -153,6 +209,10 @@ impl Remote {
         self.pump.run(async {
             while let Some(Outgoing { node, ticket }) = exchange.outbox.pop() {
                 exchange.encode(ticket, rows, &mut self.wire);
+                if self.wire.is_empty() {
+                    // Its slots have been given up since.
+                    continue;
+                }
                 if !self.links[node.0 as usize].send(self.wire.split().freeze()) {
                     exchange.on_unsent(ticket, placement, now);
                 }
