@@ -8,6 +8,7 @@ use proto::v1::expert_control_client::ExpertControlClient;
 use proto::v1::{DescribeRequest, NodeDescription};
 use serde_json::{Value, json};
 
+use crate::nodes::node;
 use crate::support::evil::{Evil, EvilNode};
 use crate::support::sandbox::signal;
 use crate::support::{Fixture, Sandbox, block_on, http};
@@ -58,11 +59,6 @@ async fn together(mesh: &Sandbox, fixture: &Fixture, want: &[Value], tokens: u32
         assert_eq!(answer.status, 200, "{}", answer.body);
         assert_eq!(answer.body["choices"][0]["token_ids"], want[index], "stream {index}");
     }
-}
-
-fn channel(mesh: &Sandbox, index: usize) -> tonic::transport::Channel {
-    let socket = mesh.socket(&format!("expert-node-{index}"));
-    mesh::transport::channel(&mesh::transport::Endpoint::Unix(socket)).unwrap()
 }
 
 #[test]
@@ -140,14 +136,14 @@ fn evil_nodes_are_seen_through_and_left_alone() {
         let want = undisturbed(&honest, &fixture, 4, 40).await;
         for evil in Evil::ALL {
             let path = honest.dir.join(format!("{evil:?}.sock"));
-            let node = EvilNode::start(&path, channel(&honest, 1), evil).await;
+            let evil_node = EvilNode::start(&path, node(&honest, 1), evil).await;
             let good = honest.socket("expert-node-0");
             let nodes = format!("[\"unix:{}\", \"unix:{}\"]", good.display(), path.display());
             let mesh = Sandbox::of(&fixture.dir).router_nodes(nodes).start().await;
             while !mesh.router_status().await.nodes.iter().all(|node| node.connected) {
                 tokio::time::sleep(Duration::from_millis(5)).await;
             }
-            let frames = || node.frames.load(Ordering::Relaxed);
+            let frames = || evil_node.frames.load(Ordering::Relaxed);
             loop {
                 together(&mesh, &fixture, &want, 40).await;
                 let metrics = mesh.metrics("router-0").await;
@@ -169,7 +165,7 @@ fn evil_nodes_are_seen_through_and_left_alone() {
 
 /// What the last node owns of a layer alone.
 async fn describe(mesh: &Sandbox, index: usize) -> NodeDescription {
-    let mut control = ExpertControlClient::new(channel(mesh, index));
+    let mut control = ExpertControlClient::new(node(mesh, index));
     control.describe(DescribeRequest {}).await.unwrap().into_inner()
 }
 

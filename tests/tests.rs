@@ -15,3 +15,4 @@ mod parity;
 mod sensitivity;
 mod support;
 mod tidy;
+mod tls;

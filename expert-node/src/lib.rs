@@ -30,6 +30,7 @@ use mesh::admin;
 use mesh::lifecycle::{Readiness, Shutdown};
 use mesh::metrics::Metrics;
 use mesh::pump::Pump;
+use mesh::tls::{self, Tls, TlsError};
 use mesh::transport::{self, Endpoint, Listener, TransportError};
 use model::{Checkpoint, LoadError, Numerics};
 use proto::frame::Shape;
@@ -62,6 +63,9 @@ pub struct Config {
     pub listen: Endpoint,
     /// Where `/metrics`, `/healthz` and `/readyz` are served, if anywhere.
     pub admin: Option<Endpoint>,
+    /// This node's certificate, which has its id, and whom it trusts; `None` is
+    /// plain text.
+    pub tls: Option<tls::Files>,
     pub model_dir: PathBuf,
     pub numerics: Numerics,
     pub shard: Shard,
@@ -79,6 +83,8 @@ pub enum Error {
     Load(#[from] LoadError),
     #[error(transparent)]
     Transport(#[from] TransportError),
+    #[error(transparent)]
+    Tls(#[from] TlsError),
     #[error("cannot serve metrics: {0}")]
     Admin(std::io::Error),
     #[error("cannot start the executor thread: {0}")]
@@ -97,6 +103,8 @@ pub async fn serve(config: Config, shutdown: Shutdown) -> Result<(), Error> {
     }
     let readiness = Readiness::starting("loading experts");
     let metrics = Metrics::default();
+    let owner = tls::Owner { role: tls::Role::ExpertNode, id: Some(config.id.clone()) };
+    let tls = tls::start(config.tls.as_ref(), owner, &metrics, &shutdown)?;
     let listener = transport::bind(&config.listen).await?;
     let admin = match &config.admin {
         Some(endpoint) => Some(transport::bind(endpoint).await?),
@@ -139,7 +147,7 @@ pub async fn serve(config: Config, shutdown: Shutdown) -> Result<(), Error> {
         alive_at,
     };
     let compute = kernels::Compute::new(isa, config.threads);
-    let run = Run { facts, compute, store, admission: admission.clone(), node };
+    let run = Run { facts, compute, store, admission: admission.clone(), node, tls };
     run.until(listener, shutdown, readiness).await?;
     if let Some(Ok(served)) = match side {
         Some(side) => Some(side.await),
@@ -158,6 +166,7 @@ struct Run {
     store: Arc<Store>,
     admission: Arc<Admission>,
     node: NodeMetrics,
+    tls: Option<Tls>,
 }
 
 impl Run {
@@ -168,7 +177,7 @@ impl Run {
         shutdown: Shutdown,
         readiness: Readiness,
     ) -> Result<(), Error> {
-        let Self { facts, compute, store, admission, node } = self;
+        let Self { facts, compute, store, admission, node, tls } = self;
         let spare = Spare::default();
         let executor = Executor::new(executor::Parts {
             compute,
@@ -192,7 +201,7 @@ impl Run {
             readiness.set(Err("draining".to_owned()));
         };
         let serving = compute_and_serve(listener, executor, jobs, async move |listener| {
-            transport::serve_grpc(listener, routes, drained).await
+            transport::serve_grpc(listener, routes, tls.as_ref(), drained).await
         })?;
         // Nothing is said by a thread that panicked.
         serving.await.unwrap_or(Err(Error::Executor))

@@ -48,6 +48,7 @@ pub async fn serve(
         store: Arc::new(Store::stub(LAYER, owned)),
         admission: Arc::new(Admission::new(usize::MAX >> 1)),
         node: Metrics::default().register(NodeMetrics::new),
+        tls: None,
     };
     run.until(listener, shutdown, Readiness::starting("a stub")).await
 }

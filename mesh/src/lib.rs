@@ -1,6 +1,8 @@
 //! What a process needs to be a node of the mesh. Rooms:
 //!
 //! - [`transport`]: endpoints, listeners, channels; the one place that opens sockets
+//! - [`tls`]: identities, handshakes, certificates that are replaced while running
+//! - [`authz`]: which role may call which method
 //! - [`link`]: the actor that keeps one data stream to one expert node
 //! - [`pump`]: the runtime that a computing thread drives itself
 //! - [`placement`]: which live node owns which expert, and the pure planner
@@ -14,6 +16,7 @@
 #![forbid(unsafe_code)]
 
 pub mod admin;
+pub mod authz;
 pub mod lifecycle;
 pub mod link;
 pub mod metrics;
@@ -21,4 +24,5 @@ pub mod placement;
 pub mod pump;
 pub mod supervise;
 pub mod telemetry;
+pub mod tls;
 pub mod transport;

@@ -27,7 +27,8 @@ use tokio::task::JoinSet;
 use crate::link::stream::{Reader, StreamError, Writer};
 use crate::placement::NodeIndex;
 use crate::supervise::Pulse;
-use crate::transport::{Endpoint, channel};
+use crate::tls::{Expected, Role, Tls};
+use crate::transport::{self, Endpoint, channel_and_peer};
 
 const FIRST_RECONNECT: Duration = Duration::from_millis(50);
 const SLOWEST_RECONNECT: Duration = Duration::from_secs(2);
@@ -63,7 +64,7 @@ pub struct Identity {
 enum LinkError {
     #[error("{0}")]
     Transport(#[from] crate::transport::TransportError),
-    #[error("{}", describe_status(.0))]
+    #[error("{}", transport::explain(.0))]
     Call(#[from] Box<tonic::Status>),
     #[error("serves another model: its digest is {got}, ours {want}")]
     Model { got: String, want: String },
@@ -71,6 +72,8 @@ enum LinkError {
     Numerics { got: String, want: String },
     #[error("its hidden size is {got}, ours {want}")]
     Hidden { got: u32, want: u32 },
+    #[error("its certificate is of {certificate}, but it calls itself `{says}`")]
+    Impostor { certificate: String, says: String },
     #[error("is draining")]
     Draining,
     #[error(transparent)]
@@ -81,21 +84,6 @@ enum LinkError {
     Hung,
 }
 
-/// The cause, not the wrapper: tonic says "transport error" for a refused connection.
-fn describe_status(status: &tonic::Status) -> String {
-    let mut cause: &dyn std::error::Error = status;
-    while let Some(next) = cause.source() {
-        cause = next;
-    }
-    match std::ptr::eq(
-        cause as *const dyn std::error::Error as *const (),
-        status as *const _ as *const (),
-    ) {
-        true => format!("{}: {}", status.code(), status.message()),
-        false => cause.to_string(),
-    }
-}
-
 /// One node as the engine and operators see it.
 pub struct LinkHandle {
     pub node: NodeIndex,
@@ -103,6 +91,8 @@ pub struct LinkHandle {
     stream: ArcSwapOption<Writer>,
     description: ArcSwapOption<NodeDescription>,
     detail: ArcSwap<String>,
+    /// The id that was certified here first: no other one is talked to.
+    known: ArcSwapOption<String>,
     pub frames: AtomicU64,
     pub retries: AtomicU64,
     /// Exponentially weighted round trip of a frame, in microseconds.
@@ -122,6 +112,7 @@ impl LinkHandle {
             stream: ArcSwapOption::empty(),
             description: ArcSwapOption::empty(),
             detail: ArcSwap::from_pointee("not connected yet".to_owned()),
+            known: ArcSwapOption::empty(),
             frames: AtomicU64::new(0),
             retries: AtomicU64::new(0),
             round_trip_us: AtomicU64::new(0),
@@ -186,6 +177,7 @@ impl LinkHandle {
 pub struct LinkParts {
     pub handle: Arc<LinkHandle>,
     pub identity: Identity,
+    pub tls: Option<Tls>,
     pub events: mpsc::Sender<LinkEvent>,
     /// Where the data stream lives: the engine's own runtime.
     pub pump: Handle,
@@ -309,16 +301,27 @@ async fn session(parts: LinkParts) -> (LinkError, bool) {
 }
 
 async fn open(parts: &LinkParts) -> Result<(NodeDescription, Writer, Reader), LinkError> {
-    let endpoint = &parts.handle.endpoint;
+    let LinkParts { handle, tls, .. } = parts;
+    let endpoint = &handle.endpoint;
+    let known = handle.known.load_full().map(|id| (*id).clone());
+    let mut expected = Expected { role: Role::ExpertNode, id: known };
+    let (channel, peer) = channel_and_peer(endpoint, tls.as_ref(), expected.clone())?;
     let mut request = tonic::Request::new(DescribeRequest {});
     request.set_timeout(CALL_TIMEOUT);
-    let description = ExpertControlClient::new(channel(endpoint)?)
-        .describe(request)
-        .await
-        .map_err(Box::new)?
-        .into_inner();
+    let description =
+        ExpertControlClient::new(channel).describe(request).await.map_err(Box::new)?.into_inner();
+    if let Some(principal) = peer.principal() {
+        if principal.id != description.node_id {
+            let (certificate, says) = (principal.short(), description.node_id);
+            return Err(LinkError::Impostor { certificate, says });
+        }
+        expected.id = Some(principal.id.clone());
+    }
     parts.identity.check(&description)?;
-    let (writer, reader) = stream::open(endpoint).await?;
+    let tls = tls.as_ref().map(|tls| (tls, &expected));
+    let (writer, reader) = stream::open(endpoint, tls).await?;
+    // Certified, of our model, and it took the stream: from now on it is known.
+    handle.known.store(expected.id.map(Arc::new));
     Ok((description, writer, reader))
 }
 

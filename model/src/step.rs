@@ -282,3 +282,32 @@ impl Step {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_weight_of_dropped_slots_goes_to_the_rest_of_their_row() {
+        let weights = vec![0.5, 0.5, 1.5, 0.1, 0.2, 0.7];
+        let fresh = || Step { top_k: 3, weights: weights.clone(), ..Step::default() };
+        let mut step = fresh();
+        step.drop_slots(0, &[2]);
+        assert_eq!(step.weights, [1.25, 1.25, 0.0, 0.1, 0.2, 0.7]);
+        let mut step = fresh();
+        step.drop_slots(1, &[3, 4]);
+        assert_eq!(step.weights[..5], [0.5, 0.5, 1.5, 0.0, 0.0]);
+        assert!((step.weights[5] - 1.0).abs() < 1e-6);
+        let mut step = fresh();
+        step.drop_slots(0, &[0, 1, 2]);
+        assert_eq!(step.weights, [0.0, 0.0, 0.0, 0.1, 0.2, 0.7], "nobody is left to take it");
+    }
+
+    #[test]
+    fn a_silenced_row_is_finite_and_alone() {
+        let residual = vec![1.0, f32::NAN, f32::INFINITY, 2.0, 3.0, 4.0];
+        let mut step = Step { hidden: 3, residual, ..Step::default() };
+        step.silence(0);
+        assert_eq!(step.residual, [0.0, 0.0, 0.0, 2.0, 3.0, 4.0]);
+    }
+}

@@ -40,6 +40,7 @@ use mesh::link::{Identity, LinkHandle};
 use mesh::metrics::Metrics;
 use mesh::placement::{ExpertGrid, NodeIndex, Placement};
 use mesh::pump::Pump;
+use mesh::tls::{self, TlsError};
 use mesh::transport::{self, Endpoint, TransportError};
 use model::sample::Scratch;
 use model::{Checkpoint, KvError, KvPool, LoadError, Numerics, Trunk};
@@ -75,6 +76,8 @@ pub struct Config {
     pub listen: Endpoint,
     /// Where `/metrics`, `/healthz` and `/readyz` are served, if anywhere.
     pub admin: Option<Endpoint>,
+    /// This router's certificate and whom it trusts; `None` is plain text.
+    pub tls: Option<tls::Files>,
     pub model_dir: PathBuf,
     pub numerics: Numerics,
     /// The expert nodes; empty keeps the experts inside the router.
@@ -112,6 +115,8 @@ pub enum Error {
     Kv(#[from] KvError),
     #[error(transparent)]
     Transport(#[from] TransportError),
+    #[error(transparent)]
+    Tls(#[from] TlsError),
     #[error("cannot serve metrics: {0}")]
     Admin(std::io::Error),
     #[error("cannot start a thread: {0}")]
@@ -126,6 +131,8 @@ pub async fn serve(config: Config, shutdown: Shutdown) -> Result<(), Error> {
     let readiness = Readiness::starting("loading the trunk");
     let registry = Metrics::default();
     let metrics = registry.register(RouterMetrics::new);
+    let owner = tls::Owner { role: tls::Role::Router, id: None };
+    let tls = tls::start(config.tls.as_ref(), owner, &registry, &shutdown)?;
     let listener = transport::bind(&config.listen).await?;
     let side = match &config.admin {
         Some(endpoint) => Some(transport::bind(endpoint).await?),
@@ -259,6 +266,7 @@ pub async fn serve(config: Config, shutdown: Shutdown) -> Result<(), Error> {
         },
         link_events,
         pump: pump.handle(),
+        tls: tls.clone(),
     })?;
 
     let service = InferenceServer::new(Service::new(facts, view.clone()))
@@ -268,7 +276,8 @@ pub async fn serve(config: Config, shutdown: Shutdown) -> Result<(), Error> {
     // Draining: the server refuses new connections and calls, and returns when
     // the running ones have ended.
     let stop = shutdown.clone();
-    transport::serve_grpc(listener, Routes::new(service), async move { stop.wait().await }).await?;
+    let routes = Routes::new(service);
+    transport::serve_grpc(listener, routes, tls.as_ref(), async move { stop.wait().await }).await?;
     let died = *engine_ended.borrow();
     actors.stop();
     if let Some(side) = side

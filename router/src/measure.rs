@@ -69,6 +69,7 @@ impl Dispatcher {
             identity,
             link_events,
             pump: pump.handle(),
+            tls: None,
         })
         .map_err(|error| error.to_string())?;
         let patience = Patience { expert_wait: PATIENCE, busy: Duration::from_millis(5) };

@@ -31,6 +31,8 @@ pub struct Local {
     /// 0 keeps the experts inside the router.
     pub expert_nodes: usize,
     pub replicas: usize,
+    /// Whether its processes speak mutual TLS, with certificates made for it.
+    pub tls: bool,
     /// Where the first gateway listens; the others take the ports after it.
     pub http: (String, u16),
     pub numerics: Numerics,
@@ -134,6 +136,11 @@ fn build(reader: &mut Reader<'_>) -> Result<Local, ConfigError> {
         routers,
         expert_nodes,
         replicas,
+        tls: reader.or(
+            "tls",
+            false,
+            "Mutual TLS between the processes, with certificates that are made for this mesh.",
+        )?,
         http,
         numerics: reader.or("numerics", Numerics::Bf16, "bf16, or f32 for the reference class.")?,
         threads: reader.within("threads", cpus(), 1..=1024, "Threads that compute.")?,

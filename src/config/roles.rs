@@ -12,6 +12,7 @@ use model::Numerics;
 use crate::config::ConfigError;
 use crate::config::given::{File, Given};
 use crate::config::reader::{Declared, Reader, describe, read};
+use crate::config::tls;
 
 /// What a process of the mesh can be.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -141,6 +142,7 @@ fn gateway(reader: &mut Reader<'_>) -> Result<Process, ConfigError> {
     let config = gateway::Config {
         listen,
         routers,
+        tls: tls::files(reader)?,
         model_name,
         model_dir,
         max_body_bytes: reader.within(
@@ -179,10 +181,13 @@ fn narrow(number: usize) -> u32 {
 }
 
 fn router(reader: &mut Reader<'_>) -> Result<Process, ConfigError> {
+    let id = id(reader, "router-0")?;
+    let listen = listen(reader, "127.0.0.1:7000")?;
     let config = router::Config {
-        id: id(reader, "router-0")?,
-        listen: listen(reader, "127.0.0.1:7000")?,
+        id,
         admin: admin(reader)?,
+        tls: tls::files_of_server(reader, &listen)?,
+        listen,
         model_dir: model_dir(reader, "Directory of the checkpoint, as published on Hugging Face.")?,
         numerics: numerics(reader)?,
         nodes: reader.or(
@@ -267,10 +272,13 @@ fn policy(reader: &mut Reader<'_>) -> Result<router::Policy, ConfigError> {
 }
 
 fn expert_node(reader: &mut Reader<'_>) -> Result<Process, ConfigError> {
+    let id = id(reader, "expert-node-0")?;
+    let listen = listen(reader, "127.0.0.1:7100")?;
     let config = expert_node::Config {
-        id: id(reader, "expert-node-0")?,
-        listen: listen(reader, "127.0.0.1:7100")?,
+        id,
         admin: admin(reader)?,
+        tls: tls::files_of_server(reader, &listen)?,
+        listen,
         model_dir: model_dir(
             reader,
             "Directory of the checkpoint. Only the bytes of the node's own experts are read.",

@@ -88,7 +88,8 @@ impl Setting for bool {
     }
 
     fn from_value(value: &Value) -> Result<Self, String> {
-        value.as_bool().ok_or_else(|| format!("expected true or false, found {}", found(value)))
+        let wrong = || format!("expected true or false, found {}", found(value));
+        value.as_bool().ok_or_else(wrong)
     }
 
     fn to_toml(&self) -> String {

@@ -9,6 +9,7 @@ use mesh::telemetry::LogFormat;
 use mesh::transport::Endpoint;
 use toml::Value;
 
+use crate::certs::authority::files_in;
 use crate::config::ConfigError;
 use crate::config::given::Given;
 use crate::config::local::Local;
@@ -27,6 +28,11 @@ pub struct Planned {
     pub admin: Endpoint,
     pub config_file: PathBuf,
     pub config: String,
+}
+
+/// Where the certificates of a mesh with TLS are, in its directory.
+pub fn certificates(dir: &Path) -> PathBuf {
+    dir.join("certs")
 }
 
 impl Planned {
@@ -138,6 +144,12 @@ impl Planner<'_> {
         mut soft: Given,
     ) -> Result<Planned, ConfigError> {
         fixed.derive("id", id.as_str());
+        if self.local.tls {
+            let files = files_in(&certificates(self.dir), &id);
+            fixed.derive("tls_cert", files.certificate.display().to_string());
+            fixed.derive("tls_key", files.key.display().to_string());
+            fixed.derive("tls_ca", files.authorities.display().to_string());
+        }
         fixed.derive("model_dir", self.model.display().to_string());
         let format = match self.local.log {
             LogFormat::Text => "text",
@@ -225,6 +237,23 @@ mod tests {
         assert_eq!(plan.len(), 2);
         let RoleConfig::Router(router) = config(&plan[0]) else { panic!("no router") };
         assert!(router.nodes.is_empty());
+    }
+
+    #[test]
+    fn with_tls_every_process_has_its_own_certificate() {
+        let plan = planned(&local(&[("tls", "true"), ("expert_nodes", "1")])).unwrap();
+        let RoleConfig::ExpertNode(node) = config(&plan[0]) else { panic!("no node") };
+        let RoleConfig::Router(router) = config(&plan[1]) else { panic!("no router") };
+        let RoleConfig::Gateway(gateway) = config(&plan[2]) else { panic!("no gateway") };
+        for (files, id) in
+            [(node.tls, "expert-node-0"), (router.tls, "router-0"), (gateway.tls, "gateway-0")]
+        {
+            assert_eq!(files, Some(files_in(Path::new("/run/m/certs"), id)));
+        }
+        let RoleConfig::Router(plain) = config(&planned(&local(&[])).unwrap()[3]) else {
+            panic!("no router")
+        };
+        assert_eq!(plain.tls, None);
     }
 
     #[test]

@@ -92,7 +92,12 @@ impl EvilNode {
         let routes = Routes::new(node.clone()).add_service(ExpertControlServer::new(node.clone()));
         let shutdown = Shutdown::new();
         let stop = shutdown.clone();
-        tokio::spawn(transport::serve_grpc(listener, routes, async move { stop.wait().await }));
+        tokio::spawn(transport::serve_grpc(
+            listener,
+            routes,
+            None,
+            async move { stop.wait().await },
+        ));
         Self { frames: node.frames, shutdown }
     }
 }

@@ -7,6 +7,7 @@ use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
+use mesh::tls::{Expected, Files, Owner, Role, Tls};
 use proto::v1::inference_client::InferenceClient;
 use proto::v1::{RouterStatus, RouterStatusRequest};
 use serde_json::{Value, json};
@@ -26,11 +27,17 @@ pub struct Plan {
     /// Nodes of another mesh, in place of its own.
     foreign: Option<String>,
     router: Vec<(String, String)>,
+    /// Settings of routers and nodes alike.
+    compute: Vec<(String, String)>,
+    /// A directory of certificates (`moemesh certs all`).
+    certificates: Option<PathBuf>,
 }
 
 pub struct Sandbox {
     pub dir: PathBuf,
     pub http: Address,
+    /// Whose certificate this program calls with.
+    pub operator: Option<Tls>,
     gateway: Option<Process>,
     router: Option<Process>,
     pub nodes: Vec<Process>,
@@ -52,6 +59,8 @@ impl Sandbox {
             replicas: 1,
             foreign: None,
             router: Vec::new(),
+            compute: vec![("threads".to_owned(), "1".to_owned())],
+            certificates: None,
         }
     }
 }
@@ -78,6 +87,19 @@ impl Plan {
         self
     }
 
+    /// A setting of every process that computes, as TOML.
+    pub fn compute(mut self, key: &str, value: impl ToString) -> Self {
+        self.compute.retain(|(known, _)| known != key);
+        self.compute.push((key.to_owned(), value.to_string()));
+        self
+    }
+
+    /// Has every process speak mutual TLS with the certificates of this directory.
+    pub fn tls(mut self, certificates: &Path) -> Self {
+        self.certificates = Some(certificates.to_owned());
+        self
+    }
+
     /// Has the router talk to these nodes (a TOML array), and starts none.
     pub fn router_nodes(mut self, nodes: String) -> Self {
         (self.foreign, self.expert_nodes) = (Some(nodes), 0);
@@ -99,18 +121,21 @@ impl Plan {
         std::fs::create_dir_all(&dir).unwrap();
         let socket = |name: &str| format!("unix:{}", dir.join(format!("{name}.sock")).display());
         let model = format!("model_dir = {:?}\n", self.model);
-        let class =
-            format!("numerics = \"{}\"\nthreads = 1\nlog_filter = \"warn\"\n", self.numerics);
+        let mut class = format!("numerics = \"{}\"\nlog_filter = \"warn\"\n", self.numerics);
+        extend(&mut class, &self.compute);
+        let certificates = self.certificates.as_deref();
+        let tls = |id: &str| certificates.map_or_else(String::new, |dir| tls_settings(dir, id));
 
         let mut endpoints = Vec::new();
         let mut nodes = Vec::new();
         for index in 0..self.expert_nodes {
             let name = format!("expert-node-{index}");
             let config = format!(
-                "id = \"{name}\"\nlisten = \"{}\"\nadmin = \"{}\"\n{model}{class}\
+                "id = \"{name}\"\nlisten = \"{}\"\nadmin = \"{}\"\n{model}{class}{}\
                  shard_index = {index}\nshard_count = {}\nshard_replicas = {}\n",
                 socket(&name),
                 socket(&format!("{name}-admin")),
+                tls(&name),
                 self.expert_nodes,
                 self.replicas,
             );
@@ -120,9 +145,10 @@ impl Plan {
 
         let nodes_list = self.foreign.unwrap_or_else(|| format!("{endpoints:?}"));
         let mut config = format!(
-            "id = \"router-0\"\nlisten = \"{}\"\nadmin = \"{}\"\n{model}{class}nodes = {nodes_list}\n",
+            "id = \"router-0\"\nlisten = \"{}\"\nadmin = \"{}\"\n{model}{class}{}nodes = {nodes_list}\n",
             socket("router-0"),
             socket("router-0-admin"),
+            tls("router-0"),
         );
         extend(&mut config, &self.router);
         let router = Process::start(&dir, "router", "router-0", &config);
@@ -130,18 +156,37 @@ impl Plan {
         let port = free_port();
         let config = format!(
             "id = \"gateway-0\"\nlisten = \"127.0.0.1:{port}\"\nrouters = [\"{}\"]\n{model}\
-             model_name = \"test\"\nlog_filter = \"warn\"\n",
+             model_name = \"test\"\nlog_filter = \"warn\"\n{}",
             socket("router-0"),
+            tls("gateway-0"),
         );
         let gateway = Process::start(&dir, "gateway", "gateway-0", &config);
         Sandbox {
             http: Address::Tcp(format!("127.0.0.1:{port}")),
             dir,
+            operator: certificates.map(|dir| identity(dir, Role::Operator, "operator-0")),
             gateway: Some(gateway),
             router: Some(router),
             nodes,
         }
     }
+}
+
+/// The lines of a configuration file that make a process `id`.
+pub fn tls_settings(dir: &Path, id: &str) -> String {
+    let file = |name: String| dir.join(name).display().to_string();
+    let (cert, key) = (file(format!("{id}.pem")), file(format!("{id}.key")));
+    format!("tls_cert = {cert:?}\ntls_key = {key:?}\ntls_ca = {:?}\n", file("ca.pem".into()))
+}
+
+/// Whoever `id`'s certificate in `dir` is.
+pub fn identity(dir: &Path, role: Role, id: &str) -> Tls {
+    let files = Files {
+        certificate: dir.join(format!("{id}.pem")),
+        key: dir.join(format!("{id}.key")),
+        authorities: dir.join("ca.pem"),
+    };
+    Tls::load(&files, Owner { role, id: None }).unwrap()
 }
 
 fn extend(config: &mut String, settings: &[(String, String)]) {
@@ -190,7 +235,9 @@ impl Sandbox {
     /// The router's own account of itself, over gRPC.
     pub async fn router_status(&self) -> RouterStatus {
         let endpoint = mesh::transport::Endpoint::Unix(self.socket("router-0"));
-        let channel = mesh::transport::channel(&endpoint).unwrap();
+        let expected = Expected::any(Role::Router);
+        let tls = self.operator.as_ref();
+        let channel = mesh::transport::channel(&endpoint, tls, expected).unwrap();
         let request = RouterStatusRequest {};
         InferenceClient::new(channel).status(request).await.unwrap().into_inner()
     }

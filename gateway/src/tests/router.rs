@@ -84,7 +84,9 @@ pub async fn start(text: &str) -> FakeRouter {
     let stop = shutdown.clone();
     let routes = tonic::service::Routes::new(InferenceServer::new(service));
     tokio::spawn(async move {
-        transport::serve_grpc(listener, routes, async move { stop.wait().await }).await.unwrap();
+        transport::serve_grpc(listener, routes, None, async move { stop.wait().await })
+            .await
+            .unwrap();
     });
     FakeRouter { endpoint, script, seen, live, shutdown }
 }

@@ -7,7 +7,8 @@ use std::time::Duration;
 
 use arc_swap::ArcSwap;
 use bytes::Bytes;
-use mesh::transport::{Endpoint, channel};
+use mesh::tls::{self, Expected, Role, Tls};
+use mesh::transport::{self, Endpoint, channel};
 use proto::v1::inference_client::InferenceClient;
 use proto::v1::{GenerateEvent, GenerateRequest, RouterStatus, RouterStatusRequest};
 use tokio::time::Instant;
@@ -67,8 +68,9 @@ impl Drop for Lease {
 }
 
 impl Router {
-    pub fn new(endpoint: &Endpoint, vocab_size: u32) -> Result<Self, Error> {
-        let client = InferenceClient::new(channel(endpoint)?)
+    pub fn new(endpoint: &Endpoint, tls: Option<&Tls>, vocab_size: u32) -> Result<Self, Error> {
+        let channel = channel(endpoint, tls, Expected::any(Role::Router))?;
+        let client = InferenceClient::new(channel)
             .max_decoding_message_size(proto::MAX_MESSAGE_BYTES)
             .max_encoding_message_size(proto::MAX_MESSAGE_BYTES);
         Ok(Self {
@@ -166,8 +168,11 @@ impl Router {
 
 /// Short and in people's words.
 fn describe(status: &Status) -> String {
+    if let Some(told) = tls::explain(status) {
+        return told;
+    }
     match status.code() {
-        Code::Unavailable => format!("unreachable: {}", status.message()),
+        Code::Unavailable => format!("unreachable: {}", transport::explain(status)),
         code => format!("{code:?}: {}", status.message()),
     }
 }

@@ -122,11 +122,11 @@ fn address(alive_at: &str, endpoint: &Endpoint) -> Option<Endpoint> {
     let address = match alive_at.parse().ok()? {
         Endpoint::Tcp(address) => address,
         // Only a node of this machine shares its files.
-        unix @ Endpoint::Unix(_) => return endpoint.is_here().then_some(unix),
+        unix @ Endpoint::Unix(_) => return endpoint.is_loopback().then_some(unix),
     };
     let (host, port) = address.rsplit_once(':')?;
     let ip = host.trim_start_matches('[').trim_end_matches(']').parse::<IpAddr>().ok();
-    if ip.is_some_and(|ip| ip.is_loopback()) && !endpoint.is_here() {
+    if ip.is_some_and(|ip| ip.is_loopback()) && !endpoint.is_loopback() {
         return None;
     }
     let host = match endpoint {
