@@ -10,7 +10,7 @@ use serde_json::{Value, json};
 
 use crate::nodes::node;
 use crate::support::evil::{Evil, EvilNode};
-use crate::support::sandbox::signal;
+use crate::support::process::signal;
 use crate::support::{Fixture, Sandbox, block_on, http};
 
 fn extra(tokens: u32) -> Value {
@@ -74,9 +74,9 @@ fn a_node_that_stops_costs_no_token_and_returns() {
                     tokio::time::sleep(Duration::from_millis(1)).await;
                 }
                 let before = mesh.router_status().await.nodes[node].frames;
-                signal(mesh.nodes[node].id(), "STOP");
+                signal(mesh.nodes[node].pid(), "STOP");
                 tokio::time::sleep(Duration::from_millis(300)).await;
-                signal(mesh.nodes[node].id(), "CONT");
+                signal(mesh.nodes[node].pid(), "CONT");
                 assert!(before > 0, "it was in use");
             }
         };
@@ -101,11 +101,11 @@ fn a_stopped_node_is_noticed_without_traffic_and_without_a_replica_waited_for() 
         let mesh = plan.router("expert_wait", "\"10m\"").start().await;
         let want = undisturbed(&mesh, &fixture, 2, 400).await;
         let detail = async || mesh.router_status().await.nodes[1].detail.clone();
-        signal(mesh.nodes[1].id(), "STOP");
+        signal(mesh.nodes[1].pid(), "STOP");
         while !detail().await.contains("no sign of life") {
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
-        signal(mesh.nodes[1].id(), "CONT");
+        signal(mesh.nodes[1].pid(), "CONT");
         while detail().await != "up" {
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
@@ -115,12 +115,12 @@ fn a_stopped_node_is_noticed_without_traffic_and_without_a_replica_waited_for() 
             while mesh.router_status().await.running < 2 {
                 tokio::time::sleep(Duration::from_millis(1)).await;
             }
-            signal(mesh.nodes[1].id(), "STOP");
+            signal(mesh.nodes[1].pid(), "STOP");
             // It may be so long that the node is disconnected: that makes no difference.
             while !mesh.metrics("router-0").await.contains("moemesh_router_parked 2") {
                 tokio::time::sleep(Duration::from_millis(5)).await;
             }
-            signal(mesh.nodes[1].id(), "CONT");
+            signal(mesh.nodes[1].pid(), "CONT");
         };
         tokio::join!(load, harm);
         mesh.wait_idle().await;

@@ -22,7 +22,8 @@ use tokio::io::AsyncReadExt as _;
 use tonic::{Code, Request, Response, Status};
 
 use crate::support::http::{self, Address};
-use crate::support::sandbox::{free_port, identity, moemesh, run, tls_settings};
+use crate::support::process::{free_port, moemesh, run, signal};
+use crate::support::sandbox::{identity, tls_settings};
 use crate::support::{Fixture, Sandbox, block_on};
 
 /// A directory of certificates, removed at the end.
@@ -444,7 +445,7 @@ fn up_with_tls_serves_and_lets_in_only_its_own() {
         let (ok, _, error) = status(&[]);
         assert!(ok, "{error}");
         drop(socket);
-        crate::support::sandbox::signal(up.id(), "INT");
+        signal(up.id(), "INT");
         assert!(up.wait().unwrap().success());
         assert!(!runtime.exists(), "the keys are gone with the mesh");
     });

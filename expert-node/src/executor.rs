@@ -9,11 +9,13 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use bytes::{BufMut as _, Bytes, BytesMut};
+use mesh::{failpoint, pump};
 use mesh::telemetry::propagate;
 use model::{ExpertGroup, ExpertScratch, Numerics, forward_experts};
 use proto::frame::all_finite;
 use proto::v1::{DispatchError, DispatchFrame, DispatchReply, Dtype, ErrorCode};
 use proto::{ExpertId, LayerId, wire};
+use tokio::sync::mpsc::error::TryRecvError;
 use tokio::sync::mpsc::{OwnedPermit, UnboundedReceiver};
 use tonic::Status;
 
@@ -79,8 +81,10 @@ impl Executor {
     /// Computes what is queued until the last sender of jobs is gone. Between two
     /// batches the streams get their turn: replies leave, frames come in.
     pub async fn run(mut self, mut jobs: UnboundedReceiver<Job>) {
+        self.parts.compute.pool.bind_caller();
         let mut batch = Vec::new();
-        while let Some(first) = jobs.recv().await {
+        let mut awake = Instant::now();
+        while let Some(first) = next(&mut jobs, awake).await {
             let mut rows = first.slots;
             batch.push(first);
             while rows < BATCH_ROWS
@@ -92,12 +96,14 @@ impl Executor {
             self.parts.admission.leave(rows);
             self.parts.metrics.queued_rows.set(self.parts.admission.queued() as i64);
             self.compute(&mut batch);
+            awake = Instant::now() + pump::AWAKE;
             tokio::task::yield_now().await;
         }
     }
 
     /// Computes and answers all `jobs`.
     fn compute(&mut self, jobs: &mut Vec<Job>) {
+        failpoint::pass("executor");
         let start = Instant::now();
         for late in jobs.extract_if(.., |job| expired(job, start).is_some()) {
             let Some(error) = expired(&late, start) else { continue };
@@ -195,15 +201,7 @@ impl Executor {
         }
         for job in jobs.drain(..) {
             let rows = &self.rows[job.first..job.first + job.slots];
-            let result = |&row: &u32| &self.out[row as usize * width..][..width];
-            if !rows.iter().all(|row| all_finite(result(row), dtype)) {
-                let message = format!("layer {}: a result is not finite", job.frame.layer);
-                self.refuse(job, (ErrorCode::NonFinite, message));
-                continue;
-            }
             let queued = start.duration_since(job.arrived);
-            self.parts.metrics.frames.inc();
-            self.parts.metrics.queue_seconds.observe(queued.as_secs_f64());
             let head = DispatchReply {
                 ticket: job.frame.ticket,
                 attempt: job.frame.attempt,
@@ -214,10 +212,24 @@ impl Executor {
                 error: None,
                 rows: Bytes::new(),
             };
+            // Checked while it is copied, which reads it once.
+            let mut finite = true;
             wire::put(&mut self.wire, &head, rows.len() * width, |buffer| {
-                rows.iter().for_each(|row| buffer.put_slice(result(row)));
+                for &row in rows {
+                    let result = &self.out[row as usize * width..][..width];
+                    finite &= all_finite(result, dtype);
+                    buffer.put_slice(result);
+                }
             });
-            job.reply.send(Ok(self.wire.split().freeze()));
+            let reply = self.wire.split();
+            if !finite {
+                let message = format!("layer {}: a result is not finite", job.frame.layer);
+                self.refuse(job, (ErrorCode::NonFinite, message));
+                continue;
+            }
+            self.parts.metrics.frames.inc();
+            self.parts.metrics.queue_seconds.observe(queued.as_secs_f64());
+            job.reply.send(Ok(reply.freeze()));
             self.parts.spare.put(job.frame);
         }
     }
@@ -233,6 +245,18 @@ impl Executor {
 
     fn row_bytes(&self) -> usize {
         self.parts.hidden * self.dtype().size()
+    }
+}
+
+/// The next job, if there will be one. Does not sleep before `awake` is over.
+async fn next(jobs: &mut UnboundedReceiver<Job>, awake: Instant) -> Option<Job> {
+    loop {
+        match jobs.try_recv() {
+            Ok(job) => return Some(job),
+            Err(TryRecvError::Disconnected) => return None,
+            Err(TryRecvError::Empty) if Instant::now() < awake => pump::pass().await,
+            Err(TryRecvError::Empty) => return jobs.recv().await,
+        }
     }
 }
 

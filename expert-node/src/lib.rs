@@ -70,6 +70,8 @@ pub struct Config {
     pub numerics: Numerics,
     pub shard: Shard,
     pub threads: usize,
+    /// Position of the CPU that the first of them is bound to; `None` leaves them free.
+    pub first_cpu: Option<usize>,
     /// `None` takes the best the CPU has.
     pub isa: Option<kernels::Isa>,
     /// Rows × slots that may wait for the executor; more is refused as `BUSY`.
@@ -146,7 +148,7 @@ pub async fn serve(config: Config, shutdown: Shutdown) -> Result<(), Error> {
         },
         alive_at,
     };
-    let compute = kernels::Compute::new(isa, config.threads);
+    let compute = kernels::Compute::bound(isa, config.threads, config.first_cpu);
     let run = Run { facts, compute, store, admission: admission.clone(), node, tls };
     run.until(listener, shutdown, readiness).await?;
     if let Some(Ok(served)) = match side {

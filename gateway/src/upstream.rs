@@ -92,6 +92,11 @@ impl Upstream {
         Err(reasons.join("; "))
     }
 
+    /// Whether some router was ready not longer ago than `time`.
+    fn was_ready_within(&self, time: Duration) -> bool {
+        self.routers.iter().any(|router| router.was_ready_within(time))
+    }
+
     pub fn summary(&self) -> Summary {
         let mut summary = Summary { routers: self.routers.len(), ..Summary::default() };
         for status in self.routers.iter().filter_map(|router| router.status().ok()) {

@@ -8,6 +8,7 @@
 //! - [`placement`]: which live node owns which expert, and the pure planner
 //! - [`supervise`]: actors rebuilt from a factory when they stop or panic
 //! - [`lifecycle`]: shutdown and readiness
+//! - [`failpoint`]: panics on demand, in debug builds
 //! - [`admin`]: `/metrics`, `/healthz`, `/readyz` of router and expert node
 //! - [`metrics`], [`telemetry`]: Prometheus registry; logs and OpenTelemetry spans
 //!
@@ -17,6 +18,7 @@
 
 pub mod admin;
 pub mod authz;
+pub mod failpoint;
 pub mod lifecycle;
 pub mod link;
 pub mod metrics;

@@ -24,6 +24,7 @@ use tokio::sync::mpsc::error::TrySendError;
 use tokio::sync::{Notify, mpsc};
 use tokio::task::JoinSet;
 
+use crate::failpoint;
 use crate::link::stream::{Reader, StreamError, Writer};
 use crate::placement::NodeIndex;
 use crate::supervise::Pulse;
@@ -221,6 +222,7 @@ impl Link {
     }
 
     fn lost(&mut self, error: &LinkError, was_up: bool, ctx: &mut Context<Self>) {
+        failpoint::pass("link");
         let LinkParts { handle, .. } = &self.parts;
         if handle.detail() != error.to_string() {
             tracing::warn!(node = %handle.endpoint, reason = %error, "link is down");

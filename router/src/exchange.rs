@@ -84,6 +84,18 @@ pub enum Taken {
     Stale,
 }
 
+/// What a frame carries, and under which epoch.
+#[derive(Clone, Debug)]
+pub struct Sending<'a> {
+    pub node: NodeIndex,
+    pub layer: LayerId,
+    pub attempt: Attempt,
+    pub epoch: Epoch,
+    pub slots: &'a [u32],
+    /// One per slot.
+    pub experts: Vec<u32>,
+}
+
 /// Slots (row × top_k + slot, ascending) sent together to one node.
 struct Open {
     ticket: Ticket,
@@ -138,6 +150,8 @@ pub struct Exchange {
     located: Vec<Location>,
     missing: usize,
     gaps: Vec<Gap>,
+    /// Slots of the last reply whose results were there already.
+    doubled: Vec<u32>,
     /// The row that stands for a result that is not there.
     zeros: Vec<u8>,
     health: SharedHealth,
@@ -171,6 +185,7 @@ impl Exchange {
             located: Vec::new(),
             missing: 0,
             gaps: Vec::new(),
+            doubled: Vec::new(),
             zeros: vec![0; shape.row_bytes()],
             health,
             retries: 0,
@@ -210,6 +225,11 @@ impl Exchange {
         self.missing == 0
     }
 
+    /// Slots of the last reply whose results were not taken, for the history.
+    pub fn doubled(&self) -> &[u32] {
+        &self.doubled
+    }
+
     /// The results that cannot be had.
     pub fn gaps(&self) -> &[Gap] {
         &self.gaps
@@ -224,6 +244,21 @@ impl Exchange {
         let width = self.shape.row_bytes();
         let from = row as usize * width;
         &self.replies[reply as usize][from..from + width]
+    }
+
+    /// An open ticket's frame, for the history.
+    pub fn sending(&self, ticket: Ticket) -> Option<Sending<'_>> {
+        let open = &self.open[self.find(ticket)?];
+        let Open { node, attempt, epoch, .. } = *open;
+        let experts = open.slots.iter().map(|&slot| self.experts[slot as usize]);
+        Some(Sending {
+            node,
+            layer: self.layer,
+            attempt,
+            epoch,
+            slots: &open.slots,
+            experts: experts.collect(),
+        })
     }
 
     pub fn retries(&self) -> u64 {
@@ -251,6 +286,7 @@ impl Exchange {
         now: Instant,
     ) -> Taken {
         let ticket = Ticket(reply.ticket);
+        self.doubled.clear();
         // Another node's ticket is as good as none: whoever says so is confused or lies.
         let mine = |open: &Open| open.ticket == ticket && open.node == node;
         let Some(at) = self.open.iter().position(mine) else {
@@ -271,6 +307,8 @@ impl Exchange {
                     if location.is_awaited() {
                         *location = Location { reply: at, row: row as u32 };
                         self.missing -= 1;
+                    } else {
+                        self.doubled.push(slot);
                     }
                 }
                 let used = self.missing < before;

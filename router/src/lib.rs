@@ -8,6 +8,7 @@
 //! - [`experts`]: the seam to the experts, local or remote
 //! - [`exchange`]: one layer's dispatch, retry and gather (sans-IO)
 //! - [`health`]: whom to ask, how long to wait, whom to leave alone (sans-IO)
+//! - [`history`]: an event log, for checking a run afterwards
 //! - [`fleet`]: the actor that publishes placements
 //! - `choice`: which of two ways is measured to be faster here
 //! - [`measure`]: dispatch and gather without an engine, to be timed
@@ -21,6 +22,7 @@ pub mod exchange;
 pub mod experts;
 pub mod fleet;
 pub mod health;
+pub mod history;
 pub mod intake;
 pub mod measure;
 pub mod metrics;
@@ -59,6 +61,7 @@ use crate::experts::remote::Remote;
 use crate::experts::spin::Spin;
 pub use crate::health::Policy;
 use crate::health::{Counts, SharedHealth};
+use crate::history::History;
 use crate::metrics::RouterMetrics;
 use crate::scheduler::{Limits, Scheduler};
 use crate::service::{Facts, Service, View};
@@ -83,6 +86,8 @@ pub struct Config {
     /// The expert nodes; empty keeps the experts inside the router.
     pub nodes: Vec<Endpoint>,
     pub threads: usize,
+    /// Position of the CPU that the first of them is bound to; `None` leaves them free.
+    pub first_cpu: Option<usize>,
     /// `None` takes the best the CPU has.
     pub isa: Option<Isa>,
     /// Tokens the KV cache holds, over all sequences.
@@ -104,6 +109,8 @@ pub struct Config {
     /// Whom to ask and when to ask another one.
     pub policy: Policy,
     pub request_timeout: Duration,
+    /// Where the event log goes, if anywhere.
+    pub history: Option<PathBuf>,
 }
 
 /// Why a router did not start or had to stop.
@@ -119,6 +126,8 @@ pub enum Error {
     Tls(#[from] TlsError),
     #[error("cannot serve metrics: {0}")]
     Admin(std::io::Error),
+    #[error("cannot write the history {0}: {1}")]
+    History(PathBuf, std::io::Error),
     #[error("cannot start a thread: {0}")]
     Thread(#[from] std::io::Error),
     #[error("the engine panicked; the router cannot compute any more")]
@@ -149,11 +158,14 @@ pub async fn serve(config: Config, shutdown: Shutdown) -> Result<(), Error> {
     let model = checkpoint.config();
     tracing::info!(model = model.summary(), numerics = %config.numerics, "checkpoint opened");
     let isa = config.isa.unwrap_or_else(Isa::detect);
-    let compute = Arc::new(Compute::new(isa, config.threads));
+    let compute = Arc::new(Compute::bound(isa, config.threads, config.first_cpu));
     let sampling = Scratch::new(compute.kernels);
     let trunk = Trunk::load(&checkpoint, config.numerics, compute.clone())?;
     let pages = config.kv_tokens.div_ceil(config.page_tokens.max(1));
     let kv = KvPool::new(model, config.numerics, pages, config.page_tokens)?;
+
+    let history = History::open(config.history.as_deref(), &config.id)
+        .map_err(|error| Error::History(config.history.clone().unwrap_or_default(), error))?;
 
     let links: Arc<[Arc<LinkHandle>]> = (0..)
         .zip(&config.nodes)
@@ -197,6 +209,7 @@ pub async fn serve(config: Config, shutdown: Shutdown) -> Result<(), Error> {
             health: health.clone(),
             any_hung: false,
             counted: Counts::default(),
+            history: history.clone(),
         }))
     };
 
@@ -224,6 +237,7 @@ pub async fn serve(config: Config, shutdown: Shutdown) -> Result<(), Error> {
         pump: pump.clone(),
         gauges: gauges.clone(),
         metrics: metrics.clone(),
+        history: history.clone(),
     });
     let engine_ended = run_engine(engine)?;
 
@@ -257,7 +271,7 @@ pub async fn serve(config: Config, shutdown: Shutdown) -> Result<(), Error> {
         engine_ended: engine_ended.clone(),
     };
     let actors = actors::start(actors::Cast {
-        fleet: fleet::FleetParts { links, placement, readiness: readiness.clone() },
+        fleet: fleet::FleetParts { links, placement, readiness: readiness.clone(), history },
         intake: Some((intake_parts, view.clone())),
         identity: Identity {
             model_digest: facts.model_digest.to_vec(),

@@ -23,6 +23,7 @@ use crate::experts::remote::Remote;
 use crate::experts::spin::Spin;
 use crate::fleet::FleetParts;
 use crate::health::{Counts, Policy, SharedHealth};
+use crate::history::History;
 use crate::metrics::RouterMetrics;
 
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -64,6 +65,7 @@ impl Dispatcher {
                 links: links.clone(),
                 placement: placement.clone(),
                 readiness: readiness.clone(),
+                history: History::default(),
             },
             intake: None,
             identity,
@@ -90,6 +92,7 @@ impl Dispatcher {
             health,
             any_hung: false,
             counted: Counts::default(),
+            history: History::default(),
         };
         while let Err(missing) = readiness.get() {
             if now.elapsed() > PATIENCE {

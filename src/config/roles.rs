@@ -196,6 +196,7 @@ fn router(reader: &mut Reader<'_>) -> Result<Process, ConfigError> {
             "Expert nodes, host:port or unix:/path. Empty: experts stay inside the router.",
         )?,
         threads: threads(reader)?,
+        first_cpu: first_cpu(reader)?,
         isa: isa(reader)?,
         kv_tokens: reader.within(
             "kv_tokens",
@@ -242,6 +243,12 @@ fn router(reader: &mut Reader<'_>) -> Result<Process, ConfigError> {
         )?,
         policy: policy(reader)?,
         request_timeout: timeout(reader, "Longest a request may take.")?,
+        history: reader.optional(
+            "history",
+            "\"/tmp/router-0.history\"",
+            "File that frames, replies, placements and steps are logged to, as JSON lines, for\n\
+             checking a run afterwards. Grows by about 1 MB a second of load. Unset: none.",
+        )?,
     };
     let telemetry = telemetry(reader, Role::Router, config.id.clone())?;
     Ok(Process { telemetry, role: RoleConfig::Router(config) })
@@ -286,6 +293,7 @@ fn expert_node(reader: &mut Reader<'_>) -> Result<Process, ConfigError> {
         numerics: numerics(reader)?,
         shard: shard(reader)?,
         threads: threads(reader)?,
+        first_cpu: first_cpu(reader)?,
         isa: isa(reader)?,
         max_queued_rows: reader.within(
             "max_queued_rows",
@@ -366,6 +374,15 @@ fn threads(reader: &mut Reader<'_>) -> Result<usize, ConfigError> {
         return Err(reader.refuse("threads", format!("{threads} is not within 1 to 1024")));
     }
     Ok(threads)
+}
+
+fn first_cpu(reader: &mut Reader<'_>) -> Result<Option<usize>, ConfigError> {
+    reader.optional(
+        "first_cpu",
+        "0",
+        "Binds the computing threads to CPUs, one each, the first to the one at this place among\n\
+         those that the process may use. Unset: the system places them.",
+    )
 }
 
 fn isa(reader: &mut Reader<'_>) -> Result<Option<kernels::Isa>, ConfigError> {

@@ -90,22 +90,23 @@ impl Planner<'_> {
         // Twice its share: a step's rows rarely keep all nodes equally busy.
         let share = self.local.threads.div_ceil(self.local.expert_nodes);
         let threads = (2 * share).min(self.local.threads);
-        self.grpc(Role::ExpertNode, index, threads, fixed)
+        self.grpc(Role::ExpertNode, index, (threads, index * share), fixed)
     }
 
     fn router(&self, index: usize, nodes: &[Planned]) -> Result<Planned, ConfigError> {
         let mut fixed = Given::default();
         fixed.derive("nodes", endpoints(nodes));
         let threads = (self.local.threads / self.local.routers).max(1);
-        self.grpc(Role::Router, index, threads, fixed)
+        self.grpc(Role::Router, index, (threads, index * threads), fixed)
     }
 
-    /// A router or an expert node: gRPC and its side door on Unix sockets.
+    /// A router or an expert node: gRPC and its side door on Unix sockets. Its threads, if they are
+    /// bound, begin at a CPU of its own, so that what a process does alone is not all done on one.
     fn grpc(
         &self,
         role: Role,
         index: usize,
-        threads: usize,
+        (threads, first_cpu): (usize, usize),
         mut fixed: Given,
     ) -> Result<Planned, ConfigError> {
         let id = format!("{role}-{index}");
@@ -116,6 +117,9 @@ impl Planner<'_> {
         fixed.derive("numerics", self.local.numerics.to_string());
         let mut soft = Given::default();
         soft.derive("threads", threads as i64);
+        if self.local.bind {
+            soft.derive("first_cpu", first_cpu as i64);
+        }
         self.planned(role, id, (endpoint, admin), fixed, soft)
     }
 
@@ -229,6 +233,21 @@ mod tests {
         assert_eq!(gateway.listen, "h:81");
         assert_eq!(gateway.routers, [plan[2].endpoint.clone()]);
         assert_eq!(gateway.model_name, "tiny");
+    }
+
+    #[test]
+    fn bound_threads_begin_at_a_cpu_of_their_own() {
+        let firsts = |bind| {
+            let flags = [("expert_nodes", "2"), ("routers", "2"), ("threads", "4"), ("bind", bind)];
+            let first = |process: &Planned| match config(process) {
+                RoleConfig::ExpertNode(node) => node.first_cpu,
+                RoleConfig::Router(router) => router.first_cpu,
+                RoleConfig::Gateway(_) => None,
+            };
+            planned(&local(&flags)).unwrap().iter().map(first).collect::<Vec<_>>()
+        };
+        assert_eq!(firsts("true"), [Some(0), Some(2), Some(0), Some(2), None]);
+        assert_eq!(firsts("false"), [None; 5]);
     }
 
     #[test]

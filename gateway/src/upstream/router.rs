@@ -11,6 +11,7 @@ use mesh::tls::{self, Expected, Role, Tls};
 use mesh::transport::{self, Endpoint, channel};
 use proto::v1::inference_client::InferenceClient;
 use proto::v1::{GenerateEvent, GenerateRequest, RouterStatus, RouterStatusRequest};
+use tokio::sync::watch;
 use tokio::time::Instant;
 use tonic::transport::Channel;
 use tonic::{Code, Status, Streaming};
@@ -48,6 +49,8 @@ pub struct Router {
     client: InferenceClient<Channel>,
     vocab_size: u32,
     state: ArcSwap<State>,
+    /// True while it has not answered for [`STATUS_LIFE`].
+    silent: watch::Sender<bool>,
     in_flight: AtomicU64,
 }
 
@@ -55,6 +58,8 @@ struct State {
     status: Result<Arc<RouterStatus>, String>,
     /// What it said, where it is not ready only for want of some experts.
     degraded: Option<Arc<RouterStatus>>,
+    /// When it was last ready.
+    ready: Option<Instant>,
     at: Instant,
 }
 
@@ -81,8 +86,10 @@ impl Router {
             state: ArcSwap::from_pointee(State {
                 status: Err("not asked yet".to_owned()),
                 degraded: None,
+                ready: None,
                 at: Instant::now(),
             }),
+            silent: watch::Sender::new(false),
             in_flight: AtomicU64::new(0),
         })
     }
@@ -95,6 +102,11 @@ impl Router {
     /// The last status, if nothing but some experts is missing.
     pub fn degraded(&self) -> Option<Arc<RouterStatus>> {
         self.state.load().degraded.clone()
+    }
+
+    /// It was ready not longer ago than `time`.
+    pub fn was_ready_within(&self, time: Duration) -> bool {
+        self.state.load().ready.is_some_and(|ready| ready.elapsed() < time)
     }
 
     pub fn in_flight(&self) -> u64 {
@@ -121,9 +133,20 @@ impl Router {
             Err(_) => {
                 if self.state.load().at.elapsed() > STATUS_LIFE {
                     self.set(Err("does not answer".to_owned()), None);
+                    self.silent.send_replace(true);
                 }
+                return;
             }
         }
+        self.silent.send_replace(false);
+    }
+
+    /// Resolves while it is silent: it hangs, or cannot be reached, and its
+    /// connections do not know yet.
+    pub async fn silent(&self) {
+        let mut heard = self.silent.subscribe();
+        // The sender lives as long as `self`, so this cannot end early.
+        let _ = heard.wait_for(|&silent| silent).await;
     }
 
     fn judge(&self, status: RouterStatus) -> Result<Arc<RouterStatus>, String> {
@@ -142,8 +165,9 @@ impl Router {
     }
 
     fn set(&self, status: Result<Arc<RouterStatus>, String>, degraded: Option<Arc<RouterStatus>>) {
-        let state = State { status, degraded, at: Instant::now() };
-        let before = self.state.swap(Arc::new(state));
+        let at = Instant::now();
+        let ready = if status.is_ok() { Some(at) } else { self.state.load().ready };
+        let before = self.state.swap(Arc::new(State { status, degraded, ready, at }));
         match (&before.status, &self.state.load().status) {
             (Err(_), Ok(_)) => tracing::info!(router = %self.endpoint, "router is ready"),
             (Ok(_), Err(reason)) => {

@@ -8,7 +8,7 @@ use arc_swap::ArcSwap;
 use bytes::BytesMut;
 use mesh::link::{LinkEvent, LinkHandle};
 use mesh::placement::{NodeIndex, Placement};
-use mesh::pump::Pump;
+use mesh::pump::{AWAKE, Pump};
 use mesh::telemetry::propagate;
 use model::Routed;
 use proto::{Epoch, ExpertId, LayerId, Ticket};
@@ -18,6 +18,7 @@ use tracing::Span;
 use crate::exchange::{Exchange, LANES, Outgoing, Taken, lane};
 use crate::experts::spin::Spin;
 use crate::health::{Counts, SharedHealth};
+use crate::history::{History, list};
 use crate::metrics::RouterMetrics;
 
 /// How often a waiting engine looks whether the placement has changed.
@@ -42,6 +43,7 @@ pub struct Remote {
     pub any_hung: bool,
     /// What of its counts the metrics know.
     pub counted: Counts,
+    pub history: History,
 }
 
 impl Remote {
@@ -53,6 +55,11 @@ impl Remote {
         let (exchange, sent) = &mut self.lanes[lane];
         *sent = now;
         exchange.begin(layer, routed.experts, parent, &placement, now);
+        let (slots, epoch) = (routed.experts.len(), self.epoch.0);
+        self.history.record(
+            "layer",
+            format_args!("\"lane\":{lane},\"layer\":{layer},\"slots\":{slots},\"epoch\":{epoch}"),
+        );
         self.flush(lane, routed.rows, &placement, now);
     }
 
@@ -72,7 +79,8 @@ impl Remote {
             let pause = next.saturating_duration_since(now);
             let event = match self.events.try_recv() {
                 Ok(event) => Some(Some(event)),
-                Err(_) if awake && now - start < Spin::LIMIT => {
+                Err(_) if awake && now - start < AWAKE => {
+                    std::thread::yield_now();
                     self.pump.turn();
                     continue;
                 }
@@ -90,8 +98,22 @@ impl Remote {
             self.look(&placement, now);
             match event {
                 Some(Some(LinkEvent::Reply(node, reply))) => {
-                    let exchange = &mut self.lanes[lane(Ticket(reply.ticket))].0;
-                    match exchange.on_reply(node, reply, &placement, now) {
+                    let ticket = reply.ticket;
+                    let exchange = &mut self.lanes[lane(Ticket(ticket))].0;
+                    let taken = exchange.on_reply(node, reply, &placement, now);
+                    let what = match taken {
+                        Taken::Result(_) => "taken",
+                        Taken::Retried => "refused",
+                        Taken::Late => "late",
+                        Taken::Stale => "stale",
+                    };
+                    let from = node.0;
+                    if self.history.is_on() {
+                        let but = list(exchange.doubled().iter());
+                        let said = format_args!("\"ticket\":{ticket},\"node\":{from},\"but\":{but}");
+                        self.history.record(what, said);
+                    }
+                    match taken {
                         Taken::Result(took) => {
                             self.links[node.0 as usize].observe(took);
                             self.metrics.round_trip.observe(took.as_secs_f64());
@@ -120,6 +142,10 @@ impl Remote {
                 Some(None) => std::thread::sleep(LOOK_AROUND),
             }
             self.flush(waited, routed.rows, &placement, now);
+        }
+        if self.history.is_on() {
+            let gaps = list(self.lanes[waited].0.gaps().iter().map(|gap| gap.slot));
+            self.history.record("done", format_args!("\"lane\":{waited},\"gaps\":{gaps}"));
         }
         let waited_for = start.elapsed();
         if idle {
@@ -205,6 +231,7 @@ impl Remote {
         if exchange.outbox.is_empty() {
             return;
         }
+        let history = &self.history;
         // On the pump, where waking the connections costs no system call.
         self.pump.run(async {
             while let Some(Outgoing { node, ticket }) = exchange.outbox.pop() {
@@ -215,10 +242,30 @@ impl Remote {
                 }
                 if !self.links[node.0 as usize].send(self.wire.split().freeze()) {
                     exchange.on_unsent(ticket, placement, now);
+                } else if history.is_on() {
+                    record_sent(history, exchange, lane, ticket);
                 }
             }
             // The bytes leave now, before this thread computes on.
             tokio::task::yield_now().await;
         });
     }
+}
+
+fn record_sent(history: &History, exchange: &Exchange, lane: usize, ticket: Ticket) {
+    let Some(sent) = exchange.sending(ticket) else { return };
+    history.record(
+        "sent",
+        format_args!(
+            "\"ticket\":{},\"lane\":{lane},\"node\":{},\"layer\":{},\"epoch\":{},\
+             \"attempt\":{},\"slots\":{},\"experts\":{}",
+            ticket.0,
+            sent.node.0,
+            sent.layer,
+            sent.epoch.0,
+            sent.attempt.0,
+            list(sent.slots.iter()),
+            list(sent.experts.iter()),
+        ),
+    );
 }
