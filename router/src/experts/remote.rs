@@ -110,7 +110,8 @@ impl Remote {
                     let from = node.0;
                     if self.history.is_on() {
                         let but = list(exchange.doubled().iter());
-                        let said = format_args!("\"ticket\":{ticket},\"node\":{from},\"but\":{but}");
+                        let said =
+                            format_args!("\"ticket\":{ticket},\"node\":{from},\"but\":{but}");
                         self.history.record(what, said);
                     }
                     match taken {
