@@ -16,7 +16,8 @@ use tonic::transport::Channel;
 
 use crate::support::{Fixture, Sandbox, block_on, http};
 
-fn node(mesh: &Sandbox, index: usize) -> Channel {
+/// A channel to a node of the mesh.
+pub fn node(mesh: &Sandbox, index: usize) -> Channel {
     let socket = mesh.socket(&format!("expert-node-{index}"));
     mesh::transport::channel(
         &mesh::transport::Endpoint::Unix(socket),
@@ -72,7 +73,7 @@ fn a_bad_frame_is_refused_by_name_and_its_neighbours_are_answered() {
         let good = || frame(hidden, mine);
 
         type Edit = fn(&mut DispatchFrame);
-        let cases: [(Edit, ErrorCode); 9] = [
+        let cases: [(Edit, ErrorCode); 10] = [
             (|f| f.rows = f.rows.slice(1..), ErrorCode::Invalid),
             (|f| f.hidden = u32::MAX, ErrorCode::Invalid),
             (|f| f.dtype = 77, ErrorCode::Invalid),
@@ -80,6 +81,8 @@ fn a_bad_frame_is_refused_by_name_and_its_neighbours_are_answered() {
             (|f| f.slot_counts = vec![u32::MAX], ErrorCode::Invalid),
             (|f| f.experts = vec![u32::MAX], ErrorCode::Invalid),
             (|f| f.layer = 99, ErrorCode::NotResident),
+            // Over before it can be begun.
+            (|f| f.timeout_us = 1, ErrorCode::Expired),
             (|f| f.versions = vec![5], ErrorCode::VersionMismatch),
             (
                 |f| f.rows = f32::NAN.to_le_bytes().repeat(f.hidden as usize).into(),

@@ -126,6 +126,7 @@ pub async fn serve(config: Config, shutdown: Shutdown) -> Result<(), Error> {
         None => None,
     };
 
+    let alive_at = admin.as_ref().map(Listener::local);
     // Served from now on, so that whoever waits for the node can see how far it is.
     let side = admin.map(|listener| {
         let (stop, ready, metrics) = (shutdown.clone(), readiness.clone(), metrics.clone());
@@ -162,6 +163,7 @@ pub async fn serve(config: Config, shutdown: Shutdown) -> Result<(), Error> {
             experts: model.experts as u32,
             top_k: model.top_k as u32,
         },
+        alive_at,
     };
     let compute = kernels::Compute::bound(isa, config.threads, config.first_cpu);
     let control = Control::new(Some(checkpoint));

@@ -8,6 +8,7 @@ use std::time::{Instant, SystemTime};
 
 use bytes::Bytes;
 use mesh::lifecycle::Shutdown;
+use mesh::transport::Endpoint;
 use model::Numerics;
 use proto::frame::{self, Shape, all_finite};
 use proto::v1::{DispatchFrame, Dtype, ErrorCode, NodeDescription};
@@ -42,6 +43,8 @@ pub struct Facts {
     pub numerics: Numerics,
     pub isa: kernels::Isa,
     pub shape: Shape,
+    /// Where `/healthz` is served, if anywhere.
+    pub alive_at: Option<Endpoint>,
 }
 
 pub(crate) struct Inner {
@@ -53,6 +56,7 @@ pub(crate) struct Inner {
     shape: Shape,
     /// When the process started, which tells one life of a node from the next.
     incarnation: u64,
+    alive_at: String,
     pub(crate) parts: Parts,
     pub(crate) control: Control,
     shutdown: Shutdown,
@@ -74,6 +78,7 @@ impl Service {
             dtype: wire_dtype(facts.numerics),
             shape: facts.shape,
             incarnation: started.map_or(0, |since| since.as_nanos() as u64),
+            alive_at: facts.alive_at.map(|at| at.to_string()).unwrap_or_default(),
             parts,
             control,
             shutdown: shutdown.clone(),
@@ -139,6 +144,7 @@ impl Inner {
             resident_bytes: self.parts.store.bytes(),
             obeyed: Some(self.control.obeyed()),
             incarnation: self.incarnation,
+            alive_at: self.alive_at.clone(),
         }
     }
 }

@@ -37,7 +37,14 @@ pub async fn serve(
     let listener = transport::bind(listen).await?;
     let isa = kernels::Isa::detect();
     let run = Run {
-        facts: Facts { id: "stub".to_owned(), digest: DIGEST, numerics: NUMERICS, isa, shape },
+        facts: Facts {
+            id: "stub".to_owned(),
+            digest: DIGEST,
+            numerics: NUMERICS,
+            isa,
+            shape,
+            alive_at: None,
+        },
         compute: kernels::Compute::new(isa, 1),
         store: Arc::new(Store::stub(LAYER, owned)),
         control: Control::new(None),

@@ -54,6 +54,9 @@ pub enum UpstreamError {
     Overloaded(String),
     #[error("{0}")]
     Refused(String),
+    /// The request would rather fail than wait for an expert.
+    #[error("{0}")]
+    Missing(String),
     #[error("the request's deadline has passed")]
     Deadline,
     #[error("generation failed: {0}")]

@@ -3,7 +3,7 @@
 //! - [`server`]: sockets and their limits; [`observe`]: ids, spans, counts
 //! - [`fields`], [`types`], [`messages`]: bodies, checked field by field
 //! - [`completions`], [`chat`], [`models`], [`health`]: the endpoints
-//! - [`logprobs`], [`sse`]: answers; [`error`]: every answer that is not 200
+//! - [`logprobs`], [`sse`], [`missing`]: answers; [`error`]: every answer that is not 200
 //!
 //! Handlers are thin: check, tokenise, start a [`crate::job::Job`], write it out.
 
@@ -14,6 +14,7 @@ pub mod fields;
 pub mod health;
 pub mod logprobs;
 pub mod messages;
+pub mod missing;
 pub mod models;
 pub mod observe;
 pub mod server;
@@ -28,6 +29,7 @@ use axum::routing::{get, post};
 use axum::{Router, middleware};
 use http::{HeaderMap, Method, StatusCode, Uri};
 use mesh::failpoint;
+use proto::v1::OnMissing;
 use serde::Serialize;
 use tokio::sync::OwnedSemaphorePermit;
 
@@ -81,6 +83,7 @@ trait Ask: Sized + Send + 'static {
 struct Entered<R> {
     request: R,
     prompts: Prompts,
+    on_missing: OnMissing,
     permit: OwnedSemaphorePermit,
 }
 
@@ -95,6 +98,7 @@ async fn enter<R: Ask>(
     if app.shutdown.is_triggered() {
         return Err(ApiError::unavailable("the gateway is shutting down"));
     }
+    let on_missing = missing::wanted(headers)?;
     let received = app.admission.body(headers, body).await?;
     let mut permit = app.admission.enter(1)?;
     let inner = Arc::clone(app);
@@ -108,14 +112,14 @@ async fn enter<R: Ask>(
         let sequences = request.prompts().saturating_mul(common.n as usize);
         permit.merge(inner.admission.enter(sequences.saturating_sub(1))?);
         let prompts = request.tokenise(&inner.text)?;
-        Ok(Entered { request, prompts, permit })
+        Ok(Entered { request, prompts, on_missing, permit })
     };
     app.text.run(work).await.unwrap_or_else(|error| Err(error::of_text(error, "body")))
 }
 
 /// Starts the sequences of a request.
 fn start<R: Ask>(app: &App, context: &Context, entered: Entered<R>) -> Result<(R, Job), ApiError> {
-    let Entered { request, prompts, permit } = entered;
+    let Entered { request, prompts, on_missing, permit } = entered;
     let order = Order {
         request_id: context.request_id.clone(),
         traceparent: context.traceparent.clone(),
@@ -123,6 +127,7 @@ fn start<R: Ask>(app: &App, context: &Context, entered: Entered<R>) -> Result<(R
         prompts,
         common: request.common().clone(),
         kind: request.kind(),
+        on_missing,
         permit,
     };
     Ok((request, Job::start(app, order)?))

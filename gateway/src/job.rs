@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use futures::stream::{self, SelectAll, Stream, StreamExt as _};
-use proto::v1::{GenerateRequest, Sampling as WireSampling};
+use proto::v1::{GenerateRequest, OnMissing, Sampling as WireSampling};
 use rand::Rng as _;
 use tokio::sync::OwnedSemaphorePermit;
 use tokio::time::Instant;
@@ -60,6 +60,7 @@ pub struct Order {
     pub prompts: Prompts,
     pub common: Common,
     pub kind: Kind,
+    pub on_missing: OnMissing,
     /// Held until the last sequence has ended.
     pub permit: OwnedSemaphorePermit,
 }
@@ -69,6 +70,8 @@ pub struct Order {
 pub struct Usage {
     pub prompt_tokens: u64,
     pub completion_tokens: u64,
+    /// Experts' results that were left out; reported beside the usage.
+    pub dropped_experts: u64,
 }
 
 type Deltas = Pin<Box<dyn Stream<Item = Result<Delta, UpstreamError>> + Send>>;
@@ -121,6 +124,7 @@ impl Job {
                     timeout_ms: 0,
                     tenant: String::new(),
                     traceparent: order.traceparent.clone(),
+                    on_missing: order.on_missing.into(),
                 };
                 let upstream = Arc::clone(&app.upstream);
                 let generation = Generation::new(upstream, request, deadline);
@@ -174,6 +178,10 @@ impl Job {
 
     fn measure(&mut self, delta: &Delta) {
         let now = Instant::now();
+        if delta.dropped_experts > 0 && self.usage.dropped_experts == 0 {
+            self.metrics.degraded.inc();
+        }
+        self.usage.dropped_experts += delta.dropped_experts;
         let time = &mut self.times[delta.index as usize];
         if delta.token.is_some() {
             self.usage.completion_tokens += 1;

@@ -84,6 +84,8 @@ pub struct Metrics {
     pub attempts: Family<Attempt, Counter>,
     /// Sequences that went on after their router was lost.
     pub resumed: Counter,
+    /// Requests answered without some experts' results, as they allowed.
+    pub degraded: Counter,
     /// Requests whose client went away or stopped reading.
     pub cancelled: Counter,
     /// Streams that ended in an error after their first byte.
@@ -107,6 +109,7 @@ impl Metrics {
             completion_tokens: Counter::default(),
             attempts: Family::default(),
             resumed: Counter::default(),
+            degraded: Counter::default(),
             cancelled: Counter::default(),
             broken_streams: Counter::default(),
             routers_ready: Gauge::default(),
@@ -139,6 +142,7 @@ impl Metrics {
             m.attempts.clone(),
         );
         registry.register("resumed", "sequences resumed on a router", m.resumed.clone());
+        registry.register("degraded", "requests answered without some experts", m.degraded.clone());
         registry.register("cancelled", "requests whose client went away", m.cancelled.clone());
         registry.register("broken_streams", "streams ended by an error", m.broken_streams.clone());
         registry.register("routers_ready", "routers that accept work", m.routers_ready.clone());

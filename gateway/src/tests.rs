@@ -4,6 +4,7 @@
 mod absence;
 mod bad_input;
 pub mod client;
+mod missing;
 pub mod router;
 pub mod serving;
 

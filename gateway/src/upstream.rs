@@ -118,17 +118,20 @@ impl Upstream {
     }
 
     /// A ready router for a sequence with prefix `key`, none of `tried`; of
-    /// `class` alone where one is given.
+    /// `class` alone where one is given. If the sequence `drops` missing experts,
+    /// one that lacks only those will do.
     fn choose(
         &self,
         key: u64,
         class: Option<&Class>,
         tried: &[u64],
+        drops: bool,
     ) -> Option<(Arc<Router>, Class)> {
         let mut able = Vec::new();
         let mut candidates = Vec::new();
         for router in self.routers.iter().filter(|router| !tried.contains(&router.id)) {
-            let Ok(status) = router.status() else { continue };
+            let degraded = || router.degraded().filter(|_| drops);
+            let Some(status) = router.status().ok().or_else(degraded) else { continue };
             let own = Class::of(&status);
             if class.is_some_and(|class| *class != own) {
                 continue;

@@ -7,12 +7,13 @@
 //! stream lives on the engine's own runtime (see [`crate::pump`]), and the engine
 //! writes to it through a [`LinkHandle`].
 
+mod liveness;
 pub mod stream;
 mod watch;
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::Duration;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::{Duration, Instant};
 
 use actix::{
     Actor, ActorContext as _, ActorFutureExt as _, AsyncContext as _, Context, Recipient,
@@ -23,8 +24,8 @@ use bytes::Bytes;
 use proto::v1::expert_control_client::ExpertControlClient;
 use proto::v1::{DescribeRequest, DispatchReply, NodeDescription};
 use tokio::runtime::Handle;
-use tokio::sync::mpsc;
 use tokio::sync::mpsc::error::TrySendError;
+use tokio::sync::{Notify, mpsc};
 use tokio::task::JoinSet;
 
 use crate::failpoint;
@@ -86,6 +87,8 @@ enum LinkError {
     Ended,
     #[error("it left the mesh")]
     Removed,
+    #[error("gave no sign of life")]
+    Hung,
 }
 
 /// One node as the engine and operators see it.
@@ -103,6 +106,11 @@ pub struct LinkHandle {
     pub retries: AtomicU64,
     /// Exponentially weighted round trip of a frame, in microseconds.
     pub round_trip_us: AtomicU64,
+    /// Replies that came; each is a sign of life.
+    replies: AtomicU64,
+    hung: AtomicBool,
+    /// Has the link disconnect.
+    cut: Notify,
 }
 
 impl LinkHandle {
@@ -118,7 +126,15 @@ impl LinkHandle {
             frames: AtomicU64::new(0),
             retries: AtomicU64::new(0),
             round_trip_us: AtomicU64::new(0),
+            replies: AtomicU64::new(0),
+            hung: AtomicBool::new(false),
+            cut: Notify::new(),
         })
+    }
+
+    /// The node is connected and gives no sign of life; see [`liveness`].
+    pub fn is_hung(&self) -> bool {
+        self.hung.load(Ordering::Relaxed)
     }
 
     /// Hands an encoded frame to the stream; false when the link is down or has
@@ -162,8 +178,13 @@ impl LinkHandle {
         let _ = self.removed.subscribe().wait_for(|&removed| removed).await;
     }
 
-    fn up(&self, description: NodeDescription, stream: Writer) {
+    fn describe_as(&self, description: NodeDescription) {
         self.description.store(Some(Arc::new(description)));
+    }
+
+    fn up(&self, description: NodeDescription, stream: Writer) {
+        self.hung.store(false, Ordering::Relaxed);
+        self.describe_as(description);
         self.stream.store(Some(Arc::new(stream)));
         self.detail.store(Arc::new("up".to_owned()));
     }
@@ -172,6 +193,7 @@ impl LinkHandle {
         self.stream.store(None);
         self.description.store(None);
         self.detail.store(Arc::new(reason.to_string()));
+        self.hung.store(false, Ordering::Relaxed);
     }
 }
 
@@ -191,20 +213,23 @@ pub struct LinkParts {
 pub struct Link {
     parts: LinkParts,
     pause: Duration,
+    /// When the present session began.
+    began: Instant,
     _pulse: Pulse,
 }
 
 impl Link {
     pub fn new(parts: LinkParts, pulse: Pulse) -> Self {
-        Self { parts, pause: FIRST_RECONNECT, _pulse: pulse }
+        Self { parts, pause: FIRST_RECONNECT, began: Instant::now(), _pulse: pulse }
     }
 
     fn connect(&mut self, ctx: &mut Context<Self>) {
         let parts = self.parts.clone();
-        let handle = parts.handle.clone();
+        self.began = Instant::now();
         // Ends the session with the actor.
         let mut stream = JoinSet::new();
         stream.spawn_on(session(parts), &self.parts.pump);
+        let handle = self.parts.handle.clone();
         let session = async move {
             tokio::select! {
                 ended = stream.join_next() => match ended {
@@ -212,6 +237,7 @@ impl Link {
                     // It panicked, or the engine is gone.
                     Some(Err(_)) | None => (LinkError::Ended, true),
                 },
+                () = handle.cut.notified() => (LinkError::Hung, true),
                 () = handle.removal() => (LinkError::Removed, true),
             }
         }
@@ -230,7 +256,8 @@ impl Link {
             ctx.stop();
             return;
         }
-        if was_up {
+        // A node that breaks each session at once is not asked ever so often.
+        if was_up && self.began.elapsed() > SLOWEST_RECONNECT {
             self.pause = FIRST_RECONNECT;
         }
         ctx.run_later(self.pause, |link, ctx| link.connect(ctx));
@@ -259,6 +286,8 @@ impl Actor for Link {
 
     fn started(&mut self, ctx: &mut Self::Context) {
         self.connect(ctx);
+        let handle = self.parts.handle.clone();
+        ctx.spawn(async move { liveness::watch(&handle).await }.into_actor(self));
     }
 }
 
@@ -293,7 +322,10 @@ async fn session(parts: LinkParts) -> (LinkError, bool) {
     watching.spawn(watch::follow(parts.clone()));
     let error = loop {
         match reader.next().await {
-            Ok(reply) => deliver(&parts.events, LinkEvent::Reply(handle.node, reply)).await,
+            Ok(reply) => {
+                handle.replies.fetch_add(1, Ordering::Relaxed);
+                deliver(&parts.events, LinkEvent::Reply(handle.node, reply)).await;
+            }
             Err(error) => break error.into(),
         }
     };

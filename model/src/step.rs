@@ -254,6 +254,25 @@ impl Step {
         }
     }
 
+    /// Leaves out the results of some `slots` (row × top_k + slot) of one row: their weight goes to
+    /// the others, if there are any.
+    pub fn drop_slots(&mut self, row: usize, slots: &[usize]) {
+        let of_row = row * self.top_k..(row + 1) * self.top_k;
+        let kept = of_row.clone().filter(|slot| !slots.contains(slot));
+        let all: f32 = self.weights[of_row.clone()].iter().sum();
+        let left: f32 = kept.map(|slot| self.weights[slot]).sum();
+        let scale = if left > 0.0 { all / left } else { 1.0 };
+        for slot in of_row {
+            let dropped = slots.contains(&slot);
+            self.weights[slot] = if dropped { 0.0 } else { self.weights[slot] * scale };
+        }
+    }
+
+    /// Makes a row one that computes on without any trouble, to no purpose: what it held is lost.
+    pub fn silence(&mut self, row: usize) {
+        self.residual[row * self.hidden..(row + 1) * self.hidden].fill(0.0);
+    }
+
     /// The normed rows as they enter products.
     pub(crate) fn acts(&self) -> Acts<'_> {
         let len = self.batch.rows() * self.hidden;
@@ -261,5 +280,34 @@ impl Step {
             Some(Numerics::Bf16) => Acts::Bf16(&self.rounded[..len]),
             _ => Acts::F32(&self.normed[..len]),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_weight_of_dropped_slots_goes_to_the_rest_of_their_row() {
+        let weights = vec![0.5, 0.5, 1.5, 0.1, 0.2, 0.7];
+        let fresh = || Step { top_k: 3, weights: weights.clone(), ..Step::default() };
+        let mut step = fresh();
+        step.drop_slots(0, &[2]);
+        assert_eq!(step.weights, [1.25, 1.25, 0.0, 0.1, 0.2, 0.7]);
+        let mut step = fresh();
+        step.drop_slots(1, &[3, 4]);
+        assert_eq!(step.weights[..5], [0.5, 0.5, 1.5, 0.0, 0.0]);
+        assert!((step.weights[5] - 1.0).abs() < 1e-6);
+        let mut step = fresh();
+        step.drop_slots(0, &[0, 1, 2]);
+        assert_eq!(step.weights, [0.0, 0.0, 0.0, 0.1, 0.2, 0.7], "nobody is left to take it");
+    }
+
+    #[test]
+    fn a_silenced_row_is_finite_and_alone() {
+        let residual = vec![1.0, f32::NAN, f32::INFINITY, 2.0, 3.0, 4.0];
+        let mut step = Step { hidden: 3, residual, ..Step::default() };
+        step.silence(0);
+        assert_eq!(step.residual, [0.0, 0.0, 0.0, 2.0, 3.0, 4.0]);
     }
 }

@@ -4,6 +4,7 @@
 //! channel of jobs and read its [`Gauges`].
 
 mod job;
+mod missing;
 mod overlap;
 mod stream;
 
@@ -14,6 +15,7 @@ use std::time::{Duration, Instant};
 
 use mesh::failpoint;
 use mesh::pump::Pump;
+use missing::Shortfall;
 use model::sample::{Scratch, sample_all};
 use model::{Chunk, KvPool, LogitRows, Step, StepError, Trunk};
 use proto::LayerId;
@@ -21,7 +23,7 @@ use tokio::sync::mpsc::Receiver;
 use tokio::sync::mpsc::error::TryRecvError;
 use tracing::Span;
 
-use crate::exchange::{ExchangeError, LANES};
+use crate::exchange::LANES;
 use crate::experts::Experts;
 use crate::history::{History, list};
 use crate::metrics::RouterMetrics;
@@ -48,21 +50,13 @@ pub struct Gauges {
     pub draining: AtomicBool,
 }
 
-/// Why a step failed.
-#[derive(Debug, thiserror::Error)]
-enum Failure {
-    #[error(transparent)]
-    Exchange(#[from] ExchangeError),
-    /// A plan that the trunk refuses is our own mistake, but costs only its step.
-    #[error("step refused: {0}")]
-    Step(#[from] StepError),
-}
-
 /// What an engine is made of.
 pub struct Parts {
     pub trunk: Trunk,
     pub kv: KvPool,
     pub experts: Experts,
+    /// How long a sequence waits for an expert without a live owner.
+    pub expert_wait: Duration,
     pub scheduler: Scheduler,
     pub sampling: Scratch,
     pub splitting: Splitting,
@@ -108,8 +102,12 @@ impl Engine {
         while open || !self.parts.scheduler.is_empty() {
             open = self.take_jobs();
             self.drop_cancelled();
+            self.look_for_experts();
             let streams = &self.streams;
-            let paused = |id| streams.get(&id).is_some_and(Stream::is_full);
+            let paused = |id| {
+                let idle = |stream: &Stream| stream.is_full() || stream.parked().is_some();
+                streams.get(&id).is_some_and(idle)
+            };
             let plan = self.parts.scheduler.plan(&mut self.parts.kv, &paused);
             if plan.is_empty() {
                 self.publish();
@@ -205,12 +203,18 @@ impl Engine {
         } else {
             [plan, &[]]
         };
-        if let Err(error) = self.forward(plan, &batches) {
+        let mut short = Shortfall::default();
+        // A plan that the trunk refuses is our own mistake, but costs only its step.
+        if let Err(error) = self.forward(plan, &batches, &mut short) {
             return self.fail(plan, &error);
         }
-        self.parts.history.record("step_end", format_args!("\"n\":{count}"));
+        let end = if short.is_all(plan) { "step_failed" } else { "step_end" };
+        self.parts.history.record(end, format_args!("\"n\":{count}"));
         for (lane, batch) in batches.iter().enumerate() {
-            self.answer(lane, batch);
+            self.answer(lane, batch, &mut short);
+        }
+        if short.is_any() {
+            return self.make_do(short);
         }
         let took = start.elapsed();
         self.overlap.observe(rows, split, took);
@@ -221,8 +225,14 @@ impl Engine {
 
     /// Runs all layers. What it leaves is the logits of the wanted rows. A micro-batch
     /// goes on to its next layer while the rows of the other are away; the bits
-    /// depend on neither.
-    fn forward(&mut self, plan: &[Part], batches: &[&[Part]; LANES]) -> Result<(), Failure> {
+    /// depend on neither. Results that cannot be had go into `short`; where that
+    /// leaves no sequence, the step ends early.
+    fn forward(
+        &mut self,
+        plan: &[Part],
+        batches: &[&[Part]; LANES],
+        short: &mut Shortfall,
+    ) -> Result<(), StepError> {
         let rows: usize = plan.iter().map(|part| part.len).sum();
         let span = self.step_span(plan, rows);
         let _in_step = span.enter();
@@ -241,8 +251,14 @@ impl Engine {
             for (lane, step) in self.steps.iter_mut().enumerate().take(lanes) {
                 if let Some((layer, span)) = away[lane].take() {
                     let _in_layer = span.enter();
-                    experts.wait(lane, &step.routed())?;
+                    experts.wait(lane, &step.routed());
+                    short.take(experts.gaps(lane), batches[lane], &self.streams, step);
+                    if short.is_all(plan) {
+                        experts.abandon();
+                        return Ok(());
+                    }
                     trunk.absorb(layer, step, &|slot| experts.row(lane, slot));
+                    short.silence(step);
                 }
                 if layer == layers {
                     continue;
@@ -277,8 +293,8 @@ impl Engine {
     }
 
     /// Samples every finished row of a micro-batch and sends what the streams are owed.
-    fn answer(&mut self, lane: usize, plan: &[Part]) {
-        if plan.is_empty() {
+    fn answer(&mut self, lane: usize, plan: &[Part], short: &mut Shortfall) {
+        if plan.iter().all(|part| short.is_lost(part.id)) {
             return;
         }
         let Parts { trunk, scheduler, sampling, gauges, metrics, .. } = &mut self.parts;
@@ -294,6 +310,15 @@ impl Engine {
             };
             let (mine, others) = std::mem::take(&mut logits).split_at_mut(wanted * vocab);
             logits = others;
+            if short.is_lost(part.id) {
+                continue;
+            }
+            stream.progressed();
+            let dropped = short.take_dropped(part.id);
+            if dropped > 0 {
+                stream.leave_out(dropped);
+                metrics.dropped_experts.inc_by(dropped);
+            }
             scheduler.computed(part);
             if stream.is_prefill(&part) {
                 gauges.prefilled.fetch_add(part.len as u64, Ordering::Relaxed);
@@ -335,13 +360,13 @@ impl Engine {
     }
 
     /// The step's results cannot be had: its sequences end, the others go on.
-    fn fail(&mut self, plan: &[Part], error: &Failure) {
+    fn fail(&mut self, plan: &[Part], error: &StepError) {
         tracing::error!(%error, sequences = plan.len(), "step failed");
         self.parts.history.record("step_failed", format_args!("\"n\":{}", self.count));
         for part in plan {
             if let Some(stream) = self.streams.get_mut(&part.id) {
                 self.parts.metrics.failed.inc();
-                stream.fail(tonic::Status::unavailable(error.to_string()));
+                stream.fail(tonic::Status::unavailable(format!("step refused: {error}")));
             }
             self.end(part.id);
         }

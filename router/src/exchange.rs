@@ -6,9 +6,15 @@
 //!
 //! Retry is per slot, not per frame: after a failure the slots of the lost
 //! frame are grouped anew over whichever nodes own their experts now. Every
-//! sending has its own ticket, so a late reply to a replaced ticket matches
-//! nothing and is dropped; a slot's result is taken once.
+//! sending has its own ticket. A frame that is late stays open while another
+//! owner is asked as well ([`again`]); of a slot's results the first is taken,
+//! and what comes after that is dropped. Whom to ask, and when an answer is
+//! late, is decided by [`crate::health`].
+//!
+//! A slot whose result cannot be had is a [`Gap`]: its row is lost, or does
+//! without, as its sequence wants it, and the other rows go on.
 
+mod again;
 mod route;
 
 use std::time::{Duration, Instant};
@@ -19,8 +25,13 @@ use proto::frame::{self, FrameError};
 use proto::v1::{DispatchFrame, DispatchReply, Dtype, ErrorCode};
 use proto::{Attempt, Epoch, ExpertId, LayerId, Ticket};
 
+use crate::health::{Failure, SharedHealth};
+pub use again::{Gap, Lack};
+
 /// Failures of the same slots after which sending them again is paced.
 const PROMPT_RESENDS: u32 = 2;
+/// How often the pause before a paced sending doubles.
+const MOST_PAUSE: u32 = 5;
 
 /// Exchanges that may be open at once over the same streams: one per micro-batch.
 pub const LANES: usize = 2;
@@ -33,11 +44,9 @@ pub fn lane(ticket: Ticket) -> usize {
 /// How long an exchange waits for what.
 #[derive(Clone, Copy, Debug)]
 pub struct Patience {
-    /// For a reply, before the frame goes to another owner, if there is one.
-    pub attempt: Duration,
-    /// For an expert without a live owner, and for the exchange as a whole.
+    /// For the exchange as a whole.
     pub expert_wait: Duration,
-    /// Before a frame is offered again to a node that was busy.
+    /// Before a frame is offered again to a node that was busy; longer each time.
     pub busy: Duration,
 }
 
@@ -55,17 +64,6 @@ impl Shape {
     }
 }
 
-/// Why the results of a layer cannot be had. The step fails, nothing else.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum ExchangeError {
-    #[error("layer {layer} expert {expert} has no live owner, waited {waited:?}")]
-    NoOwner { layer: LayerId, expert: ExpertId, waited: Duration },
-    #[error("layer {layer}: no reply from node {node} within {waited:?}")]
-    NoReply { layer: LayerId, node: u16, waited: Duration },
-    #[error("layer {layer}: node {node} refused the frame: {message}")]
-    Refused { layer: LayerId, node: u16, code: ErrorCode, message: String },
-}
-
 /// A frame to be encoded for a node's stream.
 #[derive(Clone, Copy, Debug)]
 pub struct Outgoing {
@@ -80,7 +78,9 @@ pub enum Taken {
     Result(Duration),
     /// It was awaited and said no; its slots go elsewhere.
     Retried,
-    /// It answers nothing that is open: late, doubled or made up.
+    /// The results are there already, from another node that was asked as well.
+    Late,
+    /// It answers nothing that was sent: doubled or made up.
     Stale,
 }
 
@@ -104,21 +104,35 @@ struct Open {
     attempt: Attempt,
     epoch: Epoch,
     sent: Instant,
+    /// When it is late; `None` once that has been seen.
+    due: Option<Instant>,
+    /// When another owner is asked as well although it is not late.
+    hedge: Option<Instant>,
 }
 
-/// Slots that wait for an owner or for a busy node.
+/// Slots that wait before they are sent again.
 struct Parked {
     slots: Vec<u32>,
     attempt: Attempt,
-    /// When to try again; `None` waits for the placement to change.
-    retry_at: Option<Instant>,
+    retry_at: Instant,
 }
 
 /// Where a slot's result lies.
-#[derive(Clone, Copy, Default)]
+#[derive(Clone, Copy)]
 struct Location {
+    /// [`Location::NOWHERE`] or [`Location::GAP`] if it is in no reply.
     reply: u32,
     row: u32,
+}
+
+impl Location {
+    const NOWHERE: u32 = u32::MAX;
+    const GAP: u32 = u32::MAX - 1;
+    const AWAITED: Self = Self { reply: Self::NOWHERE, row: 0 };
+
+    fn is_awaited(self) -> bool {
+        self.reply == Self::NOWHERE
+    }
 }
 
 /// See the module's text. Reused from layer to layer.
@@ -135,6 +149,12 @@ pub struct Exchange {
     replies: Vec<Bytes>,
     located: Vec<Location>,
     missing: usize,
+    gaps: Vec<Gap>,
+    /// Slots of the last reply whose results were there already.
+    doubled: Vec<u32>,
+    /// The row that stands for a result that is not there.
+    zeros: Vec<u8>,
+    health: SharedHealth,
     retries: u64,
     /// Everything of a frame but its rows, for encoding; holds the layer's trace context.
     head: DispatchFrame,
@@ -145,7 +165,13 @@ pub struct Exchange {
 impl Exchange {
     /// `lane` is below [`LANES`] and tells the tickets of exchanges apart that
     /// share their nodes' streams.
-    pub fn new(shape: Shape, patience: Patience, now: Instant, lane: usize) -> Self {
+    pub fn new(
+        shape: Shape,
+        patience: Patience,
+        health: SharedHealth,
+        now: Instant,
+        lane: usize,
+    ) -> Self {
         Self {
             shape,
             patience,
@@ -158,6 +184,10 @@ impl Exchange {
             replies: Vec::new(),
             located: Vec::new(),
             missing: 0,
+            gaps: Vec::new(),
+            doubled: Vec::new(),
+            zeros: vec![0; shape.row_bytes()],
+            health,
             retries: 0,
             head: DispatchFrame::default(),
             work: route::Work::default(),
@@ -178,29 +208,39 @@ impl Exchange {
         self.experts.clear();
         self.experts.extend_from_slice(experts);
         self.head.traceparent = traceparent;
+        self.settle(now);
         self.started = now;
-        for open in self.open.drain(..) {
-            self.work.recycle(open.slots);
-        }
-        self.parked.clear();
         self.replies.clear();
+        self.gaps.clear();
         self.located.clear();
-        self.located.resize(experts.len(), Location::default());
+        self.located.resize(experts.len(), Location::AWAITED);
         self.missing = experts.len();
-        self.outbox.clear();
         let mut slots = self.work.slots();
         slots.extend(0..experts.len() as u32);
         self.route(slots, Attempt(0), None, placement, now);
     }
 
-    /// Every slot has its result.
+    /// Every slot has its result or is a gap.
     pub fn is_done(&self) -> bool {
         self.missing == 0
     }
 
-    /// The result row of a slot, in wire form. Only after [`Self::is_done`].
+    /// Slots of the last reply whose results were not taken, for the history.
+    pub fn doubled(&self) -> &[u32] {
+        &self.doubled
+    }
+
+    /// The results that cannot be had.
+    pub fn gaps(&self) -> &[Gap] {
+        &self.gaps
+    }
+
+    /// The result row of a slot, in wire form; zeros for a gap. Only after [`Self::is_done`].
     pub fn row(&self, slot: usize) -> &[u8] {
         let Location { reply, row } = self.located[slot];
+        if reply == Location::GAP {
+            return &self.zeros;
+        }
         let width = self.shape.row_bytes();
         let from = row as usize * width;
         &self.replies[reply as usize][from..from + width]
@@ -236,27 +276,27 @@ impl Exchange {
 
     /// When [`Self::on_time`] next has something to do.
     pub fn next_timeout(&self) -> Instant {
-        let attempts = self.open.iter().map(|open| open.sent + self.patience.attempt);
-        let retries = self.parked.iter().filter_map(|parked| parked.retry_at);
+        let attempts = self.open.iter().flat_map(|open| [open.due, open.hedge]).flatten();
+        let retries = self.parked.iter().map(|parked| parked.retry_at);
         let end = self.started + self.patience.expert_wait;
         attempts.chain(retries).min().map_or(end, |first| first.min(end))
     }
 
     /// Takes a reply from `node`.
-    ///
-    /// # Errors
-    /// A refusal that sending again cannot mend.
     pub fn on_reply(
         &mut self,
         node: NodeIndex,
         reply: DispatchReply,
         placement: &Placement,
         now: Instant,
-    ) -> Result<Taken, ExchangeError> {
+    ) -> Taken {
         let ticket = Ticket(reply.ticket);
+        self.doubled.clear();
         // Another node's ticket is as good as none: whoever says so is confused or lies.
         let mine = |open: &Open| open.ticket == ticket && open.node == node;
-        let Some(at) = self.open.iter().position(mine) else { return Ok(Taken::Stale) };
+        let Some(at) = self.open.iter().position(mine) else {
+            return self.unasked(node, &reply, now);
+        };
         let open = self.open.swap_remove(at);
         if let Some(error) = &reply.error {
             let code = ErrorCode::try_from(error.code).unwrap_or(ErrorCode::Unspecified);
@@ -264,21 +304,34 @@ impl Exchange {
         }
         match frame::check_reply(&reply, self.shape.hidden, self.shape.dtype, open.slots.len()) {
             Ok(()) if frame::all_finite(&reply.rows, self.shape.dtype) => {
-                let at = self.replies.len() as u32;
+                let took = now.saturating_duration_since(open.sent);
+                self.health.lock().answered(node, open.slots.len(), took, now);
+                let (at, before) = (self.replies.len() as u32, self.missing);
                 for (row, &slot) in open.slots.iter().enumerate() {
-                    self.located[slot as usize] = Location { reply: at, row: row as u32 };
+                    let location = &mut self.located[slot as usize];
+                    if location.is_awaited() {
+                        *location = Location { reply: at, row: row as u32 };
+                        self.missing -= 1;
+                    } else {
+                        self.doubled.push(slot);
+                    }
                 }
-                self.missing -= open.slots.len();
-                self.replies.push(reply.rows);
+                let used = self.missing < before;
+                if used {
+                    self.replies.push(reply.rows);
+                }
                 self.work.recycle(open.slots);
-                Ok(Taken::Result(now - open.sent))
+                if self.missing == 0 {
+                    self.settle(now);
+                }
+                if used { Taken::Result(took) } else { Taken::Late }
             }
+            // What is wrong with the reply is the node's fault, not the frame's: ask another.
             Ok(()) => {
                 let message = "its results are not finite".to_owned();
-                self.refused(open, ErrorCode::NonFinite, &message, placement, now)
+                self.refused(open, ErrorCode::Unspecified, &message, placement, now)
             }
             Err(error) => {
-                // A wrong reply is the node's fault, not the frame's: ask another.
                 let message = bad_reply(&error);
                 self.refused(open, ErrorCode::Unspecified, &message, placement, now)
             }
@@ -292,47 +345,57 @@ impl Exchange {
         message: &str,
         placement: &Placement,
         now: Instant,
-    ) -> Result<Taken, ExchangeError> {
+    ) -> Taken {
+        let failure = match code {
+            ErrorCode::Unspecified => Some(Failure::Hard),
+            // The placement will say so, or the rows are to blame.
+            ErrorCode::Draining | ErrorCode::NonFinite => None,
+            _ => Some(Failure::Soft),
+        };
+        self.health.lock().refused(open.node, open.slots.len(), failure, now);
+        self.retries += 1;
+        let Some(open) = self.still_wanted(open) else { return Taken::Retried };
         let elsewhere = self.has_other_owner(&open, placement);
         match code {
-            ErrorCode::Busy if !elsewhere => {
-                self.parked.push(Parked {
-                    slots: open.slots,
-                    attempt: open.attempt,
-                    retry_at: Some(now + self.patience.busy),
-                });
+            ErrorCode::Busy => {
+                if elsewhere && self.health.lock().may_send_again(now) {
+                    self.resend(open, placement, now);
+                } else {
+                    self.park(open.slots, Attempt(open.attempt.0 + 1), now);
+                }
             }
             // The node is leaving or never had it; the placement will say so.
-            ErrorCode::Busy
-            | ErrorCode::Draining
+            ErrorCode::Draining
             | ErrorCode::StalePlacement
             | ErrorCode::NotResident
             | ErrorCode::VersionMismatch
             | ErrorCode::Expired => self.resend(open, placement, now),
-            ErrorCode::Unspecified | ErrorCode::NonFinite if elsewhere => {
+            // Once more elsewhere: it may be the node that is wrong.
+            ErrorCode::Unspecified if elsewhere => self.resend(open, placement, now),
+            ErrorCode::NonFinite | ErrorCode::Invalid if elsewhere && open.attempt.0 == 0 => {
                 self.resend(open, placement, now);
             }
-            ErrorCode::Unspecified | ErrorCode::NonFinite | ErrorCode::Invalid => {
-                return Err(ExchangeError::Refused {
-                    layer: self.layer,
-                    node: open.node.0,
-                    code,
-                    message: message.to_owned(),
-                });
+            ErrorCode::NonFinite => self.narrow_down(open, message, placement, now),
+            ErrorCode::Unspecified | ErrorCode::Invalid => {
+                let (node, message) = (open.node.0, message.to_owned());
+                let lack = Lack::Refused { layer: self.layer, node, code, message };
+                self.give_up(open.slots, &lack, now);
             }
         }
-        self.retries += 1;
-        Ok(Taken::Retried)
+        Taken::Retried
     }
 
     fn has_other_owner(&self, open: &Open, placement: &Placement) -> bool {
-        open.slots.iter().all(|&slot| {
-            let expert = ExpertId(self.experts[slot as usize]);
-            placement.owners(self.layer, expert).iter().any(|&owner| owner != open.node)
-        })
+        open.slots.iter().all(|&slot| self.owned_by_another(slot, open.node, placement))
     }
 
-    /// The node's stream ended: what it had not answered goes elsewhere.
+    fn owned_by_another(&self, slot: u32, than: NodeIndex, placement: &Placement) -> bool {
+        let expert = ExpertId(self.experts[slot as usize]);
+        placement.owners(self.layer, expert).iter().any(|&owner| owner != than)
+    }
+
+    /// The node's stream ended: what it had not answered goes elsewhere. The
+    /// health of nodes hears of it from the caller, once for all exchanges.
     pub fn on_down(&mut self, node: NodeIndex, placement: &Placement, now: Instant) {
         let lost: Vec<Ticket> =
             self.open.iter().filter(|open| open.node == node).map(|open| open.ticket).collect();
@@ -346,7 +409,13 @@ impl Exchange {
         if let Some(at) = self.find(ticket) {
             let open = self.open.swap_remove(at);
             self.retries += 1;
-            self.resend(open, placement, now);
+            let mut health = self.health.lock();
+            health.lost(open.node, open.slots.len(), now);
+            health.must_send_again(now);
+            drop(health);
+            if let Some(open) = self.still_wanted(open) {
+                self.resend(open, placement, now);
+            }
         }
     }
 
@@ -357,9 +426,13 @@ impl Exchange {
         if failed < PROMPT_RESENDS {
             self.route(slots, attempt, Some(node), placement, now);
         } else {
-            let retry_at = Some(now + self.patience.busy);
-            self.parked.push(Parked { slots, attempt, retry_at });
+            self.park(slots, attempt, now);
         }
+    }
+
+    fn park(&mut self, slots: Vec<u32>, attempt: Attempt, now: Instant) {
+        let pause = self.patience.busy * (1 << attempt.0.min(MOST_PAUSE));
+        self.parked.push(Parked { slots, attempt, retry_at: now + pause });
     }
 
     /// The placement changed: what waits for an owner may have one now.
@@ -369,59 +442,27 @@ impl Exchange {
         }
     }
 
-    /// Lets time pass.
-    ///
-    /// # Errors
-    /// Patience ran out for the exchange.
-    pub fn on_time(&mut self, placement: &Placement, now: Instant) -> Result<(), ExchangeError> {
+    /// Lets time pass. When patience has run out, what is missing becomes gaps.
+    pub fn on_time(&mut self, placement: &Placement, now: Instant) {
+        if self.is_done() {
+            return;
+        }
         let waited = now - self.started;
         if waited >= self.patience.expert_wait {
-            return Err(self.gave_up(waited));
+            return self.give_up_all(waited, now);
         }
-        let slow: Vec<Ticket> = self
-            .open
-            .iter()
-            .filter(|open| now - open.sent >= self.patience.attempt)
-            .map(|open| open.ticket)
-            .collect();
-        for ticket in slow {
-            let Some(at) = self.find(ticket) else { continue };
-            if self.has_other_owner(&self.open[at], placement) {
-                self.on_unsent(ticket, placement, now);
-            } else {
-                // Nobody else can compute it, so go on waiting for this node.
-                self.open[at].sent = now;
-            }
-        }
+        self.ask_others(placement, now);
         for parked in std::mem::take(&mut self.parked) {
-            match parked.retry_at {
-                Some(at) if at <= now => {
-                    self.route(parked.slots, parked.attempt, None, placement, now);
-                }
-                _ => self.parked.push(parked),
+            if parked.retry_at <= now {
+                self.route(parked.slots, parked.attempt, None, placement, now);
+            } else {
+                self.parked.push(parked);
             }
         }
-        Ok(())
     }
 
     fn find(&self, ticket: Ticket) -> Option<usize> {
         self.open.iter().position(|open| open.ticket == ticket)
-    }
-
-    fn gave_up(&self, waited: Duration) -> ExchangeError {
-        let layer = self.layer;
-        match (self.parked.first(), self.open.first()) {
-            (Some(parked), _) => ExchangeError::NoOwner {
-                layer,
-                expert: ExpertId(self.experts[parked.slots[0] as usize]),
-                waited,
-            },
-            (None, open) => ExchangeError::NoReply {
-                layer,
-                node: open.map_or(u16::MAX, |open| open.node.0),
-                waited,
-            },
-        }
     }
 }
 

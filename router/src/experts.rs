@@ -8,10 +8,10 @@ pub mod remote;
 pub mod spin;
 
 use model::Routed;
-use proto::LayerId;
+use proto::{ExpertId, LayerId};
 use tracing::Span;
 
-use crate::exchange::{ExchangeError, LANES};
+use crate::exchange::{Gap, LANES};
 use local::Local;
 use remote::Remote;
 
@@ -38,22 +38,39 @@ impl Experts {
         }
     }
 
-    /// Returns when every result of the lane's layer is there. `routed` is what was
-    /// sent, for what has to be sent again.
-    ///
-    /// # Errors
-    /// A result that cannot be had: the step must fail.
-    pub fn wait(&mut self, lane: usize, routed: &Routed<'_>) -> Result<(), ExchangeError> {
+    /// Returns when every result of the lane's layer is there or known to be a
+    /// gap. `routed` is what was sent, for what has to be sent again.
+    pub fn wait(&mut self, lane: usize, routed: &Routed<'_>) {
         match self {
-            Self::Local(local) => {
-                local.compute();
-                Ok(())
-            }
+            Self::Local(local) => local.compute(),
             Self::Remote(remote) => remote.wait(lane, routed),
         }
     }
 
-    /// The result of the lane's slot `row * top_k + slot`, in wire form.
+    /// The lane's results that cannot be had.
+    pub fn gaps(&self, lane: usize) -> &[Gap] {
+        match self {
+            Self::Local(_) => &[],
+            Self::Remote(remote) => remote.lanes[lane].0.gaps(),
+        }
+    }
+
+    /// Somebody who gives signs of life owns the expert.
+    pub fn has(&self, layer: LayerId, expert: ExpertId) -> bool {
+        match self {
+            Self::Local(_) => true,
+            Self::Remote(remote) => remote.has(layer, expert),
+        }
+    }
+
+    /// Nobody waits for what is under way.
+    pub fn abandon(&mut self) {
+        if let Self::Remote(remote) = self {
+            remote.abandon();
+        }
+    }
+
+    /// The result of the lane's slot `row * top_k + slot`, in wire form; zeros for a gap.
     pub fn row(&self, lane: usize, slot: usize) -> &[u8] {
         match self {
             Self::Local(local) => local.row(slot),

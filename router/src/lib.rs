@@ -7,6 +7,7 @@
 //! - [`engine`]: the loop over steps and layers, on its own thread
 //! - [`experts`]: the seam to the experts, local or remote
 //! - [`exchange`]: one layer's dispatch, retry and gather (sans-IO)
+//! - [`health`]: whom to ask, how long to wait, whom to leave alone (sans-IO)
 //! - [`history`]: an event log, for checking a run afterwards
 //! - [`fleet`]: the actor that publishes placements
 //! - [`controller`]: on one router of the mesh, the actor that decides them
@@ -23,6 +24,7 @@ pub mod engine;
 pub mod exchange;
 pub mod experts;
 pub mod fleet;
+pub mod health;
 pub mod history;
 pub mod intake;
 pub mod measure;
@@ -65,6 +67,8 @@ use crate::experts::Experts;
 use crate::experts::local::Local;
 use crate::experts::remote::Remote;
 use crate::experts::spin::Spin;
+pub use crate::health::Policy;
+use crate::health::{Counts, SharedHealth};
 use crate::history::History;
 use crate::metrics::RouterMetrics;
 use crate::operations::OperationsService;
@@ -119,8 +123,8 @@ pub struct Config {
     pub loss_grace: Duration,
     /// How long a step waits for an expert without a live owner.
     pub expert_wait: Duration,
-    /// How long a frame waits for its reply before another owner is asked.
-    pub attempt_timeout: Duration,
+    /// Whom to ask and when to ask another one.
+    pub policy: Policy,
     pub request_timeout: Duration,
     /// Where the event log goes, if anywhere.
     pub history: Option<PathBuf>,
@@ -186,6 +190,7 @@ pub async fn serve(config: Config, shutdown: Shutdown) -> Result<(), Error> {
     let placement = Arc::new(ArcSwap::from_pointee(Placement::empty(grid.experts.clone())));
     let (link_events, events) = mpsc::channel(LINK_EVENTS);
     let pump = Pump::new()?;
+    let health = SharedHealth::new(config.policy, seed(&config.id), Instant::now());
     let experts = if alone {
         readiness.set(Ok(()));
         Experts::Local(Box::new(Local::load(&checkpoint, config.numerics, compute)?))
@@ -199,15 +204,11 @@ pub async fn serve(config: Config, shutdown: Shutdown) -> Result<(), Error> {
             },
             top_k: model.top_k as u32,
         };
-        let patience = Patience {
-            attempt: config.attempt_timeout,
-            expert_wait: config.expert_wait,
-            busy: BUSY_PAUSE,
-        };
+        let patience = Patience { expert_wait: config.expert_wait, busy: BUSY_PAUSE };
         Experts::Remote(Box::new(Remote {
             lanes: std::array::from_fn(|lane| {
                 let now = Instant::now();
-                (Exchange::new(shape, patience, now, lane), now)
+                (Exchange::new(shape, patience, health.clone(), now, lane), now)
             }),
             links: links.clone(),
             events,
@@ -217,6 +218,9 @@ pub async fn serve(config: Config, shutdown: Shutdown) -> Result<(), Error> {
             metrics: metrics.clone(),
             epoch: Epoch(0),
             spin: Spin::default(),
+            health: health.clone(),
+            any_hung: false,
+            counted: Counts::default(),
             history: history.clone(),
         }))
     };
@@ -227,6 +231,7 @@ pub async fn serve(config: Config, shutdown: Shutdown) -> Result<(), Error> {
         trunk,
         kv,
         experts,
+        expert_wait: config.expert_wait,
         scheduler: Scheduler::new(Limits {
             step_tokens: config.step_tokens,
             prefill_chunk: config.prefill_chunk,
@@ -253,6 +258,7 @@ pub async fn serve(config: Config, shutdown: Shutdown) -> Result<(), Error> {
         gauges: gauges.clone(),
         links: links.clone(),
         placement: placement.clone(),
+        health,
         readiness: readiness.clone(),
         metrics,
         shutdown: shutdown.clone(),
@@ -345,6 +351,13 @@ fn grid(checkpoint: &Checkpoint) -> Result<Grid, LoadError> {
     let layers = model.moe_layers().map(|layer| LayerId(layer as u32)).collect();
     let experts = ExpertGrid { layers, experts: model.experts as u32 };
     Ok(Grid { experts, group: model.experts / model.n_group.max(1), bytes })
+}
+
+/// Routers that share nodes should not all prefer the same ones.
+fn seed(id: &str) -> u64 {
+    id.bytes().fold(0xcbf2_9ce4_8422_2325, |hash, byte| {
+        (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3)
+    })
 }
 
 /// Runs the engine on its own thread; the receiver turns true when it has ended.

@@ -19,10 +19,11 @@ use tokio::sync::mpsc;
 use tracing::Span;
 
 use crate::actors::{self, Actors, Cast};
-use crate::exchange::{Exchange, ExchangeError, Patience, Shape};
+use crate::exchange::{Exchange, Lack, Patience, Shape};
 use crate::experts::remote::Remote;
 use crate::experts::spin::Spin;
 use crate::fleet::FleetParts;
+use crate::health::{Counts, Policy, SharedHealth};
 use crate::history::History;
 use crate::metrics::RouterMetrics;
 
@@ -74,11 +75,13 @@ impl Dispatcher {
             tls: None,
         })
         .map_err(|error| error.to_string())?;
-        let patience =
-            Patience { attempt: PATIENCE, expert_wait: PATIENCE, busy: Duration::from_millis(5) };
+        let patience = Patience { expert_wait: PATIENCE, busy: Duration::from_millis(5) };
         let now = Instant::now();
+        let health = SharedHealth::new(Policy::default(), 1, now);
         let remote = Remote {
-            lanes: std::array::from_fn(|lane| (Exchange::new(shape, patience, now, lane), now)),
+            lanes: std::array::from_fn(|lane| {
+                (Exchange::new(shape, patience, health.clone(), now, lane), now)
+            }),
             links,
             events,
             pump: pump.clone(),
@@ -87,6 +90,9 @@ impl Dispatcher {
             metrics: Metrics::default().register(RouterMetrics::new),
             epoch: Epoch(0),
             spin: Spin::default(),
+            health,
+            any_hung: false,
+            counted: Counts::default(),
             history: History::default(),
         };
         while let Err(missing) = readiness.get() {
@@ -102,10 +108,14 @@ impl Dispatcher {
     /// One layer's rows to their experts and back, as an engine does it.
     ///
     /// # Errors
-    /// As an engine's step would fail.
-    pub fn round_trip(&mut self, routed: &Routed<'_>) -> Result<(), ExchangeError> {
+    /// The first result that could not be had.
+    pub fn round_trip(&mut self, routed: &Routed<'_>) -> Result<(), Lack> {
         self.remote.send(0, self.layer, routed, &Span::none());
-        self.remote.wait(0, routed)
+        self.remote.wait(0, routed);
+        match self.remote.lanes[0].0.gaps().first() {
+            Some(gap) => Err(Lack::clone(&gap.lack)),
+            None => Ok(()),
+        }
     }
 
     /// The result of a slot.

@@ -29,6 +29,14 @@ pub struct RouterMetrics {
     pub exchange_wait: Histogram,
     pub round_trip: Histogram,
     pub retries: Counter,
+    pub frames: Counter,
+    pub late: Counter,
+    pub again: Counter,
+    pub spared: Counter,
+    pub ejections: Counter,
+    pub late_replies: Counter,
+    pub dropped_experts: Counter,
+    pub parked: Gauge,
     pub stale_replies: Counter,
 }
 
@@ -52,6 +60,14 @@ impl RouterMetrics {
             exchange_wait: Histogram::new(step_seconds()),
             round_trip: Histogram::new(step_seconds()),
             retries: Counter::default(),
+            frames: Counter::default(),
+            late: Counter::default(),
+            again: Counter::default(),
+            spared: Counter::default(),
+            ejections: Counter::default(),
+            late_replies: Counter::default(),
+            dropped_experts: Counter::default(),
+            parked: Gauge::default(),
             stale_replies: Counter::default(),
         };
         let registry = registry.sub_registry_with_prefix("router");
@@ -64,10 +80,26 @@ impl RouterMetrics {
         counter("generated_tokens", "Tokens sampled", &new.generated);
         counter("prefilled_tokens", "Prompt tokens computed", &new.prefilled);
         counter("dispatch_retries", "Frames sent again elsewhere", &new.retries);
+        counter("dispatch_frames", "Frames sent for the first time", &new.frames);
+        counter("dispatch_late", "Frames whose deadline passed", &new.late);
+        counter("dispatch_again", "Frames sent twice, as the first was late", &new.again);
+        counter("dispatch_spared", "Frames not sent twice for want of budget", &new.spared);
+        counter("ejections", "Times a node was left alone after failures", &new.ejections);
+        counter(
+            "late_replies",
+            "Replies whose results came from elsewhere before",
+            &new.late_replies,
+        );
+        counter(
+            "dropped_experts",
+            "Results left out for requests that allow it",
+            &new.dropped_experts,
+        );
         counter("stale_replies", "Replies that answered nothing open", &new.stale_replies);
         let mut gauge = |name, help, metric: &Gauge| registry.register(name, help, metric.clone());
         gauge("waiting", "Sequences without KV pages", &new.waiting);
         gauge("running", "Sequences that hold KV pages", &new.running);
+        gauge("parked", "Sequences that wait for a missing expert", &new.parked);
         gauge("kv_pages_used", "KV pages in use", &new.kv_pages_used);
         let mut seconds = |name, help, metric: &Histogram| {
             registry.register_with_unit(name, help, Unit::Seconds, metric.clone());

@@ -17,7 +17,8 @@ use mesh::telemetry::propagate;
 use model::sample::Params;
 use proto::v1::inference_server::Inference;
 use proto::v1::{
-    GenerateEvent, GenerateRequest, PeerStatus, RouterStatus, RouterStatusRequest, Sampling,
+    GenerateEvent, GenerateRequest, OnMissing, PeerStatus, RouterStatus, RouterStatusRequest,
+    Sampling,
 };
 use tokio::sync::mpsc;
 use tokio_stream::Stream;
@@ -25,6 +26,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status};
 
 use crate::engine::{Gauges, Job};
+use crate::health::SharedHealth;
 use crate::intake::{Intake, Refused, Submit};
 use crate::metrics::RouterMetrics;
 
@@ -54,6 +56,7 @@ pub struct View {
     pub gauges: Arc<Gauges>,
     pub links: Links,
     pub placement: Arc<arc_swap::ArcSwap<Placement>>,
+    pub health: SharedHealth,
     pub readiness: Readiness,
     pub metrics: RouterMetrics,
     pub shutdown: Shutdown,
@@ -124,10 +127,15 @@ impl Service {
             "generate",
             request = request.request_id,
             prompt = prompt_len,
-            max_tokens
+            max_tokens,
+            dropped_experts = tracing::field::Empty
         );
         propagate::set_parent(&span, &request.traceparent);
+        let Ok(on_missing) = OnMissing::try_from(request.on_missing) else {
+            return invalid(format!("on_missing: {} is not known", request.on_missing));
+        };
         Ok(Job {
+            on_missing,
             tokens: request.tokens,
             emitted,
             max_tokens,
@@ -167,7 +175,10 @@ impl Inference for Service {
         &self,
         request: Request<GenerateRequest>,
     ) -> Result<Response<Events>, Status> {
-        if let Err(reason) = self.view.readiness.get() {
+        let drops = request.get_ref().on_missing() == OnMissing::Drop;
+        if let Err(reason) = self.view.readiness.get()
+            && !(drops && self.view.is_degraded())
+        {
             return Err(Status::unavailable(format!("not ready: {reason}")));
         }
         let (events, stream) = mpsc::channel(EVENT_BUFFER);
@@ -200,6 +211,7 @@ impl Inference for Service {
             numerics: facts.numerics.clone(),
             device: facts.device.clone(),
             ready: ready.is_ok(),
+            degraded: ready.is_err() && view.is_degraded(),
             draining: view.shutdown.is_triggered(),
             detail: ready.err().unwrap_or_default(),
             running: read(&view.gauges.running) as u32,
@@ -210,12 +222,37 @@ impl Inference for Service {
             kv_page_tokens: facts.page_tokens as u32,
             max_context: facts.max_context as u32,
             vocab_size: facts.vocab as u32,
-            nodes: view.links.members().iter().map(|link| peer(link)).collect(),
+            nodes: view.peers(),
             epoch: view.placement.load().epoch().0,
             tokens_generated: read(&view.gauges.generated),
             tokens_prefilled: read(&view.gauges.prefilled),
             tickets_in_flight: read(&view.gauges.in_flight) as u32,
         }))
+    }
+}
+
+impl View {
+    /// Only experts are missing, and some nodes are there.
+    fn is_degraded(&self) -> bool {
+        self.placement.load().missing().is_some()
+            && self.links.load().iter().any(|link| link.description().is_some())
+    }
+
+    fn peers(&self) -> Vec<PeerStatus> {
+        let now = Instant::now();
+        let health = self.health.lock();
+        let described = |link: &Arc<LinkHandle>| {
+            let mut status = peer(link);
+            if link.is_hung() {
+                status.detail = "hangs: it gives no sign of life".to_owned();
+            } else if status.connected
+                && let Some(trouble) = health.trouble(link.node, now)
+            {
+                status.detail = trouble;
+            }
+            status
+        };
+        self.links.members().iter().map(described).collect()
     }
 }
 

@@ -263,13 +263,9 @@ fn router(reader: &mut Reader<'_>) -> Result<Process, ConfigError> {
         expert_wait: reader.or(
             "expert_wait",
             Duration::from_secs(30),
-            "How long a step waits for an expert that has no live owner.",
+            "How long a sequence waits for an expert that has no live owner.",
         )?,
-        attempt_timeout: reader.or(
-            "attempt_timeout",
-            Duration::from_secs(2),
-            "How long one node may take over a frame before it is sent again.",
-        )?,
+        policy: policy(reader)?,
         request_timeout: timeout(reader, "Longest a request may take.")?,
         history: reader.optional(
             "history",
@@ -280,6 +276,30 @@ fn router(reader: &mut Reader<'_>) -> Result<Process, ConfigError> {
     };
     let telemetry = telemetry(reader, Role::Router, config.id.clone())?;
     Ok(Process { telemetry, role: RoleConfig::Router(config) })
+}
+
+fn policy(reader: &mut Reader<'_>) -> Result<router::Policy, ConfigError> {
+    let router::Policy { enabled, attempt, hedge } = router::Policy::default();
+    Ok(router::Policy {
+        attempt: reader.or(
+            "attempt_timeout",
+            attempt,
+            "The longest a node may take over a small frame before another owner is asked. What\n\
+             is usual for the node and the frame's size is measured, and shortens or, where it is\n\
+             more than this, lengthens the time.",
+        )?,
+        hedge: reader.or(
+            "hedge",
+            hedge,
+            "Whether a frame slower than 95 of 100 like it is sent to another owner as well.",
+        )?,
+        enabled: reader.or(
+            "health",
+            enabled,
+            "Whether nodes that fail, are slow or hang are avoided. For comparisons only: without,\n\
+             owners are asked in turn, and only attempt_timeout leads to another one.",
+        )?,
+    })
 }
 
 fn expert_node(reader: &mut Reader<'_>) -> Result<Process, ConfigError> {

@@ -140,14 +140,23 @@ impl Life {
                 let (lane, sent) = self.close(event)?;
                 let all = &mut self.lanes.get_mut(&lane).ok_or("no such lane")?.applied;
                 // Where two owners were asked, the first result of a slot is the one.
+                let but = numbers(&event["but"])?;
                 let mut fresh = 0;
-                for slot in sent.slots {
-                    fresh += u64::from(!std::mem::replace(&mut all[slot as usize], true));
+                for slot in sent.slots.into_iter().filter(|slot| !but.contains(slot)) {
+                    let twice = std::mem::replace(&mut all[slot as usize], true);
+                    ensure(!twice, || format!("slot {slot} is applied twice"))?;
+                    fresh += 1;
                 }
                 let applied = number(event, "applied")?;
                 ensure(applied == fresh, || format!("{applied} slots applied, {fresh} lacked one"))
             }
             "refused" => self.close(event).map(|_| ()),
+            // Sent twice, and the other reply was first.
+            "late" => {
+                seen.stale += 1;
+                let _ = self.close(event);
+                Ok(())
+            }
             "stale" => {
                 seen.stale += 1;
                 Ok(())
@@ -155,7 +164,11 @@ impl Life {
             "done" => {
                 let lane = number(event, "lane")?;
                 let layer = self.lanes.remove(&lane).ok_or("a layer that never began is done")?;
-                let missing = layer.applied.iter().position(|applied| !applied);
+                // Their sequences wait, fail or do without.
+                let gaps = numbers(&event["gaps"])?;
+                let slots = (0..).zip(&layer.applied);
+                let mut open = slots.filter(|(slot, applied)| !**applied && !gaps.contains(slot));
+                let missing = open.next().map(|(slot, _)| slot);
                 ensure(missing.is_none(), || format!("slot {missing:?} was never applied"))
             }
             "step_end" => {

@@ -59,6 +59,23 @@ pub async fn post_bytes(address: &Address, path: &str, body: Vec<u8>) -> (Status
     (status, serde_json::from_slice(&body).unwrap_or(Value::Null))
 }
 
+/// Posts with further headers; returns the answer's as well.
+pub async fn post_with(
+    address: &Address,
+    path: &str,
+    headers: &[(&'static str, &str)],
+    body: &Value,
+) -> (StatusCode, hyper::HeaderMap, Value) {
+    let mut request = post_request(path, body.to_string().into_bytes());
+    for (name, value) in headers {
+        request.headers_mut().insert(*name, value.parse().unwrap());
+    }
+    let response = send(address, request).await.unwrap();
+    let (head, body) = response.into_parts();
+    let body = body.collect().await.unwrap().to_bytes();
+    (head.status, head.headers, serde_json::from_slice(&body).unwrap_or(Value::Null))
+}
+
 pub async fn post(address: &Address, path: &str, body: &Value) -> (StatusCode, Value) {
     post_bytes(address, path, body.to_string().into_bytes()).await
 }

@@ -11,6 +11,7 @@ use serde::Serialize;
 
 use super::error::{self, ApiError};
 use super::logprobs::{self, ChatLogprobs, PromptEntry};
+use super::missing::{self, Degraded};
 use super::observe::Context;
 use super::sse::{self, Events, Shape};
 use super::types::{ChatRequest, Common, Limits};
@@ -39,6 +40,7 @@ pub async fn handle(
         logprobs: common.logprobs.is_some(),
         ids,
         include_usage: common.include_usage,
+        dropped: 0,
         started: vec![false; job.choices()],
         prompt_ids,
     };
@@ -58,8 +60,13 @@ pub async fn handle(
         .map(|_| logprobs::prompt(&writer.tokenizer, &scores.unwrap_or_default()));
     let usage = job.usage().into();
     let prompt_token_ids = writer.prompt_ids.as_deref();
-    let answer = Answer { head: &writer.head, choices, usage, prompt_token_ids, prompt_logprobs };
-    Ok(Json(answer).into_response())
+    let dropped = job.usage().dropped_experts;
+    let moemesh = Degraded::of(dropped);
+    let head = &writer.head;
+    let answer = Answer { head, choices, usage, prompt_token_ids, prompt_logprobs, moemesh };
+    let mut response = Json(answer).into_response();
+    missing::mark(&mut response, dropped);
+    Ok(response)
 }
 
 impl Ask for ChatRequest {
@@ -96,6 +103,9 @@ struct Answer<'a> {
     prompt_token_ids: Option<&'a [u32]>,
     #[serde(skip_serializing_if = "Option::is_none")]
     prompt_logprobs: Option<Vec<Option<PromptEntry>>>,
+    /// There where the answer did without experts.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    moemesh: Option<Degraded>,
 }
 
 #[derive(Serialize)]
@@ -127,6 +137,9 @@ struct Chunk<'a> {
     usage: Option<Option<UsageBody>>,
     #[serde(skip_serializing_if = "Option::is_none")]
     prompt_token_ids: Option<&'a [u32]>,
+    /// There where the answer did without experts: with each finish, and with the usage.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    moemesh: Option<Degraded>,
 }
 
 #[derive(Default, Serialize)]
@@ -157,6 +170,8 @@ struct Writer {
     /// Token ids were asked for.
     ids: bool,
     include_usage: bool,
+    /// Experts' results left out so far, in all choices.
+    dropped: u64,
     /// Per choice: its role has been written.
     started: Vec<bool>,
     prompt_ids: Option<Vec<u32>>,
@@ -192,13 +207,16 @@ impl Writer {
 
     fn push(&self, choice: ChunkChoice, prompt_token_ids: Option<&[u32]>, events: &mut Events) {
         let usage = self.include_usage.then_some(None);
-        events.push(&Chunk { head: &self.head, choices: &[choice], usage, prompt_token_ids });
+        let moemesh = choice.finish_reason.and_then(|_| Degraded::of(self.dropped));
+        let (head, choices) = (&self.head, &[choice]);
+        events.push(&Chunk { head, choices, usage, prompt_token_ids, moemesh });
     }
 }
 
 impl Shape for Writer {
     fn delta(&mut self, delta: Delta, events: &mut Events) {
         let index = delta.index;
+        self.dropped += delta.dropped_experts;
         if !std::mem::replace(&mut self.started[index as usize], true) {
             let delta = ChunkDelta { role: Some("assistant"), content: Some(String::new()) };
             let choice = ChunkChoice { index, delta, ..ChunkChoice::default() };
@@ -232,9 +250,10 @@ impl Shape for Writer {
 
     fn end(&mut self, usage: Usage, events: &mut Events) {
         if self.include_usage {
+            let moemesh = Degraded::of(usage.dropped_experts);
             let usage = Some(Some(usage.into()));
             let head = &self.head;
-            events.push(&Chunk { head, choices: &[], usage, prompt_token_ids: None });
+            events.push(&Chunk { head, choices: &[], usage, prompt_token_ids: None, moemesh });
         }
     }
 }

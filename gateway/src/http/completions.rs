@@ -12,6 +12,7 @@ use serde::Serialize;
 
 use super::error::{self, ApiError};
 use super::logprobs::{self, CompletionLogprobs, PromptEntry};
+use super::missing::{self, Degraded};
 use super::observe::Context;
 use super::sse::{self, Events, Shape};
 use super::types::{Common, CompletionRequest, Limits, Prompt};
@@ -42,6 +43,7 @@ pub async fn handle(
         prompt_logprobs: common.prompt_logprobs.is_some(),
         ids: common.return_token_ids,
         include_usage: common.include_usage,
+        dropped: 0,
         started: vec![false; job.choices()],
         echoes,
     };
@@ -60,7 +62,11 @@ pub async fn handle(
     context.open().finished(job.usage());
     let choices = choices.into_iter().flatten().collect();
     let usage = Some(Some(job.usage().into()));
-    Ok(Json(Answer { head: &writer.head, choices, usage }).into_response())
+    let dropped = job.usage().dropped_experts;
+    let moemesh = Degraded::of(dropped);
+    let mut response = Json(Answer { head: &writer.head, choices, usage, moemesh }).into_response();
+    missing::mark(&mut response, dropped);
+    Ok(response)
 }
 
 impl Ask for CompletionRequest {
@@ -131,6 +137,9 @@ struct Answer<'a> {
     /// Absent, null, or there.
     #[serde(skip_serializing_if = "Option::is_none")]
     usage: Option<Option<UsageBody>>,
+    /// There where the answer did without experts.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    moemesh: Option<Degraded>,
 }
 
 #[derive(Debug, Serialize)]
@@ -186,6 +195,8 @@ struct Writer {
     /// Token ids were asked for.
     ids: bool,
     include_usage: bool,
+    /// Experts' results left out so far, in all choices.
+    dropped: u64,
     /// Per choice: its prompt has been written.
     started: Vec<bool>,
     /// Per prompt; empty when nothing of prompts is shown.
@@ -256,17 +267,20 @@ fn push_prompt(
 
 impl Shape for Writer {
     fn delta(&mut self, delta: Delta, events: &mut Events) {
+        self.dropped += delta.dropped_experts;
         let choice = self.choice(delta);
         if !choice.says_nothing() {
             let usage = self.include_usage.then_some(None);
-            events.push(&Answer { head: &self.head, choices: vec![choice], usage });
+            let moemesh = choice.finish_reason.and_then(|_| Degraded::of(self.dropped));
+            events.push(&Answer { head: &self.head, choices: vec![choice], usage, moemesh });
         }
     }
 
     fn end(&mut self, usage: Usage, events: &mut Events) {
         if self.include_usage {
+            let moemesh = Degraded::of(usage.dropped_experts);
             let usage = Some(Some(usage.into()));
-            events.push(&Answer { head: &self.head, choices: Vec::new(), usage });
+            events.push(&Answer { head: &self.head, choices: Vec::new(), usage, moemesh });
         }
     }
 }

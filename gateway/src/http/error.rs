@@ -130,6 +130,7 @@ impl From<UpstreamError> for ApiError {
         match error {
             UpstreamError::Refused(_) => Self::request(StatusCode::BAD_REQUEST, message),
             UpstreamError::Overloaded(_) => Self::full(message),
+            UpstreamError::Missing(_) => Self::unavailable(message).with_code("expert_missing"),
             UpstreamError::NotReady(_) | UpstreamError::Failed(_) => Self::unavailable(message),
             UpstreamError::Deadline => {
                 Self::new(StatusCode::GATEWAY_TIMEOUT, "timeout_error", message)

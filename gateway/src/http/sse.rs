@@ -21,6 +21,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use tracing::Instrument as _;
 
 use super::error::ApiError;
+use super::missing;
 use super::observe::Open;
 use crate::job::choice::Delta;
 use crate::job::{Job, Usage};
@@ -82,6 +83,7 @@ pub async fn respond(
     open: Open,
 ) -> Result<Response, ApiError> {
     let first = job.next().await?;
+    let dropped = first.as_ref().map_or(0, |delta| delta.dropped_experts);
     let (sender, receiver) = mpsc::channel(QUEUE);
     let task = async move {
         failpoint::pass("stream");
@@ -102,6 +104,7 @@ pub async fn respond(
     tokio::spawn(task.in_current_span());
     let body = Body::from_stream(ReceiverStream::new(receiver).map(Ok::<Bytes, Infallible>));
     let mut response = body.into_response();
+    missing::mark(&mut response, dropped);
     let headers = response.headers_mut();
     headers
         .insert(header::CONTENT_TYPE, HeaderValue::from_static("text/event-stream; charset=utf-8"));

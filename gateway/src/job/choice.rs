@@ -35,6 +35,8 @@ pub struct Delta {
     pub token: Option<Token>,
     /// Scores of the prompt's tokens from the second on, when asked for.
     pub prompt: Option<Vec<TokenScore>>,
+    /// Experts' results that its computation did without.
+    pub dropped_experts: u64,
     pub finish: Option<Finish>,
 }
 
@@ -128,7 +130,8 @@ impl Choice {
         self.offset += piece.chars().count();
         let passed = self.stops.push(&piece);
         let finish = passed.matched.map(by_text);
-        Delta { text: passed.text, token: Some(token), finish, ..self.delta() }
+        let dropped_experts = event.dropped_experts;
+        Delta { text: passed.text, token: Some(token), dropped_experts, finish, ..self.delta() }
     }
 
     fn finish(&mut self, reason: Reason) -> Delta {

@@ -10,7 +10,7 @@ use parking_lot::Mutex;
 use proto::v1::generate_event::Event;
 use proto::v1::inference_server::{Inference, InferenceServer};
 use proto::v1::{
-    Alternative, FinishReason, Finished, GenerateEvent, GenerateRequest, PromptScores,
+    Alternative, FinishReason, Finished, GenerateEvent, GenerateRequest, OnMissing, PromptScores,
     RouterStatus, RouterStatusRequest, TokenEvent, TokenScore,
 };
 use tokio::sync::mpsc;
@@ -188,7 +188,10 @@ async fn run(
         tokio::time::sleep(script.pause).await;
         let id = script.ids.get(position as usize).copied().unwrap_or(super::EOS);
         let score = request.logprobs.map(|alternatives| score(id, alternatives));
-        if !send(Event::Token(TokenEvent { id, score })).await {
+        // As if each token had done without two experts.
+        let drops = request.on_missing() == OnMissing::Drop && script.status.degraded;
+        let dropped_experts = if drops { 2 } else { 0 };
+        if !send(Event::Token(TokenEvent { id, score, dropped_experts })).await {
             return;
         }
         if request.stop_ids.contains(&id) {

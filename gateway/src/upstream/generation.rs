@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use proto::v1::generate_event::Event as Wire;
-use proto::v1::{FinishReason, GenerateEvent, GenerateRequest, TokenEvent, TokenScore};
+use proto::v1::{FinishReason, GenerateEvent, GenerateRequest, OnMissing, TokenEvent, TokenScore};
 use tokio::time::Instant;
 use tonic::{Code, Status, Streaming};
 
@@ -76,7 +76,7 @@ struct Live {
 async fn hangs(upstream: &Upstream, router: &Router, class: &Class, key: u64) {
     loop {
         router.silent().await;
-        if upstream.choose(key, Some(class), &[router.id]).is_some() {
+        if upstream.choose(key, Some(class), &[router.id], false).is_some() {
             return;
         }
         tokio::time::sleep(POLL_EVERY).await;
@@ -228,6 +228,10 @@ impl Generation {
                 metrics.attempt(Outcome::Refused);
                 return Err(UpstreamError::Refused(message));
             }
+            Code::FailedPrecondition => {
+                metrics.attempt(Outcome::Failed);
+                return Err(UpstreamError::Missing(message));
+            }
             Code::DeadlineExceeded => {
                 metrics.attempt(Outcome::Failed);
                 return Err(UpstreamError::Deadline);
@@ -265,7 +269,9 @@ impl Generation {
         loop {
             // Once a token is out, only the same class can go on from it.
             let class = self.class.as_ref();
-            let Some((router, class)) = self.upstream.choose(self.key, class, &self.tried) else {
+            let drops = self.request.on_missing() == OnMissing::Drop;
+            let chosen = self.upstream.choose(self.key, class, &self.tried, drops);
+            let Some((router, class)) = chosen else {
                 self.wait().await?;
                 continue;
             };
@@ -308,7 +314,10 @@ impl Generation {
         // may soon help: a router failed, or all of them are away for a moment.
         let soon = match trouble {
             UpstreamError::Failed(_) => true,
-            UpstreamError::NotReady(_) => self.upstream.was_ready_within(PATIENCE_BEFORE),
+            UpstreamError::NotReady(_) => {
+                self.request.on_missing() != OnMissing::Fail
+                    && self.upstream.was_ready_within(PATIENCE_BEFORE)
+            }
             _ => false,
         };
         if before && !soon {

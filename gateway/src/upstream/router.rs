@@ -56,6 +56,8 @@ pub struct Router {
 
 struct State {
     status: Result<Arc<RouterStatus>, String>,
+    /// What it said, where it is not ready only for want of some experts.
+    degraded: Option<Arc<RouterStatus>>,
     /// When it was last ready.
     ready: Option<Instant>,
     at: Instant,
@@ -83,6 +85,7 @@ impl Router {
             vocab_size,
             state: ArcSwap::from_pointee(State {
                 status: Err("not asked yet".to_owned()),
+                degraded: None,
                 ready: None,
                 at: Instant::now(),
             }),
@@ -96,6 +99,11 @@ impl Router {
         self.state.load().status.clone()
     }
 
+    /// The last status, if nothing but some experts is missing.
+    pub fn degraded(&self) -> Option<Arc<RouterStatus>> {
+        self.state.load().degraded.clone()
+    }
+
     /// It was ready not longer ago than `time`.
     pub fn was_ready_within(&self, time: Duration) -> bool {
         self.state.load().ready.is_some_and(|ready| ready.elapsed() < time)
@@ -107,7 +115,7 @@ impl Router {
 
     /// Takes the router out until its next status.
     pub fn suspect(&self, reason: &Status) {
-        self.set(Err(describe(reason)));
+        self.set(Err(describe(reason)), None);
     }
 
     /// Asks for the status and keeps the answer.
@@ -115,11 +123,16 @@ impl Router {
         let mut client = self.client.clone();
         let asked = client.status(RouterStatusRequest {});
         match tokio::time::timeout(STATUS_TIMEOUT, asked).await {
-            Ok(Ok(answer)) => self.set(self.judge(answer.into_inner())),
-            Ok(Err(status)) => self.set(Err(describe(&status))),
+            Ok(Ok(answer)) => {
+                let answer = answer.into_inner();
+                let ready = RouterStatus { ready: true, ..answer.clone() };
+                let degraded = answer.degraded.then(|| self.judge(ready).ok()).flatten();
+                self.set(self.judge(answer), degraded);
+            }
+            Ok(Err(status)) => self.set(Err(describe(&status)), None),
             Err(_) => {
                 if self.state.load().at.elapsed() > STATUS_LIFE {
-                    self.set(Err("does not answer".to_owned()));
+                    self.set(Err("does not answer".to_owned()), None);
                     self.silent.send_replace(true);
                 }
                 return;
@@ -151,10 +164,10 @@ impl Router {
         Ok(Arc::new(status))
     }
 
-    fn set(&self, status: Result<Arc<RouterStatus>, String>) {
+    fn set(&self, status: Result<Arc<RouterStatus>, String>, degraded: Option<Arc<RouterStatus>>) {
         let at = Instant::now();
         let ready = if status.is_ok() { Some(at) } else { self.state.load().ready };
-        let before = self.state.swap(Arc::new(State { status, ready, at }));
+        let before = self.state.swap(Arc::new(State { status, degraded, ready, at }));
         match (&before.status, &self.state.load().status) {
             (Err(_), Ok(_)) => tracing::info!(router = %self.endpoint, "router is ready"),
             (Ok(_), Err(reason)) => {

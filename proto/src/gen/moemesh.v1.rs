@@ -96,6 +96,10 @@ pub struct NodeDescription {
     /// Differs from start to start of the process.
     #[prost(uint64, tag = "12")]
     pub incarnation: u64,
+    /// Where the process answers GET /healthz whatever it is computing: unix:/path,
+    /// or host:port, of which only the port is used. Empty: nowhere.
+    #[prost(string, tag = "13")]
+    pub alive_at: ::prost::alloc::string::String,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct LayerExperts {
@@ -1275,6 +1279,9 @@ pub struct GenerateRequest {
     pub tenant: ::prost::alloc::string::String,
     #[prost(string, tag = "11")]
     pub traceparent: ::prost::alloc::string::String,
+    /// What to do about an expert that nobody owns or whose only owner hangs.
+    #[prost(enumeration = "OnMissing", tag = "12")]
+    pub on_missing: i32,
 }
 /// Defaults are the identity: temperature 0 is greedy.
 #[derive(Clone, PartialEq, ::prost::Message)]
@@ -1325,6 +1332,10 @@ pub struct TokenEvent {
     /// Set when logprobs were asked for.
     #[prost(message, optional, tag = "2")]
     pub score: ::core::option::Option<TokenScore>,
+    /// Experts' results that were left out since the token before, this one's
+    /// computation included, and with the first token those of the prompt.
+    #[prost(uint64, tag = "3")]
+    pub dropped_experts: u64,
 }
 /// Scores of prompt tokens 1.. in order (token 0 has none).
 #[derive(Clone, PartialEq, ::prost::Message)]
@@ -1403,6 +1414,10 @@ pub struct RouterStatus {
     pub tokens_prefilled: u64,
     #[prost(uint32, tag = "20")]
     pub tickets_in_flight: u32,
+    /// Not ready only because experts are missing: requests that let those be
+    /// dropped are accepted.
+    #[prost(bool, tag = "21")]
+    pub degraded: bool,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct PeerStatus {
@@ -1422,6 +1437,38 @@ pub struct PeerStatus {
     pub round_trip_us: u64,
     #[prost(string, tag = "8")]
     pub detail: ::prost::alloc::string::String,
+}
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, ::prost::Enumeration)]
+#[repr(i32)]
+pub enum OnMissing {
+    /// Wait until it is there again, for as long as the router is told to.
+    Wait = 0,
+    /// End the sequence with an error that names the expert.
+    Fail = 1,
+    /// Leave its results out and give their weight to the others; tokens say so.
+    Drop = 2,
+}
+impl OnMissing {
+    /// String value of the enum field names used in the ProtoBuf definition.
+    ///
+    /// The values are not transformed in any way and thus are considered stable
+    /// (if the ProtoBuf definition does not change) and safe for programmatic use.
+    pub fn as_str_name(&self) -> &'static str {
+        match self {
+            Self::Wait => "ON_MISSING_WAIT",
+            Self::Fail => "ON_MISSING_FAIL",
+            Self::Drop => "ON_MISSING_DROP",
+        }
+    }
+    /// Creates an enum from field names used in the ProtoBuf definition.
+    pub fn from_str_name(value: &str) -> ::core::option::Option<Self> {
+        match value {
+            "ON_MISSING_WAIT" => Some(Self::Wait),
+            "ON_MISSING_FAIL" => Some(Self::Fail),
+            "ON_MISSING_DROP" => Some(Self::Drop),
+            _ => None,
+        }
+    }
 }
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, ::prost::Enumeration)]
 #[repr(i32)]

@@ -3,7 +3,7 @@
 use std::time::Instant;
 
 use model::sample::Params;
-use proto::v1::GenerateEvent;
+use proto::v1::{GenerateEvent, OnMissing};
 use tokio::sync::mpsc;
 use tonic::Status;
 use tracing::Span;
@@ -20,6 +20,7 @@ pub struct Job {
     pub stop_ids: Vec<u32>,
     /// Alternatives to report with each prompt token's score, if scores are wanted.
     pub prompt_logprobs: Option<u32>,
+    pub on_missing: OnMissing,
     pub arrived: Instant,
     pub deadline: Instant,
     pub events: mpsc::Sender<Result<GenerateEvent, Status>>,

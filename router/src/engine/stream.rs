@@ -1,6 +1,6 @@
 //! One sequence's answer: what to sample, what its client was sent, when it
 //! ends. A client that reads slowly fills its bounded channel and pauses its
-//! own sequence only.
+//! own sequence only; so does an expert that is missing and waited for.
 
 use std::time::Instant;
 
@@ -8,8 +8,10 @@ use model::LogitRows;
 use model::sample::{self, Choice, History, NonFinite, Row, Scored, Scratch};
 use proto::v1::generate_event::Event;
 use proto::v1::{
-    Alternative, FinishReason, Finished, GenerateEvent, PromptScores, TokenEvent, TokenScore,
+    Alternative, FinishReason, Finished, GenerateEvent, OnMissing, PromptScores, TokenEvent,
+    TokenScore,
 };
+use proto::{ExpertId, LayerId};
 use tonic::Status;
 use tracing::Span;
 
@@ -39,7 +41,20 @@ pub(super) struct Stream {
     scored: usize,
     history: History,
     last_token: Option<Instant>,
+    /// Experts' results left out since the last token, and in all.
+    dropped: (u64, u64),
+    stalled: Option<Stalled>,
     pub span: Span,
+}
+
+/// A sequence that needs an expert which is not there.
+pub(super) struct Stalled {
+    pub layer: LayerId,
+    pub expert: ExpertId,
+    /// Since when it has made no progress.
+    pub since: Instant,
+    /// It is not computed meanwhile; false while it is tried again.
+    parked: bool,
 }
 
 impl Stream {
@@ -52,7 +67,52 @@ impl Stream {
             tokens[prompt_len..].iter().for_each(|&token| history.push(token));
         }
         let (generated, span) = (job.emitted, job.span.clone());
-        Self { job, prompt_len, generated, scored: 1, history, last_token: None, span }
+        Self {
+            job,
+            prompt_len,
+            generated,
+            scored: 1,
+            history,
+            last_token: None,
+            dropped: (0, 0),
+            stalled: None,
+            span,
+        }
+    }
+
+    /// What is to be done about a missing expert.
+    pub fn on_missing(&self) -> OnMissing {
+        self.job.on_missing
+    }
+
+    /// Waits for an expert; the time counts from when it first did without progress between.
+    pub fn park(&mut self, layer: LayerId, expert: ExpertId, now: Instant) {
+        let since = self.stalled.as_ref().map_or(now, |stalled| stalled.since);
+        self.stalled = Some(Stalled { layer, expert, since, parked: true });
+    }
+
+    /// What it waits for.
+    pub fn parked(&self) -> Option<&Stalled> {
+        self.stalled.as_ref().filter(|stalled| stalled.parked)
+    }
+
+    /// The expert is there again: it is computed with the next step.
+    pub fn unpark(&mut self) {
+        if let Some(stalled) = &mut self.stalled {
+            stalled.parked = false;
+        }
+    }
+
+    /// A part of it was computed.
+    pub fn progressed(&mut self) {
+        self.stalled = None;
+    }
+
+    /// Results of `count` experts were left out.
+    pub fn leave_out(&mut self, count: u64) {
+        self.dropped.0 += count;
+        self.dropped.1 += count;
+        self.span.record("dropped_experts", self.dropped.1);
     }
 
     /// The client went away.
@@ -142,7 +202,8 @@ impl Stream {
         self.generated += 1;
         self.observe(metrics);
         let score = choice.logprob.map(|logprob| token_score(id, logprob, choice.top));
-        self.send(Event::Token(TokenEvent { id, score }));
+        let dropped_experts = std::mem::take(&mut self.dropped.0);
+        self.send(Event::Token(TokenEvent { id, score, dropped_experts }));
 
         let reason = if self.job.stop_ids.contains(&id) {
             FinishReason::Stop

@@ -9,7 +9,7 @@ use proto::frame;
 use proto::wire;
 use proto::{Attempt, ExpertId, Ticket};
 
-use super::{Exchange, LANES, Open, Outgoing, Parked, Shape};
+use super::{Exchange, LANES, Open, Outgoing, Shape};
 
 /// Vectors that routing uses again.
 #[derive(Default)]
@@ -34,7 +34,7 @@ impl Work {
 
 impl Exchange {
     /// Groups slots by an owner of their expert and puts one frame per node in
-    /// the outbox. An expert's slots stay together, on its least loaded owner.
+    /// the outbox. An expert's slots stay together. Those without an owner are gaps.
     pub(super) fn route(
         &mut self,
         slots: Vec<u32>,
@@ -44,22 +44,27 @@ impl Exchange {
         now: Instant,
     ) {
         let mut work = std::mem::take(&mut self.work);
-        let mut ownerless = work.slots();
+        let (mut ownerless, mut avoided) = (work.slots(), work.slots());
+        let shared = self.health.clone();
+        let mut health = shared.lock();
         let most = slots.iter().map(|&slot| self.experts[slot as usize]).max();
         work.chosen.clear();
         work.chosen.resize(most.map_or(0, |most| most as usize + 1), None);
         for &slot in &slots {
             let expert = self.experts[slot as usize];
             let node = *work.chosen[expert as usize].get_or_insert_with(|| {
-                let load = |node: &NodeIndex| {
-                    let mine = work.per_node.iter().find(|(n, _)| n == node);
+                let given = |node: NodeIndex| {
+                    let mine = work.per_node.iter().find(|(n, _)| *n == node);
                     mine.map_or(0, |(_, slots)| slots.len())
                 };
-                let owners = placement.owners(self.layer, ExpertId(expert)).iter();
-                owners.copied().filter(|&owner| Some(owner) != avoid).min_by_key(load)
+                let owners = placement.owners(self.layer, ExpertId(expert));
+                health.choose(owners, avoid, given, now)
             });
             match node {
-                None => ownerless.push(slot),
+                None if placement.owners(self.layer, ExpertId(expert)).is_empty() => {
+                    ownerless.push(slot);
+                }
+                None => avoided.push(slot),
                 Some(node) => match work.per_node.iter_mut().find(|(n, _)| *n == node) {
                     Some((_, slots)) => slots.push(slot),
                     None => {
@@ -70,21 +75,22 @@ impl Exchange {
                 },
             }
         }
+        drop(health);
         work.recycle(slots);
-        if ownerless.is_empty() {
-            work.recycle(ownerless);
-        } else {
-            // If only the avoided node owns them it gets another chance, after a
-            // pause in which the placement may learn that it is gone.
-            let retry_at = avoid.map(|_| now + self.patience.busy);
-            self.parked.push(Parked { slots: ownerless, attempt, retry_at });
-        }
         let mut per_node = std::mem::take(&mut work.per_node);
         self.work = work;
         for (node, slots) in per_node.drain(..) {
             self.post(node, slots, attempt, placement, now);
         }
         self.work.per_node = per_node;
+        if avoided.is_empty() {
+            self.work.recycle(avoided);
+        } else {
+            // Only the avoided node owns them: it gets another chance, after a
+            // pause in which the placement may learn that it is gone.
+            self.park(avoided, attempt, now);
+        }
+        self.lack_owners(ownerless, now);
     }
 
     /// Frames for `slots` (ascending), each small enough for one message.
@@ -114,7 +120,13 @@ impl Exchange {
             let ticket = Ticket(self.next_ticket);
             self.next_ticket += LANES as u64;
             let epoch = placement.epoch();
-            self.open.push(Open { ticket, node, slots, attempt, epoch, sent: now });
+            let mut health = self.health.lock();
+            health.sent(node, slots.len(), attempt.0 == 0, now);
+            let due = Some(now + health.deadline(node, slots.len(), attempt.0));
+            let first = attempt.0 == 0;
+            let hedge = health.hedge_after(node, slots.len()).filter(|_| first).map(|t| now + t);
+            drop(health);
+            self.open.push(Open { ticket, node, slots, attempt, epoch, sent: now, due, hedge });
             self.outbox.push(Outgoing { node, ticket });
             slots = later;
         }
@@ -126,7 +138,8 @@ impl Exchange {
     pub fn encode(&mut self, ticket: Ticket, rows: &[u8], buffer: &mut BytesMut) {
         let Some(open) = self.open.iter().find(|open| open.ticket == ticket) else { return };
         let Shape { hidden, dtype, top_k } = self.shape;
-        let timeout = self.patience.expert_wait.as_micros();
+        let end = self.started + self.patience.expert_wait;
+        let timeout = end.saturating_duration_since(open.sent).as_micros().max(1);
         let head = &mut self.head;
         head.ticket = ticket.0;
         head.attempt = open.attempt.0;

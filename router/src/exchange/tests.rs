@@ -2,19 +2,18 @@
 //! doubled or refused, every slot gets exactly its own result or an error.
 
 use mesh::placement::ExpertGrid;
-use proptest::prelude::*;
 use proto::v1::DispatchError;
 use proto::wire::{self, Messages};
 
 use super::*;
+use crate::health::{Policy, SharedHealth};
+
+mod random;
 
 const LAYER: LayerId = LayerId(3);
 const SHAPE: Shape = Shape { hidden: 2, dtype: Dtype::F32, top_k: 2 };
-const PATIENCE: Patience = Patience {
-    attempt: Duration::from_millis(500),
-    expert_wait: Duration::from_secs(30),
-    busy: Duration::from_millis(5),
-};
+const PATIENCE: Patience =
+    Patience { expert_wait: Duration::from_secs(30), busy: Duration::from_millis(5) };
 const EXPERTS: u32 = 6;
 
 /// `owners[node]` lists what each live node owns; the epoch is its count.
@@ -58,6 +57,7 @@ struct Sent {
 
 struct Case {
     exchange: Exchange,
+    health: SharedHealth,
     rows: Vec<u8>,
     experts: Vec<u32>,
     now: Instant,
@@ -65,15 +65,20 @@ struct Case {
 
 impl Case {
     fn new(experts: &[[u32; 2]], placement: &Placement) -> Self {
+        Self::with(Policy::default(), experts, placement)
+    }
+
+    fn with(policy: Policy, experts: &[[u32; 2]], placement: &Placement) -> Self {
         let now = Instant::now();
         let rows: Vec<u8> = (0..experts.len())
             .flat_map(|row| [100.0 * row as f32, 0.0])
             .flat_map(f32::to_le_bytes)
             .collect();
         let experts = experts.concat();
-        let mut exchange = Exchange::new(SHAPE, PATIENCE, now, 0);
+        let health = SharedHealth::new(policy, 1, now);
+        let mut exchange = Exchange::new(SHAPE, PATIENCE, health.clone(), now, 0);
         exchange.begin(LAYER, &experts, String::new(), placement, now);
-        Self { exchange, rows, experts, now }
+        Self { exchange, health, rows, experts, now }
     }
 
     fn sent(&mut self) -> Vec<Sent> {
@@ -94,7 +99,7 @@ impl Case {
     }
 
     fn assert_exact(&self) {
-        assert!(self.exchange.is_done());
+        assert!(self.exchange.is_done() && self.exchange.gaps().is_empty());
         for (slot, &expert) in self.experts.iter().enumerate() {
             let row = self.exchange.row(slot);
             let want = 100.0 * (slot / 2) as f32 + expert as f32;
@@ -114,7 +119,7 @@ fn one_frame_per_node_and_results_in_any_order() {
     sent.reverse();
     for out in &sent {
         let (now, reply) = (case.now, answer(&out.frame));
-        let taken = case.exchange.on_reply(out.node, reply, &table, now).unwrap();
+        let taken = case.exchange.on_reply(out.node, reply, &table, now);
         assert!(matches!(taken, Taken::Result(_)));
     }
     case.assert_exact();
@@ -131,10 +136,10 @@ fn a_lost_node_costs_one_resend_and_its_late_reply_is_dropped() {
     case.exchange.on_down(lost.node, &kept, now);
     let again = case.sent();
     assert!(again.iter().all(|out| out.node != lost.node && out.frame.attempt == 1));
-    let late = case.exchange.on_reply(lost.node, answer(&lost.frame), &kept, now).unwrap();
+    let late = case.exchange.on_reply(lost.node, answer(&lost.frame), &kept, now);
     assert_eq!(late, Taken::Stale);
     for out in sent[1..].iter().chain(&again) {
-        case.exchange.on_reply(out.node, answer(&out.frame), &kept, now).unwrap();
+        case.exchange.on_reply(out.node, answer(&out.frame), &kept, now);
     }
     case.assert_exact();
     assert_eq!(case.exchange.retries(), 1);
@@ -147,39 +152,145 @@ fn another_nodes_ticket_and_a_second_reply_are_not_taken() {
     let now = case.now;
     let sent = case.sent();
     let forged = answer(&sent[0].frame);
-    let taken = case.exchange.on_reply(sent[1].node, forged, &table, now).unwrap();
+    let taken = case.exchange.on_reply(sent[1].node, forged, &table, now);
     assert_eq!(taken, Taken::Stale);
     for _ in 0..2 {
         for out in &sent {
-            case.exchange.on_reply(out.node, answer(&out.frame), &table, now).unwrap();
+            case.exchange.on_reply(out.node, answer(&out.frame), &table, now);
         }
     }
     case.assert_exact();
 }
 
 #[test]
-fn a_missing_owner_is_waited_for_and_then_an_error() {
+fn a_missing_owner_is_a_gap_at_once_and_its_neighbours_are_exact() {
     let half = placement(&[(0, &[0, 1, 2])]);
-    let mut case = Case::new(&[[0, 5]], &half);
+    let mut case = Case::new(&[[0, 5], [1, 2]], &half);
     let now = case.now;
     for out in case.sent() {
-        case.exchange.on_reply(out.node, answer(&out.frame), &half, now).unwrap();
+        case.exchange.on_reply(out.node, answer(&out.frame), &half, now);
     }
-    let soon = now + Duration::from_secs(10);
-    case.exchange.on_time(&half, soon).unwrap();
-    assert!(!case.exchange.is_done());
-    let error = case.exchange.on_time(&half, now + PATIENCE.expert_wait).unwrap_err();
-    assert!(
-        matches!(error, ExchangeError::NoOwner { layer: LAYER, expert: ExpertId(5), .. }),
-        "{error}"
-    );
+    assert!(case.exchange.is_done());
+    let gaps = case.exchange.gaps();
+    assert_eq!(gaps.iter().map(|gap| gap.slot).collect::<Vec<_>>(), [1]);
+    assert_eq!(gaps[0].lack.expert(), Some((LAYER, ExpertId(5))));
+    assert_eq!(gaps[0].lack.to_string(), "layer 3 expert 5 has no live owner");
+    assert_eq!(case.exchange.row(1), [0; 8], "stands for what is not there");
+    for (slot, want) in [(0, 0.0f32), (2, 101.0), (3, 102.0)] {
+        assert_eq!(case.exchange.row(slot)[..4], want.to_le_bytes());
+    }
+}
 
-    let full = placement(&[(0, &[0, 1, 2]), (1, &[5])]);
-    case.exchange.on_placement(&full, soon);
-    for out in case.sent() {
-        case.exchange.on_reply(out.node, answer(&out.frame), &full, soon).unwrap();
+#[test]
+fn without_an_answer_patience_ends_for_the_rows_that_need_it() {
+    let table = placement(&[(0, &[0, 1, 2]), (1, &[3, 4, 5])]);
+    let mut case = Case::new(&[[0, 5], [1, 2]], &table);
+    let now = case.now;
+    for out in case.sent().iter().filter(|out| out.node.0 == 0) {
+        case.exchange.on_reply(out.node, answer(&out.frame), &table, now);
+    }
+    case.exchange.on_time(&table, now + Duration::from_secs(29));
+    assert!(!case.exchange.is_done() && case.sent().is_empty(), "nobody else to ask");
+    case.exchange.on_time(&table, now + PATIENCE.expert_wait);
+    assert!(case.exchange.is_done());
+    let lacks: Vec<_> = case.exchange.gaps().iter().map(|gap| (gap.slot, &*gap.lack)).collect();
+    assert!(matches!(lacks[..], [(1, Lack::NoReply { node: 1, .. })]), "{lacks:?}");
+}
+
+#[test]
+fn a_late_frame_is_asked_of_another_and_the_first_answer_counts() {
+    let both = placement(&[(0, &[0, 1]), (1, &[0, 1])]);
+    for first_wins in [true, false] {
+        let mut case = Case::new(&[[0, 1]], &both);
+        let first = case.sent();
+        let mut now = case.now + Duration::from_millis(1999);
+        case.exchange.on_time(&both, now);
+        assert!(case.sent().is_empty(), "nothing was measured, so there is patience");
+        now += Duration::from_millis(1);
+        case.exchange.on_time(&both, now);
+        let again = case.sent();
+        assert_eq!(again.len(), first.len());
+        assert!(again.iter().all(|out| out.frame.attempt == 1));
+        let (one, other) = if first_wins { (&first, &again) } else { (&again, &first) };
+        for out in one {
+            case.exchange.on_reply(out.node, answer(&out.frame), &both, now);
+        }
+        case.assert_exact();
+        for out in other {
+            let taken = case.exchange.on_reply(out.node, answer(&out.frame), &both, now);
+            assert_eq!(taken, Taken::Late);
+            let taken = case.exchange.on_reply(out.node, answer(&out.frame), &both, now);
+            assert_eq!(taken, Taken::Stale);
+        }
+        case.assert_exact();
+    }
+}
+
+#[test]
+fn hedging_asks_another_early_where_it_is_wanted() {
+    let both = placement(&[(0, &[0, 1]), (1, &[0, 1])]);
+    for hedge in [false, true] {
+        let policy = Policy { hedge, ..Policy::default() };
+        let mut case = Case::with(policy, &[[0, 1]], &both);
+        let ms = Duration::from_millis(1);
+        // Many answers of a millisecond; the next one does not come.
+        for _ in 0..200 {
+            for out in case.sent() {
+                let now = case.now + ms;
+                case.exchange.on_reply(out.node, answer(&out.frame), &both, now);
+            }
+            case.assert_exact();
+            case.now += ms;
+            case.exchange.begin(LAYER, &[0, 1], String::new(), &both, case.now);
+        }
+        let first = case.sent();
+        let late = case.now + 10 * ms;
+        assert_eq!(case.exchange.next_timeout() < late, hedge);
+        case.exchange.on_time(&both, late);
+        let second = case.sent();
+        assert_eq!(second.len(), if hedge { first.len() } else { 0 });
+        for out in &first {
+            case.exchange.on_reply(out.node, answer(&out.frame), &both, late);
+        }
+        case.assert_exact();
+        assert_eq!(case.health.lock().counts.late, 0, "a hedge is no failure");
+    }
+}
+
+#[test]
+fn without_budget_the_first_sending_is_waited_for() {
+    let both = placement(&[(0, &[0, 1]), (1, &[0, 1])]);
+    let mut case = Case::new(&[[0, 1]], &both);
+    let first = case.sent();
+    let now = case.now + Duration::from_secs(2);
+    while case.health.lock().may_send_again(now) {}
+    case.exchange.on_time(&both, now);
+    assert!(case.sent().is_empty());
+    assert!(case.exchange.next_timeout() > now, "thought of again, but not at once");
+    for out in first {
+        case.exchange.on_reply(out.node, answer(&out.frame), &both, now);
     }
     case.assert_exact();
+}
+
+#[test]
+fn a_hung_nodes_slots_go_elsewhere_or_are_gaps() {
+    let some = placement(&[(0, &[0, 1, 5]), (1, &[0, 1, 2])]);
+    let mut case = Case::new(&[[0, 5]], &some);
+    let now = case.now;
+    let first = case.sent();
+    let hung = NodeIndex(0);
+    case.health.lock().set_hung(hung, true, now);
+    case.exchange.on_hung(hung, &some, now);
+    let second = case.sent();
+    assert!(second.iter().all(|out| out.node.0 == 1), "only the replica is asked");
+    for out in first.iter().filter(|out| out.node.0 == 1).chain(&second) {
+        case.exchange.on_reply(out.node, answer(&out.frame), &some, now);
+    }
+    assert!(case.exchange.is_done());
+    let gaps = case.exchange.gaps();
+    assert!(matches!(*gaps[0].lack, Lack::Hung { expert: ExpertId(5), node: 0, .. }), "{gaps:?}");
+    assert_eq!((gaps.len(), gaps[0].slot), (1, 1));
 }
 
 #[test]
@@ -190,17 +301,80 @@ fn refusals_go_elsewhere_or_end_the_step() {
         let now = case.now;
         let first = case.sent();
         let reply = refuse(&first[0].frame, code);
-        let taken = case.exchange.on_reply(first[0].node, reply, &both, now).unwrap();
+        let taken = case.exchange.on_reply(first[0].node, reply, &both, now);
         assert_eq!(taken, Taken::Retried);
         let again = case.sent();
         assert!(!again.is_empty() && again.iter().all(|out| out.node != first[0].node));
     }
+    // What two nodes call invalid is.
     let mut case = Case::new(&[[0, 1]], &both);
     let now = case.now;
-    let first = case.sent();
-    let reply = refuse(&first[0].frame, ErrorCode::Invalid);
-    let error = case.exchange.on_reply(first[0].node, reply, &both, now).unwrap_err();
-    assert!(matches!(error, ExchangeError::Refused { code: ErrorCode::Invalid, .. }));
+    for _ in 0..2 {
+        for out in case.sent() {
+            let reply = refuse(&out.frame, ErrorCode::Invalid);
+            case.exchange.on_reply(out.node, reply, &both, now);
+        }
+    }
+    assert!(case.exchange.is_done());
+    for gap in case.exchange.gaps() {
+        assert!(matches!(*gap.lack, Lack::Refused { code: ErrorCode::Invalid, .. }), "{gap:?}");
+        assert!(gap.lack.expert().is_none() && !gap.lack.is_absence());
+    }
+}
+
+#[test]
+fn a_busy_mesh_is_asked_less_and_less_often() {
+    let one = placement(&[(0, &[0, 1])]);
+    let mut case = Case::new(&[[0, 1]], &one);
+    let mut sendings = 0;
+    for ms in 0..1000 {
+        let now = case.now + Duration::from_millis(ms);
+        case.exchange.on_time(&one, now);
+        for out in case.sent() {
+            sendings += 1;
+            let reply = refuse(&out.frame, ErrorCode::Busy);
+            case.exchange.on_reply(out.node, reply, &one, now);
+        }
+    }
+    assert!((5..20).contains(&sendings), "{sendings}");
+}
+
+#[test]
+fn one_row_that_is_not_finite_costs_only_itself() {
+    let both = placement(&[(0, &[0, 1, 2, 3]), (1, &[2, 3, 4, 5])]);
+    let experts = [[0, 5], [1, 2], [2, 3], [3, 4], [0, 4], [1, 5], [2, 4]];
+    for bad in 0..experts.len() {
+        let mut case = Case::new(&experts, &both);
+        let poisoned = (100.0 * bad as f32).to_le_bytes();
+        loop {
+            let sent = case.sent();
+            if sent.is_empty() {
+                let next = case.exchange.next_timeout();
+                if case.exchange.is_done() {
+                    break;
+                }
+                case.now = next;
+                case.exchange.on_time(&both, next);
+            }
+            for out in sent {
+                let poison = out.frame.rows.chunks(8).any(|row| row[..4] == poisoned);
+                let reply = match poison {
+                    true => refuse(&out.frame, ErrorCode::NonFinite),
+                    false => answer(&out.frame),
+                };
+                case.exchange.on_reply(out.node, reply, &both, case.now);
+            }
+        }
+        let mut gaps: Vec<_> = case.exchange.gaps().iter().map(|gap| gap.slot).collect();
+        gaps.sort_unstable();
+        assert_eq!(gaps, [2 * bad as u32, 2 * bad as u32 + 1]);
+        for slot in (0..2 * experts.len()).filter(|slot| slot / 2 != bad) {
+            let want = (100 * (slot / 2)) as f32 + experts[slot / 2][slot % 2] as f32;
+            assert_eq!(case.exchange.row(slot)[..4], want.to_le_bytes(), "slot {slot}");
+        }
+        let health = case.health.lock();
+        assert_eq!(health.counts.ejections, 0, "the rows are to blame, not the nodes");
+    }
 }
 
 #[test]
@@ -221,80 +395,11 @@ fn a_reply_of_the_wrong_shape_or_with_nan_is_asked_of_another() {
         let first = case.sent();
         let mut reply = answer(&first[0].frame);
         edit(&mut reply);
-        let taken = case.exchange.on_reply(first[0].node, reply, &both, now).unwrap();
+        let taken = case.exchange.on_reply(first[0].node, reply, &both, now);
         assert_eq!(taken, Taken::Retried);
         let again = case.sent();
         for out in first[1..].iter().chain(&again) {
-            case.exchange.on_reply(out.node, answer(&out.frame), &both, now).unwrap();
-        }
-        case.assert_exact();
-    }
-}
-
-proptest! {
-    /// Random loss, delay, duplication, refusals, crashes and returns: always
-    /// the exact result once the network heals.
-    #[test]
-    fn a_bad_network_never_changes_a_result(
-        rows in prop::collection::vec((0..EXPERTS, 1..EXPERTS), 1..12),
-        events in prop::collection::vec((0u8..8, any::<prop::sample::Index>()), 0..60),
-    ) {
-        let experts: Vec<[u32; 2]> =
-            rows.iter().map(|&(a, d)| { let b = (a + d) % EXPERTS; [a.min(b), a.max(b)] }).collect();
-        let all: &[u32] = &[0, 1, 2, 3, 4, 5];
-        let healthy = placement(&[(0, all), (1, &[0, 1, 2]), (2, &[3, 4, 5])]);
-        let mut table = healthy.clone();
-        let mut case = Case::new(&experts, &table);
-        let mut flying = case.sent();
-        for (kind, index) in events {
-            let now = case.now;
-            if !flying.is_empty() {
-                let at = index.index(flying.len());
-                match kind {
-                    0..=2 => {
-                        let out = flying.swap_remove(at);
-                        case.exchange.on_reply(out.node, answer(&out.frame), &table, now).unwrap();
-                    }
-                    3 => {
-                        let out = &flying[at];
-                        case.exchange.on_reply(out.node, answer(&out.frame), &table, now).unwrap();
-                    }
-                    4 => {
-                        let out = flying.swap_remove(at);
-                        let reply = refuse(&out.frame, ErrorCode::Busy);
-                        case.exchange.on_reply(out.node, reply, &table, now).unwrap();
-                    }
-                    5 => {
-                        let node = flying[at].node;
-                        let left: Vec<_> = [(0, all), (1, &all[..3]), (2, &all[3..])]
-                            .into_iter().filter(|&(n, _)| n != node.0).collect();
-                        table = placement(&left);
-                        case.exchange.on_down(node, &table, now);
-                    }
-                    _ => {}
-                }
-            }
-            if kind == 6 {
-                table = healthy.clone();
-                case.exchange.on_placement(&table, now);
-            }
-            if kind == 7 {
-                case.now += Duration::from_millis(120);
-                case.exchange.on_time(&table, case.now).unwrap();
-            }
-            flying.extend(case.sent());
-        }
-        case.exchange.on_placement(&healthy, case.now);
-        for _ in 0..200 {
-            flying.extend(case.sent());
-            for out in flying.drain(..) {
-                case.exchange.on_reply(out.node, answer(&out.frame), &healthy, case.now).unwrap();
-            }
-            if case.exchange.is_done() {
-                break;
-            }
-            case.now += Duration::from_millis(50);
-            case.exchange.on_time(&healthy, case.now).unwrap();
+            case.exchange.on_reply(out.node, answer(&out.frame), &both, now);
         }
         case.assert_exact();
     }

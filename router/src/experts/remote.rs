@@ -12,12 +12,13 @@ use mesh::placement::{NodeIndex, Placement};
 use mesh::pump::{AWAKE, Pump};
 use mesh::telemetry::propagate;
 use model::Routed;
-use proto::{Epoch, LayerId, Ticket};
+use proto::{Epoch, ExpertId, LayerId, Ticket};
 use tokio::sync::mpsc::Receiver;
 use tracing::Span;
 
-use crate::exchange::{Exchange, ExchangeError, LANES, Outgoing, Taken, lane};
+use crate::exchange::{Exchange, LANES, Outgoing, Taken, lane};
 use crate::experts::spin::Spin;
+use crate::health::{Counts, SharedHealth};
 use crate::history::{History, list};
 use crate::metrics::RouterMetrics;
 
@@ -38,6 +39,11 @@ pub struct Remote {
     pub metrics: RouterMetrics,
     pub epoch: Epoch,
     pub spin: Spin,
+    pub health: SharedHealth,
+    /// As of the last look.
+    pub any_hung: bool,
+    /// What of its counts the metrics know.
+    pub counted: Counts,
     pub history: History,
 }
 
@@ -60,9 +66,10 @@ impl Remote {
 
     /// Returns when the lane's rows are all there. What comes for another lane is
     /// taken meanwhile; what it has to send again waits for its own call, which has its rows.
-    pub fn wait(&mut self, waited: usize, routed: &Routed<'_>) -> Result<(), ExchangeError> {
+    pub fn wait(&mut self, waited: usize, routed: &Routed<'_>) {
         let start = Instant::now();
         let placement = self.placement.load_full();
+        self.lanes.iter_mut().for_each(|(exchange, _)| exchange.on_listen(start));
         self.flush(waited, routed.rows, &placement, start);
         let idle = !self.lanes[waited].0.is_done();
         let awake = idle && self.spin.choose(routed.count);
@@ -78,7 +85,14 @@ impl Remote {
                     self.pump.turn();
                     continue;
                 }
-                Err(_) => self.pump.run_for(pause.min(LOOK_AROUND), self.events.recv()),
+                Err(_) => {
+                    let event = self.pump.run_for(pause.min(LOOK_AROUND), self.events.recv());
+                    // Nobody is late whose answer only has to be read.
+                    event.or_else(|| {
+                        self.pump.turn();
+                        self.events.try_recv().ok().map(Some)
+                    })
+                }
             };
             let now = Instant::now();
             let placement = self.placement.load_full();
@@ -88,17 +102,21 @@ impl Remote {
                     let ticket = reply.ticket;
                     let exchange = &mut self.lanes[lane(Ticket(ticket))].0;
                     let before = exchange.missing();
-                    let taken = exchange.on_reply(node, reply, &placement, now)?;
+                    let taken = exchange.on_reply(node, reply, &placement, now);
                     let what = match taken {
                         Taken::Result(_) => "taken",
                         Taken::Retried => "refused",
+                        Taken::Late => "late",
                         Taken::Stale => "stale",
                     };
-                    let (from, applied) = (node.0, before - exchange.missing());
-                    self.history.record(
-                        what,
-                        format_args!("\"ticket\":{ticket},\"node\":{from},\"applied\":{applied}"),
-                    );
+                    if self.history.is_on() {
+                        let (from, applied) = (node.0, before - exchange.missing());
+                        let but = list(exchange.doubled().iter());
+                        let said = format_args!(
+                            "\"ticket\":{ticket},\"node\":{from},\"applied\":{applied},\"but\":{but}"
+                        );
+                        self.history.record(what, said);
+                    }
                     match taken {
                         Taken::Result(took) => {
                             if let Some(link) = self.links.get(node) {
@@ -107,6 +125,7 @@ impl Remote {
                             self.metrics.round_trip.observe(took.as_secs_f64());
                         }
                         Taken::Retried => self.count_retry(node),
+                        Taken::Late => _ = self.metrics.late_replies.inc(),
                         Taken::Stale => _ = self.metrics.stale_replies.inc(),
                     }
                 }
@@ -115,13 +134,14 @@ impl Remote {
                     for (exchange, _) in &mut self.lanes {
                         exchange.on_down(node, &placement, now);
                     }
+                    self.health.lock().down(node, now);
                     if self.retries() > before {
                         self.count_retry(node);
                     }
                 }
                 None => {
                     for (exchange, _) in self.lanes.iter_mut().filter(|(e, _)| !e.is_done()) {
-                        exchange.on_time(&placement, now)?;
+                        exchange.on_time(&placement, now);
                     }
                 }
                 // The links hold the senders for as long as the process serves.
@@ -129,14 +149,46 @@ impl Remote {
             }
             self.flush(waited, routed.rows, &placement, now);
         }
-        self.history.record("done", format_args!("\"lane\":{waited}"));
+        if self.history.is_on() {
+            let gaps = list(self.lanes[waited].0.gaps().iter().map(|gap| gap.slot));
+            self.history.record("done", format_args!("\"lane\":{waited},\"gaps\":{gaps}"));
+        }
         let waited_for = start.elapsed();
         if idle {
             self.spin.observe(routed.count, awake, waited_for);
         }
         self.metrics.exchange_wait.observe(waited_for.as_secs_f64());
         self.metrics.exchange.observe(self.lanes[waited].1.elapsed().as_secs_f64());
-        Ok(())
+        self.count();
+    }
+
+    /// Somebody who gives signs of life owns the expert.
+    pub fn has(&self, layer: LayerId, expert: ExpertId) -> bool {
+        let placement = self.placement.load();
+        let links = self.links.load();
+        let lives =
+            |node: &NodeIndex| links.get(usize::from(node.0)).is_some_and(|link| !link.is_hung());
+        placement.owners(layer, expert).iter().any(lives)
+    }
+
+    pub fn abandon(&mut self) {
+        let now = Instant::now();
+        self.lanes.iter_mut().for_each(|(exchange, _)| exchange.settle(now));
+    }
+
+    /// Brings the metrics up to what the policy has counted.
+    fn count(&mut self) {
+        let now = self.health.lock().counts;
+        if now == self.counted {
+            return;
+        }
+        let before = std::mem::replace(&mut self.counted, now);
+        let metrics = &self.metrics;
+        metrics.frames.inc_by(now.first - before.first);
+        metrics.late.inc_by(now.late - before.late);
+        metrics.again.inc_by(now.again - before.again);
+        metrics.spared.inc_by(now.spared - before.spared);
+        metrics.ejections.inc_by(now.ejections - before.ejections);
     }
 
     pub fn row(&self, lane: usize, slot: usize) -> &[u8] {
@@ -151,8 +203,22 @@ impl Remote {
         self.lanes.iter().map(|(exchange, _)| exchange.retries()).sum()
     }
 
-    /// Tells the open exchanges of a placement that they do not know yet.
+    /// Tells the open exchanges of a placement that they do not know yet, and
+    /// of nodes that hang.
     fn look(&mut self, placement: &Placement, now: Instant) {
+        let links = self.links.load();
+        let any_hung = links.iter().any(|link| link.is_hung());
+        if any_hung || self.any_hung {
+            self.any_hung = any_hung;
+            for link in links.iter() {
+                let hung = link.is_hung();
+                if self.health.lock().set_hung(link.node, hung, now) && hung {
+                    for (exchange, _) in &mut self.lanes {
+                        exchange.on_hung(link.node, placement, now);
+                    }
+                }
+            }
+        }
         if placement.epoch() != self.epoch {
             self.epoch = placement.epoch();
             for (exchange, _) in &mut self.lanes {
@@ -180,6 +246,10 @@ impl Remote {
         self.pump.run(async {
             while let Some(Outgoing { node, ticket }) = exchange.outbox.pop() {
                 exchange.encode(ticket, rows, &mut self.wire);
+                if self.wire.is_empty() {
+                    // Its slots have been given up since.
+                    continue;
+                }
                 let frame = self.wire.split().freeze();
                 if !self.links.get(node).is_some_and(|link| link.send(frame)) {
                     exchange.on_unsent(ticket, placement, now);
