@@ -8,8 +8,9 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use bytes::{BufMut as _, Bytes, BytesMut};
+use bytes::{Bytes, BytesMut};
 use mesh::telemetry::propagate;
+use model::rows::decode_fp8;
 use model::{ExpertGroup, ExpertScratch, Numerics, forward_experts};
 use proto::frame::all_finite;
 use proto::v1::{DispatchError, DispatchFrame, DispatchReply, Dtype, ErrorCode};
@@ -20,6 +21,7 @@ use tonic::Status;
 use crate::admission::Admission;
 use crate::batcher::Batch;
 use crate::metrics::NodeMetrics;
+use crate::results::Results;
 use crate::store::{Resident, Store};
 use crate::stream::Spare;
 
@@ -32,6 +34,8 @@ pub struct Job {
     pub slots: usize,
     /// Where its slots begin among those of its batch.
     pub first: usize,
+    /// Whether an input row of it was found not to be finite.
+    pub tainted: bool,
     pub arrived: Instant,
     pub reply: OwnedPermit<Result<Bytes, Status>>,
 }
@@ -60,6 +64,9 @@ pub struct Executor {
     x: Vec<u8>,
     out: Vec<u8>,
     scratch: ExpertScratch,
+    /// A frame's rows after decoding, on their way into a buffer of its own.
+    decoded: Vec<u8>,
+    results: Results,
 }
 
 impl Executor {
@@ -73,6 +80,8 @@ impl Executor {
             x: Vec::new(),
             out: Vec::new(),
             scratch: ExpertScratch::default(),
+            decoded: Vec::new(),
+            results: Results::default(),
         }
     }
 
@@ -111,6 +120,7 @@ impl Executor {
         }
         let _in_span = span.enter();
 
+        self.decode(jobs);
         self.batch.group(jobs.iter().map(|job| &job.frame));
         if !self.find_experts() {
             // Residency was checked at admission; it changed since.
@@ -133,7 +143,7 @@ impl Executor {
             .collect();
         if work.is_empty() {
             // A stub: all its experts answer with what they are given.
-            self.out.clone_from(&self.x);
+            std::mem::swap(&mut self.out, &mut self.x);
         } else {
             forward_experts(
                 &self.parts.compute,
@@ -167,19 +177,36 @@ impl Executor {
         self.experts.len() == self.batch.groups.len()
     }
 
-    /// Copies every group's input rows next to each other.
-    fn gather(&mut self, jobs: &[Job]) {
-        let width = self.row_bytes();
+    /// Puts FP8 rows into the form that is computed with.
+    fn decode(&mut self, jobs: &mut [Job]) {
+        let hidden = self.parts.hidden;
+        for job in jobs.iter_mut().filter(|job| job.frame.dtype == Dtype::Fp8 as i32) {
+            self.decoded.clear();
+            for row in job.frame.rows.chunks_exact(Dtype::Fp8.row_bytes(hidden)) {
+                decode_fp8(self.parts.numerics, row, hidden, &mut self.decoded);
+            }
+            self.wire.extend_from_slice(&self.decoded);
+            job.frame.rows = self.wire.split().freeze();
+        }
+    }
+
+    /// Copies every group's input rows next to each other. Whether they are finite is
+    /// looked at on the way, while they are in the cache: a row that is not spoils no
+    /// other, and its frame is refused in the end.
+    fn gather(&mut self, jobs: &mut [Job]) {
+        let (width, dtype) = (self.row_bytes(), self.dtype());
         self.x.clear();
         for place in self.batch.places() {
-            let from = place.row as usize * width;
-            self.x.extend_from_slice(&jobs[place.frame as usize].frame.rows[from..from + width]);
+            let job = &mut jobs[place.frame as usize];
+            let row = &job.frame.rows[place.row as usize * width..][..width];
+            self.x.extend_from_slice(row);
+            job.tainted |= place.first && !all_finite(row, dtype);
         }
     }
 
     /// Writes one reply per frame, its results in its slot order.
     fn answer(&mut self, jobs: &mut Vec<Job>, start: Instant, took: Duration) {
-        let (width, dtype) = (self.row_bytes(), self.dtype());
+        let width = self.row_bytes();
         // Where each frame's slots begin among all, found by walking the frames
         // in order; `first` is kept in the job it belongs to.
         let slots: usize = jobs.iter().map(|job| job.slots).sum();
@@ -194,29 +221,40 @@ impl Executor {
             self.rows[jobs[place.frame as usize].first + place.slot as usize] = row as u32;
         }
         for job in jobs.drain(..) {
-            let rows = &self.rows[job.first..job.first + job.slots];
-            let result = |&row: &u32| &self.out[row as usize * width..][..width];
-            if !rows.iter().all(|row| all_finite(result(row), dtype)) {
-                let message = format!("layer {}: a result is not finite", job.frame.layer);
+            if job.tainted {
+                let message = format!("layer {}: an input row is not finite", job.frame.layer);
                 self.refuse(job, (ErrorCode::NonFinite, message));
                 continue;
             }
+            let rows = &self.rows[job.first..job.first + job.slots];
             let queued = start.duration_since(job.arrived);
-            self.parts.metrics.frames.inc();
-            self.parts.metrics.queue_seconds.observe(queued.as_secs_f64());
+            let form = self.results.form(&job.frame, self.parts.numerics);
             let head = DispatchReply {
                 ticket: job.frame.ticket,
                 attempt: job.frame.attempt,
-                dtype: dtype as i32,
+                dtype: form.dtype() as i32,
                 hidden: self.parts.hidden as u32,
                 queue_us: micros(queued),
                 compute_us: micros(took),
                 error: None,
                 rows: Bytes::new(),
             };
-            wire::put(&mut self.wire, &head, rows.len() * width, |buffer| {
-                rows.iter().for_each(|row| buffer.put_slice(result(row)));
+            let mut finite = true;
+            let bytes = form.rows(&job.frame) * form.dtype().row_bytes(self.parts.hidden);
+            wire::put(&mut self.wire, &head, bytes, |buffer| {
+                let result = |&row: &u32| &self.out[row as usize * width..][..width];
+                let kernels = self.parts.compute.kernels;
+                let results = rows.iter().map(result);
+                finite = self.results.write(kernels, form, &job.frame, results, buffer);
             });
+            if !finite {
+                self.wire.clear();
+                let message = format!("layer {}: a result is not finite", job.frame.layer);
+                self.refuse(job, (ErrorCode::NonFinite, message));
+                continue;
+            }
+            self.parts.metrics.frames.inc();
+            self.parts.metrics.queue_seconds.observe(queued.as_secs_f64());
             job.reply.send(Ok(self.wire.split().freeze()));
             self.parts.spare.put(job.frame);
         }
@@ -232,7 +270,7 @@ impl Executor {
     }
 
     fn row_bytes(&self) -> usize {
-        self.parts.hidden * self.dtype().size()
+        self.dtype().row_bytes(self.parts.hidden)
     }
 }
 

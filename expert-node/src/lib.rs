@@ -8,6 +8,7 @@
 //! - [`admission`]: the bound on queued rows
 //! - [`batcher`]: regroups queued rows by expert, across frames and routers
 //! - [`executor`]: computes, on the thread that serves the streams
+//! - [`results`]: what a reply is made of
 //! - [`store`]: which experts are resident, and how much each has worked
 //! - [`stub`]: a node without weights, to measure the way of a row
 
@@ -17,6 +18,7 @@ pub mod admission;
 pub mod batcher;
 pub mod executor;
 pub mod metrics;
+pub mod results;
 pub mod service;
 pub mod store;
 pub mod stream;
@@ -29,6 +31,7 @@ use std::sync::atomic::Ordering;
 use mesh::admin;
 use mesh::lifecycle::{Readiness, Shutdown};
 use mesh::metrics::Metrics;
+use mesh::near::{self, LocalSocket, Offer};
 use mesh::pump::Pump;
 use mesh::transport::{self, Endpoint, Listener, TransportError};
 use model::{Checkpoint, LoadError, Numerics};
@@ -70,6 +73,8 @@ pub struct Config {
     pub isa: Option<kernels::Isa>,
     /// Rows × slots that may wait for the executor; more is refused as `BUSY`.
     pub max_queued_rows: usize,
+    /// Whether it also listens on a Unix socket for routers on its host.
+    pub local_socket: LocalSocket,
 }
 
 /// Why a node did not start or had to stop.
@@ -137,8 +142,9 @@ pub async fn serve(config: Config, shutdown: Shutdown) -> Result<(), Error> {
         },
     };
     let compute = kernels::Compute::new(isa, config.threads);
-    let run = Run { facts, compute, store, admission: admission.clone(), node };
-    run.until(listener, shutdown, readiness).await?;
+    let (offer, near) = near::beside(&listener, config.local_socket).await;
+    let run = Run { facts, compute, store, admission: admission.clone(), node, offer };
+    run.until((listener, near), shutdown, readiness).await?;
     if let Some(Ok(served)) = match side {
         Some(side) => Some(side.await),
         None => None,
@@ -149,6 +155,9 @@ pub async fn serve(config: Config, shutdown: Shutdown) -> Result<(), Error> {
     Ok(())
 }
 
+/// Where a node is reached, and where from its own host.
+type Listeners = (Listener, Option<Listener>);
+
 /// A node that has all it needs to answer.
 struct Run {
     facts: Facts,
@@ -156,17 +165,18 @@ struct Run {
     store: Arc<Store>,
     admission: Arc<Admission>,
     node: NodeMetrics,
+    offer: Offer,
 }
 
 impl Run {
     /// Serves until told to drain and the streams have ended.
     async fn until(
         self,
-        listener: Listener,
+        listeners: Listeners,
         shutdown: Shutdown,
         readiness: Readiness,
     ) -> Result<(), Error> {
-        let Self { facts, compute, store, admission, node } = self;
+        let Self { facts, compute, store, admission, node, offer } = self;
         let spare = Spare::default();
         let executor = Executor::new(executor::Parts {
             compute,
@@ -180,17 +190,23 @@ impl Run {
         // Jobs are bounded by admission, which counts rows; a job has at least one.
         let (queue, jobs) = mpsc::unbounded_channel();
         let parts = service::Parts { store, queue, admission, spare, metrics: node };
-        let service = Service::new(facts, parts, &shutdown);
+        let service = Service::new(facts, parts, offer, &shutdown);
         let routes =
             Routes::new(ExpertData(service.clone())).add_service(ExpertControlServer::new(service));
 
         readiness.set(Ok(()));
-        let drained = async move {
-            shutdown.wait().await;
-            readiness.set(Err("draining".to_owned()));
-        };
-        let serving = compute_and_serve(listener, executor, jobs, async move |listener| {
-            transport::serve_grpc(listener, routes, drained).await
+        let serving = compute_and_serve(listeners, executor, jobs, async move |listeners| {
+            let serve = async |listener: Option<Listener>| {
+                let Some(listener) = listener else { return Ok(()) };
+                let (stop, readiness) = (shutdown.clone(), readiness.clone());
+                let drained = async move {
+                    stop.wait().await;
+                    readiness.set(Err("draining".to_owned()));
+                };
+                transport::serve_grpc(listener, routes.clone(), drained).await
+            };
+            let (listener, near) = listeners;
+            tokio::try_join!(serve(Some(listener)), serve(near)).map(drop)
         })?;
         // Nothing is said by a thread that panicked.
         serving.await.unwrap_or(Err(Error::Executor))
@@ -200,10 +216,10 @@ impl Run {
 /// Starts the thread that serves and computes: a frame's way through the node
 /// wakes no other. The receiver hears why it ended.
 fn compute_and_serve(
-    listener: Listener,
+    (listener, near): Listeners,
     executor: Executor,
     jobs: UnboundedReceiver<Job>,
-    serve: impl AsyncFnOnce(Listener) -> Result<(), TransportError> + Send + 'static,
+    serve: impl AsyncFnOnce(Listeners) -> Result<(), TransportError> + Send + 'static,
 ) -> Result<oneshot::Receiver<Result<(), Error>>, Error> {
     let pump = Pump::new().map_err(Error::Thread)?;
     let (said, ended) = oneshot::channel();
@@ -212,9 +228,10 @@ fn compute_and_serve(
         .spawn(move || {
             let outcome = pump.run(async move {
                 let computing = tokio::spawn(executor.run(jobs));
-                let listener = listener.adopt().map_err(Error::Thread)?;
+                let near = near.map(Listener::adopt).transpose().map_err(Error::Thread)?;
+                let listeners = (listener.adopt().map_err(Error::Thread)?, near);
                 tokio::select! {
-                    served = serve(listener) => served.map_err(Error::Transport),
+                    served = serve(listeners) => served.map_err(Error::Transport),
                     // It ends only when the service's queue is dropped, or by a panic.
                     _ = computing => Err(Error::Executor),
                 }

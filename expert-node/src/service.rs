@@ -8,8 +8,9 @@ use std::time::Instant;
 
 use bytes::Bytes;
 use mesh::lifecycle::Shutdown;
+use mesh::near::Offer;
 use model::Numerics;
-use proto::frame::{self, Shape, all_finite};
+use proto::frame::{self, Shape};
 use proto::v1::expert_control_server::ExpertControl;
 use proto::v1::{
     DescribeRequest, DispatchFrame, DrainReply, DrainRequest, Dtype, ErrorCode, NodeDescription,
@@ -55,6 +56,7 @@ struct Inner {
     dtype: Dtype,
     shape: Shape,
     parts: Parts,
+    offer: Offer,
     shutdown: Shutdown,
     draining: AtomicBool,
 }
@@ -64,7 +66,7 @@ struct Inner {
 pub struct Seen(Vec<bool>);
 
 impl Service {
-    pub fn new(facts: Facts, parts: Parts, shutdown: &Shutdown) -> Self {
+    pub fn new(facts: Facts, parts: Parts, offer: Offer, shutdown: &Shutdown) -> Self {
         Self(Arc::new(Inner {
             id: facts.id,
             digest: facts.digest,
@@ -73,6 +75,7 @@ impl Service {
             dtype: wire_dtype(facts.numerics),
             shape: facts.shape,
             parts,
+            offer,
             shutdown: shutdown.clone(),
             draining: AtomicBool::new(false),
         }))
@@ -96,7 +99,7 @@ impl Inner {
         let invalid = |why: String| (ErrorCode::Invalid, why);
         let (dtype, slots) =
             frame::check(frame, self.shape).map_err(|error| invalid(error.to_string()))?;
-        if dtype != self.dtype {
+        if dtype != self.dtype && dtype != Dtype::Fp8 {
             let (got, want) = (dtype.as_str_name(), self.dtype.as_str_name());
             return Err(invalid(format!("rows are {got}, this node computes {want}")));
         }
@@ -108,10 +111,6 @@ impl Inner {
                 continue;
             }
             self.parts.store.get(LayerId(frame.layer), ExpertId(expert), version)?;
-        }
-        if !all_finite(&frame.rows, dtype) {
-            let message = format!("layer {}: an input row is not finite", frame.layer);
-            return Err((ErrorCode::NonFinite, message));
         }
         if !self.parts.admission.enter(slots) {
             return Err((
@@ -132,6 +131,8 @@ impl Inner {
             owned: self.parts.store.owned(),
             max_frame_bytes: MAX_MESSAGE_BYTES as u64,
             draining: self.draining(),
+            local_endpoint: self.offer.endpoint.clone(),
+            instance: self.offer.instance.clone().into(),
         }
     }
 }
@@ -149,7 +150,14 @@ impl Service {
         match inner.admit(&frame, seen) {
             Ok(slots) => {
                 // Fails only after the executor is gone, and then the node goes down.
-                let _ = inner.parts.queue.send(Job { frame, slots, first: 0, arrived, reply });
+                let _ = inner.parts.queue.send(Job {
+                    frame,
+                    slots,
+                    first: 0,
+                    tainted: false,
+                    arrived,
+                    reply,
+                });
             }
             Err((code, message)) => {
                 inner.parts.metrics.refuse(code);

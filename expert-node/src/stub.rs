@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use mesh::lifecycle::{Readiness, Shutdown};
 use mesh::metrics::Metrics;
+use mesh::near::Offer;
 use mesh::transport::{self, Endpoint};
 use model::Numerics;
 use proto::LayerId;
@@ -41,6 +42,7 @@ pub async fn serve(
         store: Arc::new(Store::stub(LAYER, owned)),
         admission: Arc::new(Admission::new(usize::MAX >> 1)),
         node: Metrics::default().register(NodeMetrics::new),
+        offer: Offer::default(),
     };
-    run.until(listener, shutdown, Readiness::starting("a stub")).await
+    run.until((listener, None), shutdown, Readiness::starting("a stub")).await
 }

@@ -3,6 +3,7 @@
 //! - [`transport`]: endpoints, listeners, channels; the one place that opens sockets
 //! - [`link`]: the actor that keeps one data stream to one expert node
 //! - [`pump`]: the runtime that a computing thread drives itself
+//! - [`near`]: Unix sockets between processes of one host that are known by host:port
 //! - [`placement`]: which live node owns which expert, and the pure planner
 //! - [`supervise`]: actors rebuilt from a factory when they stop or panic
 //! - [`lifecycle`]: shutdown and readiness
@@ -17,6 +18,7 @@ pub mod admin;
 pub mod lifecycle;
 pub mod link;
 pub mod metrics;
+pub mod near;
 pub mod placement;
 pub mod pump;
 pub mod supervise;

@@ -24,9 +24,10 @@ use tokio::sync::mpsc::error::TrySendError;
 use tokio::task::JoinSet;
 
 use crate::link::stream::{Reader, StreamError, Writer};
+use crate::near::Offer;
 use crate::placement::NodeIndex;
 use crate::supervise::Pulse;
-use crate::transport::{Endpoint, channel};
+use crate::transport::{CONNECT_TIMEOUT, Endpoint, channel};
 
 const FIRST_RECONNECT: Duration = Duration::from_millis(50);
 const SLOWEST_RECONNECT: Duration = Duration::from_secs(2);
@@ -133,7 +134,7 @@ impl LinkHandle {
         self.description.load_full()
     }
 
-    /// `up`, or why the link is down.
+    /// That the link is up, or why it is down.
     pub fn detail(&self) -> String {
         self.detail.load().to_string()
     }
@@ -146,10 +147,10 @@ impl LinkHandle {
         self.round_trip_us.store(mean, Ordering::Relaxed);
     }
 
-    fn up(&self, description: NodeDescription, stream: Writer) {
+    fn up(&self, description: NodeDescription, stream: Writer, way: &str) {
         self.description.store(Some(Arc::new(description)));
         self.stream.store(Some(Arc::new(stream)));
-        self.detail.store(Arc::new("up".to_owned()));
+        self.detail.store(Arc::new(way.to_owned()));
     }
 
     fn down(&self, reason: &LinkError) {
@@ -259,9 +260,9 @@ async fn session(parts: LinkParts) -> (LinkError, bool) {
         Ok(opened) => opened,
         Err(error) => return (error, false),
     };
-    let (description, writer, mut reader) = opened;
+    let (description, (writer, mut reader), way) = opened;
     tracing::info!(node = description.node_id, endpoint = %handle.endpoint, "link is up");
-    handle.up(description, writer);
+    handle.up(description, writer, way);
     notify(&parts.fleet);
     let error = loop {
         match reader.next().await {
@@ -272,18 +273,50 @@ async fn session(parts: LinkParts) -> (LinkError, bool) {
     (error, true)
 }
 
-async fn open(parts: &LinkParts) -> Result<(NodeDescription, Writer, Reader), LinkError> {
+/// Who is there, the stream to it, and which way that goes.
+async fn open(
+    parts: &LinkParts,
+) -> Result<(NodeDescription, (Writer, Reader), &'static str), LinkError> {
     let endpoint = &parts.handle.endpoint;
-    let mut request = tonic::Request::new(DescribeRequest {});
-    request.set_timeout(CALL_TIMEOUT);
-    let description = ExpertControlClient::new(channel(endpoint)?)
-        .describe(request)
-        .await
-        .map_err(Box::new)?
-        .into_inner();
+    let description = describe(endpoint, CALL_TIMEOUT).await?;
     parts.identity.check(&description)?;
-    let (writer, reader) = stream::open(endpoint).await?;
-    Ok((description, writer, reader))
+    Ok(match near(endpoint, &description).await {
+        Some(opened) => (description, opened, "up, over its Unix socket"),
+        None => (description, stream::open(endpoint).await?, "up"),
+    })
+}
+
+async fn describe(endpoint: &Endpoint, limit: Duration) -> Result<NodeDescription, LinkError> {
+    let mut request = tonic::Request::new(DescribeRequest {});
+    request.set_timeout(limit);
+    let mut node = ExpertControlClient::new(channel(endpoint)?);
+    Ok(node.describe(request).await.map_err(Box::new)?.into_inner())
+}
+
+/// The stream over the node's Unix socket, if the node is on this host: whoever
+/// answers there has to be the process that answered over TCP.
+async fn near(endpoint: &Endpoint, node: &NodeDescription) -> Option<(Writer, Reader)> {
+    let socket = Offer::socket(&node.local_endpoint, &node.instance)?;
+    if endpoint.is_local() {
+        return None;
+    }
+    let opened = async {
+        let there = describe(&socket, CONNECT_TIMEOUT).await?;
+        match there.instance == node.instance {
+            true => Ok(stream::open(&socket).await?),
+            false => Err(LinkError::Ended),
+        }
+    };
+    match opened.await {
+        Ok(opened) => {
+            tracing::info!(node = node.node_id, %endpoint, %socket, "same host: over a Unix socket");
+            Some(opened)
+        }
+        Err(_) => {
+            tracing::debug!(node = node.node_id, %endpoint, %socket, "not on this host");
+            None
+        }
+    }
 }
 
 /// Waits for room; a flood stalls only its own link.

@@ -167,6 +167,8 @@ mod tests {
                 experts,
                 versions,
                 traceparent,
+                reply_dtype: n.1 as i32 & 3,
+                weights: vec![0.5; n.2 as usize & 3],
                 rows: rows.into(),
             })
     }

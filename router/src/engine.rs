@@ -226,7 +226,7 @@ impl Engine {
                 if let Some((layer, span)) = away[lane].take() {
                     let _in_layer = span.enter();
                     experts.wait(lane, &step.routed())?;
-                    trunk.absorb(layer, step, &|slot| experts.row(lane, slot));
+                    trunk.absorb_shares(layer, step, &|slot| experts.share(lane, slot));
                 }
                 if layer == layers {
                     continue;

@@ -9,15 +9,20 @@
 //! sending has its own ticket, so a late reply to a replaced ticket matches
 //! nothing and is dropped; a slot's result is taken once.
 
+mod form;
 mod route;
 
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use mesh::placement::{NodeIndex, Placement};
+use model::rows::convert;
+use model::{Numerics, Share};
 use proto::frame::{self, FrameError};
-use proto::v1::{DispatchFrame, DispatchReply, Dtype, ErrorCode};
+use proto::v1::{DispatchFrame, DispatchReply, ErrorCode};
 use proto::{Attempt, Epoch, ExpertId, LayerId, Ticket};
+
+pub use form::{Combine, Shape, Wire, class};
 
 /// Failures of the same slots after which sending them again is paced.
 const PROMPT_RESENDS: u32 = 2;
@@ -39,20 +44,6 @@ pub struct Patience {
     pub expert_wait: Duration,
     /// Before a frame is offered again to a node that was busy.
     pub busy: Duration,
-}
-
-/// What does not change from layer to layer.
-#[derive(Clone, Copy, Debug)]
-pub struct Shape {
-    pub hidden: u32,
-    pub dtype: Dtype,
-    pub top_k: u32,
-}
-
-impl Shape {
-    pub fn row_bytes(self) -> usize {
-        self.hidden as usize * self.dtype.size()
-    }
 }
 
 /// Why the results of a layer cannot be had. The step fails, nothing else.
@@ -102,12 +93,15 @@ struct Parked {
     retry_at: Option<Instant>,
 }
 
-/// Where a slot's result lies.
+/// Where a slot's result lies, or the sum that it is the first of.
 #[derive(Clone, Copy, Default)]
 struct Location {
     reply: u32,
     row: u32,
 }
+
+/// The row of a slot that is in an earlier slot's sum.
+const ELSEWHERE: u32 = u32::MAX;
 
 /// See the module's text. Reused from layer to layer.
 pub struct Exchange {
@@ -186,12 +180,26 @@ impl Exchange {
         self.missing == 0
     }
 
-    /// The result row of a slot, in wire form. Only after [`Self::is_done`].
+    /// What a slot brings to its row's sum. Only after [`Self::is_done`].
+    pub fn share(&self, slot: usize) -> Share<'_> {
+        match (self.located[slot].row, self.shape.combine) {
+            (ELSEWHERE, _) => Share::Elsewhere,
+            (_, Combine::Router) => Share::Result(self.row(slot)),
+            (_, Combine::Node) => Share::Sum(self.row(slot)),
+        }
+    }
+
+    /// The result row of a slot, as the class has it. Only after [`Self::is_done`],
+    /// and of a slot that is not in another's sum.
     pub fn row(&self, slot: usize) -> &[u8] {
         let Location { reply, row } = self.located[slot];
         let width = self.shape.row_bytes();
         let from = row as usize * width;
         &self.replies[reply as usize][from..from + width]
+    }
+
+    pub fn shape(&self) -> Shape {
+        self.shape
     }
 
     pub fn retries(&self) -> u64 {
@@ -230,14 +238,17 @@ impl Exchange {
             let code = ErrorCode::try_from(error.code).unwrap_or(ErrorCode::Unspecified);
             return self.refused(open, code, &error.message, placement, now);
         }
-        match frame::check_reply(&reply, self.shape.hidden, self.shape.dtype, open.slots.len()) {
-            Ok(()) if frame::all_finite(&reply.rows, self.shape.dtype) => {
-                let at = self.replies.len() as u32;
-                for (row, &slot) in open.slots.iter().enumerate() {
-                    self.located[slot as usize] = Location { reply: at, row: row as u32 };
-                }
+        let Shape { hidden, top_k, combine, .. } = self.shape;
+        let dtype = self.shape.replied();
+        let rows = match combine {
+            Combine::Router => open.slots.len(),
+            Combine::Node => open.slots.chunk_by(|a, b| a / top_k == b / top_k).count(),
+        };
+        match frame::check_reply(&reply, hidden, dtype, rows) {
+            Ok(()) if frame::all_finite(&reply.rows, dtype) => {
+                self.locate(&open.slots);
                 self.missing -= open.slots.len();
-                self.replies.push(reply.rows);
+                self.replies.push(self.in_class(reply.rows));
                 self.work.recycle(open.slots);
                 Ok(Taken::Result(now - open.sent))
             }
@@ -251,6 +262,31 @@ impl Exchange {
                 self.refused(open, ErrorCode::Unspecified, &message, placement, now)
             }
         }
+    }
+
+    /// Notes where the results of a reply's slots lie, which is to be the next.
+    fn locate(&mut self, slots: &[u32]) {
+        let reply = self.replies.len() as u32;
+        let (mut row, mut token) = (0, None);
+        for &slot in slots {
+            let summed = self.shape.combine == Combine::Node
+                && token.replace(slot / self.shape.top_k) == Some(slot / self.shape.top_k);
+            self.located[slot as usize] = match summed {
+                true => Location { reply, row: ELSEWHERE },
+                false => Location { reply, row },
+            };
+            row += u32::from(!summed);
+        }
+    }
+
+    /// Results as the class has them.
+    fn in_class(&self, rows: Bytes) -> Bytes {
+        if self.shape.replied() == self.shape.dtype {
+            return rows;
+        }
+        let mut wide = Vec::with_capacity(rows.len() * 2);
+        convert(Numerics::Bf16, self.shape.numerics(), &rows, &mut wide);
+        wide.into()
     }
 
     fn refused(

@@ -49,6 +49,7 @@ use tonic::service::Routes;
 
 pub use crate::engine::Splitting;
 use crate::engine::{Engine, Gauges};
+pub use crate::exchange::{Combine, Wire};
 use crate::exchange::{Exchange, Patience, Shape};
 use crate::experts::Experts;
 use crate::experts::local::Local;
@@ -90,6 +91,10 @@ pub struct Config {
     pub tpot_target: Option<Duration>,
     /// Whether steps run as two micro-batches.
     pub micro_batches: Splitting,
+    /// How rows travel to expert nodes and back.
+    pub wire: Wire,
+    /// Who sums a token's results.
+    pub combine: Combine,
     pub max_running: usize,
     pub max_waiting: usize,
     /// How long a step waits for an expert without a live owner.
@@ -157,7 +162,7 @@ pub async fn serve(config: Config, shutdown: Shutdown) -> Result<(), Error> {
     let pump = Pump::new()?;
     let experts = if links.is_empty() {
         readiness.set(Ok(()));
-        Experts::Local(Box::new(Local::load(&checkpoint, config.numerics, compute)?))
+        Experts::Local(Box::new(Local::load(&checkpoint, config.numerics, compute, config.wire)?))
     } else {
         readiness.set(Err("no expert node has answered yet".to_owned()));
         let shape = Shape {
@@ -167,6 +172,8 @@ pub async fn serve(config: Config, shutdown: Shutdown) -> Result<(), Error> {
                 Numerics::Bf16 => Dtype::Bf16,
             },
             top_k: model.top_k as u32,
+            wire: config.wire,
+            combine: config.combine,
         };
         let patience = Patience {
             attempt: config.attempt_timeout,
@@ -181,6 +188,7 @@ pub async fn serve(config: Config, shutdown: Shutdown) -> Result<(), Error> {
             links: links.clone(),
             events,
             pump: pump.clone(),
+            coded: Default::default(),
             wire: BytesMut::new(),
             placement: placement.clone(),
             metrics: metrics.clone(),
@@ -224,10 +232,12 @@ pub async fn serve(config: Config, shutdown: Shutdown) -> Result<(), Error> {
         metrics,
         shutdown: shutdown.clone(),
     });
+    let class = config.numerics.class(isa);
+    let combine = if config.nodes.is_empty() { Combine::Router } else { config.combine };
     let facts = Facts {
         router_id: config.id.clone(),
         model_digest: checkpoint.digest(),
-        numerics: config.numerics.class(isa),
+        numerics: exchange::class(class.clone(), config.wire, combine),
         device: format!("cpu/{isa}"),
         vocab: model.vocab,
         max_context: model.max_positions,
@@ -248,7 +258,7 @@ pub async fn serve(config: Config, shutdown: Shutdown) -> Result<(), Error> {
         intake: Some((intake_parts, view.clone())),
         identity: Identity {
             model_digest: facts.model_digest.to_vec(),
-            numerics: facts.numerics.clone(),
+            numerics: class,
             hidden: model.hidden as u32,
         },
         link_events,

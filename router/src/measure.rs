@@ -78,6 +78,7 @@ impl Dispatcher {
             links,
             events,
             pump: pump.clone(),
+            coded: Default::default(),
             wire: BytesMut::new(),
             placement,
             metrics: Metrics::default().register(RouterMetrics::new),

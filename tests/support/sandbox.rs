@@ -26,6 +26,8 @@ pub struct Plan {
     /// Nodes of another mesh, in place of its own.
     foreign: Option<String>,
     router: Vec<(String, String)>,
+    node: Vec<(String, String)>,
+    tcp: bool,
 }
 
 pub struct Sandbox {
@@ -52,6 +54,8 @@ impl Sandbox {
             replicas: 1,
             foreign: None,
             router: Vec::new(),
+            node: Vec::new(),
+            tcp: false,
         }
     }
 }
@@ -75,6 +79,18 @@ impl Plan {
     /// A setting of the router's configuration file, as TOML.
     pub fn router(mut self, key: &str, value: impl ToString) -> Self {
         self.router.push((key.to_owned(), value.to_string()));
+        self
+    }
+
+    /// A setting of every expert node's configuration file, as TOML.
+    pub fn node(mut self, key: &str, value: impl ToString) -> Self {
+        self.node.push((key.to_owned(), value.to_string()));
+        self
+    }
+
+    /// Expert nodes listen on host:port.
+    pub fn tcp(mut self) -> Self {
+        self.tcp = true;
         self
     }
 
@@ -106,15 +122,20 @@ impl Plan {
         let mut nodes = Vec::new();
         for index in 0..self.expert_nodes {
             let name = format!("expert-node-{index}");
-            let config = format!(
+            let endpoint = match self.tcp {
+                true => format!("127.0.0.1:{}", free_port()),
+                false => socket(&name),
+            };
+            let mut config = format!(
                 "id = \"{name}\"\nlisten = \"{}\"\nadmin = \"{}\"\n{model}{class}\
                  shard_index = {index}\nshard_count = {}\nshard_replicas = {}\n",
-                socket(&name),
+                endpoint,
                 socket(&format!("{name}-admin")),
                 self.expert_nodes,
                 self.replicas,
             );
-            endpoints.push(socket(&name));
+            extend(&mut config, &self.node);
+            endpoints.push(endpoint);
             nodes.push(Process::start(&dir, "expert-node", &name, &config));
         }
 

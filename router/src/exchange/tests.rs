@@ -3,13 +3,14 @@
 
 use mesh::placement::ExpertGrid;
 use proptest::prelude::*;
-use proto::v1::DispatchError;
+use proto::v1::{DispatchError, Dtype};
 use proto::wire::{self, Messages};
 
 use super::*;
 
 const LAYER: LayerId = LayerId(3);
-const SHAPE: Shape = Shape { hidden: 2, dtype: Dtype::F32, top_k: 2 };
+const SHAPE: Shape =
+    Shape { hidden: 2, dtype: Dtype::F32, top_k: 2, wire: Wire::Exact, combine: Combine::Router };
 const PATIENCE: Patience = Patience {
     attempt: Duration::from_millis(500),
     expert_wait: Duration::from_secs(30),
@@ -80,7 +81,7 @@ impl Case {
         let outbox = std::mem::take(&mut self.exchange.outbox);
         let read = |out: Outgoing| {
             let mut wire = bytes::BytesMut::new();
-            self.exchange.encode(out.ticket, &self.rows, &mut wire);
+            self.exchange.encode(out.ticket, &self.rows, &[], &mut wire);
             let mut messages = Messages::new(1 << 20);
             messages.push(wire.freeze());
             let mut frame = DispatchFrame::default();

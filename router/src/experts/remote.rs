@@ -10,12 +10,13 @@ use mesh::link::{LinkEvent, LinkHandle};
 use mesh::placement::Placement;
 use mesh::pump::Pump;
 use mesh::telemetry::propagate;
-use model::Routed;
+use model::rows::encode_fp8;
+use model::{Routed, Share};
 use proto::{Epoch, LayerId, Ticket};
 use tokio::sync::mpsc::Receiver;
 use tracing::Span;
 
-use crate::exchange::{Exchange, ExchangeError, LANES, Outgoing, Taken, lane};
+use crate::exchange::{Exchange, ExchangeError, LANES, Outgoing, Taken, Wire, lane};
 use crate::experts::spin::Spin;
 use crate::metrics::RouterMetrics;
 
@@ -30,6 +31,8 @@ pub struct Remote {
     pub events: Receiver<LinkEvent>,
     /// Where the streams live; driven here and nowhere else.
     pub pump: Pump,
+    /// Each lane's rows in the form that frames carry, where it is not the class's.
+    pub coded: [Vec<u8>; LANES],
     /// What frames are written into; its memory comes back when they have left.
     pub wire: BytesMut,
     pub placement: Arc<ArcSwap<Placement>>,
@@ -46,8 +49,14 @@ impl Remote {
         let parent = propagate::traceparent(span);
         let (exchange, sent) = &mut self.lanes[lane];
         *sent = now;
+        let shape = exchange.shape();
+        self.coded[lane].clear();
+        if shape.wire == Wire::Fp8 {
+            let hidden = shape.hidden as usize;
+            encode_fp8(shape.numerics(), routed.rows, hidden, &mut self.coded[lane]);
+        }
         exchange.begin(layer, routed.experts, parent, &placement, now);
-        self.flush(lane, routed.rows, &placement, now);
+        self.flush(lane, routed, &placement, now);
     }
 
     /// Returns when the lane's rows are all there. What comes for another lane is
@@ -55,7 +64,7 @@ impl Remote {
     pub fn wait(&mut self, waited: usize, routed: &Routed<'_>) -> Result<(), ExchangeError> {
         let start = Instant::now();
         let placement = self.placement.load_full();
-        self.flush(waited, routed.rows, &placement, start);
+        self.flush(waited, routed, &placement, start);
         let idle = !self.lanes[waited].0.is_done();
         let awake = idle && self.spin.choose(routed.count);
         while !self.lanes[waited].0.is_done() {
@@ -103,7 +112,7 @@ impl Remote {
                 // The links hold the senders for as long as the process serves.
                 Some(None) => std::thread::sleep(LOOK_AROUND),
             }
-            self.flush(waited, routed.rows, &placement, now);
+            self.flush(waited, routed, &placement, now);
         }
         let waited_for = start.elapsed();
         if idle {
@@ -112,6 +121,10 @@ impl Remote {
         self.metrics.exchange_wait.observe(waited_for.as_secs_f64());
         self.metrics.exchange.observe(self.lanes[waited].1.elapsed().as_secs_f64());
         Ok(())
+    }
+
+    pub fn share(&self, lane: usize, slot: usize) -> Share<'_> {
+        self.lanes[lane].0.share(slot)
     }
 
     pub fn row(&self, lane: usize, slot: usize) -> &[u8] {
@@ -144,15 +157,19 @@ impl Remote {
 
     /// Writes what the exchange wants sent. What cannot be written is routed
     /// anew, which may put more into the outbox or park it.
-    fn flush(&mut self, lane: usize, rows: &[u8], placement: &Placement, now: Instant) {
+    fn flush(&mut self, lane: usize, routed: &Routed<'_>, placement: &Placement, now: Instant) {
         let exchange = &mut self.lanes[lane].0;
+        let rows = match exchange.shape().wire {
+            Wire::Exact => routed.rows,
+            Wire::Fp8 => &self.coded[lane],
+        };
         if exchange.outbox.is_empty() {
             return;
         }
         // On the pump, where waking the connections costs no system call.
         self.pump.run(async {
             while let Some(Outgoing { node, ticket }) = exchange.outbox.pop() {
-                exchange.encode(ticket, rows, &mut self.wire);
+                exchange.encode(ticket, rows, routed.weights, &mut self.wire);
                 if !self.links[node.0 as usize].send(self.wire.split().freeze()) {
                     exchange.on_unsent(ticket, placement, now);
                 }
