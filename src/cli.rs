@@ -2,6 +2,7 @@
 //! not judged here but in [`crate::config`], which is the only parser.
 
 mod bench;
+mod certs;
 
 use std::path::PathBuf;
 
@@ -9,6 +10,7 @@ use clap::{Args, Parser, Subcommand};
 use clap_complete::Shell;
 
 pub use self::bench::*;
+pub use self::certs::*;
 use crate::config::local::Flag;
 
 /// A service mesh for mixture-of-experts language models: experts are services,
@@ -48,6 +50,8 @@ pub enum Command {
     ExpertNode(RoleArgs),
     /// Show how gateways, routers and expert nodes are doing
     Status(StatusArgs),
+    /// Make a development authority and certificates for mutual TLS, or read one
+    Certs(CertsArgs),
     /// Measure throughput and latency
     Bench(BenchArgs),
     /// Print a completion script
@@ -76,6 +80,9 @@ pub struct MeshArgs {
     /// Expert nodes that own each expert [default: 1]
     #[arg(long, value_name = "N")]
     pub replicas: Option<String>,
+    /// Mutual TLS between the processes, with an authority of its own
+    #[arg(long)]
+    pub tls: bool,
     /// What activations are rounded to; f32 is the reference class [default: bf16]
     #[arg(long, value_name = "CLASS", value_parser = ["bf16", "f32"])]
     pub numerics: Option<String>,
@@ -99,7 +106,9 @@ impl MeshArgs {
     /// The flags that were given, as keys of the configuration.
     pub fn flags(&self) -> Vec<Flag> {
         let model = self.model.as_ref().map(|dir| dir.to_string_lossy().into_owned());
+        let tls = self.tls.then(|| "true".to_owned());
         let flags = [
+            ("tls", "--tls", &tls),
             ("model", "--model", &model),
             ("weights", "--weights", &self.weights),
             ("gateways", "--gateways", &self.gateways),
@@ -135,6 +144,7 @@ Examples:
   moemesh up                                       1 gateway, 1 router, 3 expert nodes
   moemesh up --expert-nodes 4 --replicas 2         every expert on two nodes
   moemesh up --expert-nodes 0                      no expert nodes: the baseline
+  moemesh up --tls                                 mutual TLS between the processes
   moemesh up --http 0.0.0.0:8000 --gateways 2      reachable from outside, on 8000 and 8001
   MOEMESH_ROUTER_MAX_RUNNING=8 moemesh up          a setting for every router";
 
@@ -202,6 +212,8 @@ pub struct StatusArgs {
     /// Print JSON
     #[arg(long)]
     pub json: bool,
+    #[command(flatten)]
+    pub tls: TlsArgs,
 }
 
 const STATUS_EXAMPLES: &str = "\
@@ -209,7 +221,8 @@ Without a flag: the mesh that `moemesh up` runs here. Exit code 0 when every par
 
 Examples:
   moemesh status
-  moemesh status --router 10.0.0.7:7000 --json";
+  moemesh status --router 10.0.0.7:7000 --json
+  moemesh status --router 10.0.0.7:7000 --tls-cert operator-0.pem --tls-key operator-0.key --tls-ca ca.pem";
 
 #[derive(Debug, Args)]
 pub struct BenchArgs {

@@ -7,6 +7,7 @@
 //! - [`setting`]: how a value of each type is read and shown
 //! - [`reader`]: one pass over a section's keys; unknown keys are refused
 //! - [`roles`]: the keys of gateway, router and expert node
+//! - [`tls`]: the keys of a process's identity
 //! - [`local`]: the keys of `moemesh up`
 
 pub mod given;
@@ -16,6 +17,7 @@ pub mod roles;
 pub mod setting;
 #[cfg(test)]
 mod tests;
+pub mod tls;
 
 use std::path::PathBuf;
 

@@ -2,6 +2,7 @@
 //! would fail in the same way. The codes are those of BSD's `sysexits.h`.
 
 use anyhow::Error;
+use mesh::tls::TlsError;
 
 use crate::client::ClientError;
 use crate::config::ConfigError;
@@ -27,10 +28,18 @@ pub struct BadCheckpoint(pub String);
 #[error("interrupted")]
 pub struct Interrupted;
 
+/// Certificate files are as much a part of the configuration as what names them.
+fn bad_tls(error: &Error) -> bool {
+    error.is::<TlsError>()
+        || matches!(error.downcast_ref(), Some(gateway::Error::Tls(_)))
+        || matches!(error.downcast_ref(), Some(router::Error::Tls(_)))
+        || matches!(error.downcast_ref(), Some(expert_node::Error::Tls(_)))
+}
+
 /// The exit code for a failure.
 pub fn code(error: &Error) -> u8 {
     let bad_url = matches!(error.downcast_ref(), Some(ClientError::Url { .. }));
-    if bad_url || error.is::<ConfigError>() {
+    if bad_url || error.is::<ConfigError>() || bad_tls(error) {
         USAGE
     } else if error.is::<BadCheckpoint>() || error.is::<ModelDirError>() {
         DATA

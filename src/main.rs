@@ -5,6 +5,7 @@
 #![forbid(unsafe_code)]
 
 mod bench;
+mod certs;
 mod cli;
 mod client;
 mod completions;
@@ -98,6 +99,7 @@ async fn run(command: Command) -> anyhow::Result<()> {
         Command::Router(args) => role(Role::Router, args).await,
         Command::ExpertNode(args) => role(Role::ExpertNode, args).await,
         Command::Status(args) => status::run(args).await,
+        Command::Certs(args) => certs::run(args.what),
         Command::Bench(args) => match args.what {
             BenchCommand::Serve(args) => bench::serve::run(args).await,
             BenchCommand::Compare(args) => bench::compare::run(args).await,

@@ -4,8 +4,11 @@
 mod ask;
 mod table;
 
+use std::path::Path;
+
 use anyhow::{anyhow, bail};
 
+use crate::certs::operator::identity;
 use crate::cli::StatusArgs;
 use crate::client::http::Server;
 use crate::up::runtime_dir;
@@ -18,7 +21,7 @@ pub async fn run(args: StatusArgs) -> anyhow::Result<()> {
     let seen = if let Some(url) = &args.url {
         ask::gateway_only(Server::from_url(url, None)?).await
     } else if let Some(router) = &args.router {
-        ask::router_and_nodes(router.parse()?).await
+        ask::router_and_nodes(router.parse()?, identity(&args.tls, None)?.as_ref()).await
     } else {
         let running = runtime_dir::running();
         let newest = running.first().ok_or_else(|| {
@@ -26,7 +29,8 @@ pub async fn run(args: StatusArgs) -> anyhow::Result<()> {
                 "no mesh runs here: start one with `moemesh up`, or name one with --url or --router"
             )
         })?;
-        ask::all(newest).await
+        let certificates = newest.certificates.as_deref().map(Path::new);
+        ask::all(newest, identity(&args.tls, certificates)?.as_ref()).await
     };
     let text = if args.json { seen.json() } else { table::render(&seen) };
     print!("{text}");

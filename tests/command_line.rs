@@ -2,7 +2,7 @@
 
 use std::process::Stdio;
 
-use crate::support::sandbox::{free_port, moemesh, run};
+use crate::support::process::{free_port, moemesh, run};
 use crate::support::{Fixture, tiny};
 
 fn refused(arguments: &[&str]) -> String {

@@ -2,13 +2,11 @@
 //! docs/ is executed against a mesh, except what only builds or tests the
 //! project itself, which continuous integration runs as it is written.
 
-use std::io::{BufRead as _, BufReader};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
-use crate::support::http::{Address, get};
-use crate::support::sandbox::{free_port, moemesh, signal};
-use crate::support::{block_on, tiny};
+use crate::support::http::Address;
+use crate::support::{Up, block_on, tiny};
 
 /// Lines that are not run here, by their beginning, and who runs them.
 const ELSEWHERE: [&str; 2] = [
@@ -52,27 +50,29 @@ fn commands(text: &str) -> Vec<String> {
     found
 }
 
+/// Where the mesh keeps its state; removed when dropped.
+struct State(PathBuf);
+
+impl State {
+    fn make() -> Self {
+        let path = std::env::temp_dir().join(format!("moemesh-docs-{}", std::process::id()));
+        std::fs::create_dir_all(&path).unwrap();
+        Self(path)
+    }
+}
+
+impl Drop for State {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_dir_all(&self.0);
+    }
+}
+
 #[test]
 fn every_documented_command_runs() {
     block_on(async {
-        let address = format!("127.0.0.1:{}", free_port());
-        let state = std::env::temp_dir().join(format!("moemesh-docs-{}", std::process::id()));
-        std::fs::create_dir_all(&state).unwrap();
-        let mut up = moemesh()
-            .args(["up", "--no-demo", "--http", &address, "--model"])
-            .arg(tiny())
-            .env("XDG_RUNTIME_DIR", &state)
-            .stdin(Stdio::null())
-            .stdout(Stdio::piped())
-            .spawn()
-            .unwrap();
-        let mut output = BufReader::new(up.stdout.take().unwrap()).lines();
-        std::thread::spawn(move || while let Some(Ok(_)) = output.next() {});
-        let http = Address::Tcp(address.clone());
-        while !get(&http, "/readyz").await.is_ok_and(|(status, _)| status == 200) {
-            assert!(up.try_wait().unwrap().is_none(), "the mesh ended");
-            tokio::time::sleep(std::time::Duration::from_millis(50)).await;
-        }
+        let state = State::make();
+        let up = Up::start(&tiny(), &[], &[("XDG_RUNTIME_DIR", &state.0)]).await;
+        let Address::Tcp(address) = &up.http else { panic!("no TCP") };
 
         let binary = Path::new(env!("CARGO_BIN_EXE_moemesh")).parent().unwrap();
         let path = format!("{}:{}", binary.display(), std::env::var("PATH").unwrap());
@@ -83,12 +83,12 @@ fn every_documented_command_runs() {
                 if ELSEWHERE.iter().any(|start| command.starts_with(start)) {
                     continue;
                 }
-                let local = command.replace("127.0.0.1:8080", &address);
+                let local = command.replace("127.0.0.1:8080", address);
                 let done = Command::new("bash")
                     .args(["-euo", "pipefail", "-c", &local])
                     .current_dir(env!("CARGO_MANIFEST_DIR"))
                     .env("PATH", &path)
-                    .env("XDG_RUNTIME_DIR", &state)
+                    .env("XDG_RUNTIME_DIR", &state.0)
                     .stdin(Stdio::null())
                     .output()
                     .unwrap();
@@ -103,8 +103,6 @@ fn every_documented_command_runs() {
             }
         }
         assert!(ran >= 8, "only {ran} commands were found");
-        signal(up.id(), "INT");
-        assert!(up.wait().unwrap().success());
-        std::fs::remove_dir_all(state).unwrap();
+        assert!(up.end("INT").success());
     });
 }

@@ -90,6 +90,28 @@ fn micro_batches_change_no_bit() {
 }
 
 #[test]
+fn every_optimisation_off_changes_no_bit() {
+    block_on(async {
+        // In f32 every instruction set is of one class, so the plain code can stand beside the fast.
+        let fixture = Fixture::load("fp8");
+        let off = plan(&fixture, "f32")
+            .expert_nodes(0)
+            .compute("isa", "\"scalar\"")
+            .router("micro_batches", "\"never\"")
+            .router("step_tokens", 1)
+            .router("prefill_chunk", 1)
+            .router("max_running", 1);
+        let want = all_scores(off.start().await, &fixture).await;
+        let on = plan(&fixture, "f32")
+            .replicas(2)
+            .compute("threads", 2)
+            .router("micro_batches", "\"always\"");
+        let got = all_scores(on.start().await, &fixture).await;
+        assert_same("everything off", &fixture, &want, &got);
+    });
+}
+
+#[test]
 fn neighbours_in_the_batch_change_no_bit() {
     block_on(async {
         for numerics in ["bf16", "f32"] {

@@ -1,68 +1,16 @@
 //! `moemesh up` as its user sees it: it starts, restarts what dies, drains on
 //! Ctrl-C and leaves nothing behind.
 
-use std::io::{BufRead as _, BufReader};
-use std::process::{Child, Stdio};
 use std::time::Duration;
 
 use serde_json::json;
 
 use crate::support::http::{self, Address};
-use crate::support::sandbox::{free_port, moemesh, signal};
-use crate::support::{Fixture, block_on};
+use crate::support::process::signal;
+use crate::support::{Fixture, Up, block_on};
 
-struct Up {
-    child: Child,
-    http: Address,
-}
-
-impl Up {
-    async fn start(extra: &[&str]) -> Self {
-        let fixture = Fixture::load("plain");
-        let http = format!("127.0.0.1:{}", free_port());
-        let mut child = moemesh()
-            .args(["up", "--no-demo", "--http", &http, "--model"])
-            .arg(&fixture.dir)
-            .args(extra)
-            .stdin(Stdio::null())
-            .stdout(Stdio::piped())
-            .spawn()
-            .unwrap();
-        let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
-        std::thread::spawn(move || while let Some(Ok(_)) = lines.next() {});
-        let up = Self { child, http: Address::Tcp(http) };
-        up.wait_ready().await;
-        up
-    }
-
-    async fn wait_ready(&self) {
-        for _ in 0..1200 {
-            if http::get(&self.http, "/readyz").await.is_ok_and(|(status, _)| status == 200) {
-                return;
-            }
-            tokio::time::sleep(Duration::from_millis(50)).await;
-        }
-        panic!("never ready");
-    }
-
-    /// Process ids of the children whose command line names `role`.
-    fn children(&self, role: &str) -> Vec<u32> {
-        let own = self.child.id().to_string();
-        let listed = std::fs::read_dir("/proc").unwrap().filter_map(|entry| {
-            let pid: u32 = entry.unwrap().file_name().to_str()?.parse().ok()?;
-            let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-            let parent = stat.rsplit_once(") ")?.1.split(' ').nth(1)?.to_owned();
-            let command = std::fs::read(format!("/proc/{pid}/cmdline")).ok()?;
-            let named = command.split(|&byte| byte == 0).any(|word| word == role.as_bytes());
-            (parent == own && named).then_some(pid)
-        });
-        listed.collect()
-    }
-
-    fn end(mut self, name: &str) -> std::process::ExitStatus {
-        signal(self.child.id(), name);
-        self.child.wait().unwrap()
-    }
+async fn start(extra: &[&str]) -> Up {
+    Up::start(&Fixture::load("plain").dir, extra, &[]).await
 }
 
 async fn alive(pid: u32) -> bool {
@@ -83,7 +31,7 @@ async fn completes(http: &Address) -> bool {
 #[test]
 fn up_restarts_what_dies_and_drains_on_a_signal() {
     block_on(async {
-        let up = Up::start(&["--expert-nodes", "2"]).await;
+        let up = start(&["--expert-nodes", "2"]).await;
         assert!(completes(&up.http).await);
         for role in ["expert-node", "router", "gateway"] {
             let victim = up.children(role)[0];
@@ -117,7 +65,7 @@ fn up_restarts_what_dies_and_drains_on_a_signal() {
 #[test]
 fn children_do_not_outlive_a_killed_up() {
     block_on(async {
-        let up = Up::start(&["--expert-nodes", "1"]).await;
+        let up = start(&["--expert-nodes", "1"]).await;
         let children: Vec<u32> = ["expert-node", "router", "gateway"]
             .iter()
             .flat_map(|role| up.children(role))
@@ -133,20 +81,19 @@ fn children_do_not_outlive_a_killed_up() {
 #[test]
 fn draining_finishes_what_runs() {
     block_on(async {
-        let up = Up::start(&["--expert-nodes", "2"]).await;
+        let up = start(&["--expert-nodes", "2"]).await;
         let body = json!({
             "model": "plain", "prompt": [5, 6, 7], "max_tokens": 150, "ignore_eos": true,
             "stream": true,
         });
         let mut events = http::stream(&up.http, "/v1/completions", &body).await;
         assert!(events.next().await.is_some());
-        signal(up.child.id(), "TERM");
+        up.signal("TERM");
         let mut last = String::new();
         while let Some(event) = events.next().await {
             last = event;
         }
         assert_eq!(last, "[DONE]");
-        let mut up = up;
-        assert!(up.child.wait().unwrap().success());
+        assert!(up.wait().success());
     });
 }

@@ -18,7 +18,12 @@ use crate::support::{Fixture, Sandbox, block_on, http};
 
 fn node(mesh: &Sandbox, index: usize) -> Channel {
     let socket = mesh.socket(&format!("expert-node-{index}"));
-    mesh::transport::channel(&mesh::transport::Endpoint::Unix(socket)).unwrap()
+    mesh::transport::channel(
+        &mesh::transport::Endpoint::Unix(socket),
+        None,
+        mesh::tls::Expected::any(mesh::tls::Role::ExpertNode),
+    )
+    .unwrap()
 }
 
 /// A frame for `expert` of layer 1 with one row of ones, in f32.

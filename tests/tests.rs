@@ -13,5 +13,7 @@ mod lifecycle;
 mod nodes;
 mod parity;
 mod sensitivity;
+#[allow(dead_code, reason = "the other target needs the rest")]
 mod support;
 mod tidy;
+mod tls;

@@ -10,11 +10,13 @@ use std::time::{Duration, Instant};
 
 use bytes::{Bytes, BytesMut};
 use mesh::telemetry::propagate;
+use mesh::{failpoint, pump};
 use model::rows::decode_fp8;
 use model::{ExpertGroup, ExpertScratch, Numerics, forward_experts};
 use proto::frame::all_finite;
 use proto::v1::{DispatchError, DispatchFrame, DispatchReply, Dtype, ErrorCode};
 use proto::{ExpertId, LayerId, wire};
+use tokio::sync::mpsc::error::TryRecvError;
 use tokio::sync::mpsc::{OwnedPermit, UnboundedReceiver};
 use tonic::Status;
 
@@ -88,8 +90,10 @@ impl Executor {
     /// Computes what is queued until the last sender of jobs is gone. Between two
     /// batches the streams get their turn: replies leave, frames come in.
     pub async fn run(mut self, mut jobs: UnboundedReceiver<Job>) {
+        self.parts.compute.pool.bind_caller();
         let mut batch = Vec::new();
-        while let Some(first) = jobs.recv().await {
+        let mut awake = Instant::now();
+        while let Some(first) = next(&mut jobs, awake).await {
             let mut rows = first.slots;
             batch.push(first);
             while rows < BATCH_ROWS
@@ -101,12 +105,14 @@ impl Executor {
             self.parts.admission.leave(rows);
             self.parts.metrics.queued_rows.set(self.parts.admission.queued() as i64);
             self.compute(&mut batch);
+            awake = Instant::now() + pump::AWAKE;
             tokio::task::yield_now().await;
         }
     }
 
     /// Computes and answers all `jobs`.
     fn compute(&mut self, jobs: &mut Vec<Job>) {
+        failpoint::pass("executor");
         let start = Instant::now();
         for late in jobs.extract_if(.., |job| expired(job, start).is_some()) {
             let Some(error) = expired(&late, start) else { continue };
@@ -247,15 +253,15 @@ impl Executor {
                 let results = rows.iter().map(result);
                 finite = self.results.write(kernels, form, &job.frame, results, buffer);
             });
+            let reply = self.wire.split();
             if !finite {
-                self.wire.clear();
                 let message = format!("layer {}: a result is not finite", job.frame.layer);
                 self.refuse(job, (ErrorCode::NonFinite, message));
                 continue;
             }
             self.parts.metrics.frames.inc();
             self.parts.metrics.queue_seconds.observe(queued.as_secs_f64());
-            job.reply.send(Ok(self.wire.split().freeze()));
+            job.reply.send(Ok(reply.freeze()));
             self.parts.spare.put(job.frame);
         }
     }
@@ -271,6 +277,18 @@ impl Executor {
 
     fn row_bytes(&self) -> usize {
         self.dtype().row_bytes(self.parts.hidden)
+    }
+}
+
+/// The next job, if there will be one. Does not sleep before `awake` is over.
+async fn next(jobs: &mut UnboundedReceiver<Job>, awake: Instant) -> Option<Job> {
+    loop {
+        match jobs.try_recv() {
+            Ok(job) => return Some(job),
+            Err(TryRecvError::Disconnected) => return None,
+            Err(TryRecvError::Empty) if Instant::now() < awake => pump::pass().await,
+            Err(TryRecvError::Empty) => return jobs.recv().await,
+        }
     }
 }
 

@@ -33,6 +33,7 @@ use mesh::lifecycle::{Readiness, Shutdown};
 use mesh::metrics::Metrics;
 use mesh::near::{self, LocalSocket, Offer};
 use mesh::pump::Pump;
+use mesh::tls::{self, Tls, TlsError};
 use mesh::transport::{self, Endpoint, Listener, TransportError};
 use model::{Checkpoint, LoadError, Numerics};
 use proto::frame::Shape;
@@ -65,10 +66,15 @@ pub struct Config {
     pub listen: Endpoint,
     /// Where `/metrics`, `/healthz` and `/readyz` are served, if anywhere.
     pub admin: Option<Endpoint>,
+    /// This node's certificate, which has its id, and whom it trusts; `None` is
+    /// plain text.
+    pub tls: Option<tls::Files>,
     pub model_dir: PathBuf,
     pub numerics: Numerics,
     pub shard: Shard,
     pub threads: usize,
+    /// Position of the CPU that the first of them is bound to; `None` leaves them free.
+    pub first_cpu: Option<usize>,
     /// `None` takes the best the CPU has.
     pub isa: Option<kernels::Isa>,
     /// Rows × slots that may wait for the executor; more is refused as `BUSY`.
@@ -84,6 +90,8 @@ pub enum Error {
     Load(#[from] LoadError),
     #[error(transparent)]
     Transport(#[from] TransportError),
+    #[error(transparent)]
+    Tls(#[from] TlsError),
     #[error("cannot serve metrics: {0}")]
     Admin(std::io::Error),
     #[error("cannot start the executor thread: {0}")]
@@ -102,6 +110,8 @@ pub async fn serve(config: Config, shutdown: Shutdown) -> Result<(), Error> {
     }
     let readiness = Readiness::starting("loading experts");
     let metrics = Metrics::default();
+    let owner = tls::Owner { role: tls::Role::ExpertNode, id: Some(config.id.clone()) };
+    let tls = tls::start(config.tls.as_ref(), owner, &metrics, &shutdown)?;
     let listener = transport::bind(&config.listen).await?;
     let admin = match &config.admin {
         Some(endpoint) => Some(transport::bind(endpoint).await?),
@@ -141,9 +151,11 @@ pub async fn serve(config: Config, shutdown: Shutdown) -> Result<(), Error> {
             top_k: model.top_k as u32,
         },
     };
-    let compute = kernels::Compute::new(isa, config.threads);
-    let (offer, near) = near::beside(&listener, config.local_socket).await;
-    let run = Run { facts, compute, store, admission: admission.clone(), node, offer };
+    let compute = kernels::Compute::bound(isa, config.threads, config.first_cpu);
+    // What is encrypted and authenticated stays so.
+    let wanted = if tls.is_some() { LocalSocket::Off } else { config.local_socket };
+    let (offer, near) = near::beside(&listener, wanted).await;
+    let run = Run { facts, compute, store, admission: admission.clone(), node, tls, offer };
     run.until((listener, near), shutdown, readiness).await?;
     if let Some(Ok(served)) = match side {
         Some(side) => Some(side.await),
@@ -166,6 +178,7 @@ struct Run {
     admission: Arc<Admission>,
     node: NodeMetrics,
     offer: Offer,
+    tls: Option<Tls>,
 }
 
 impl Run {
@@ -176,7 +189,7 @@ impl Run {
         shutdown: Shutdown,
         readiness: Readiness,
     ) -> Result<(), Error> {
-        let Self { facts, compute, store, admission, node, offer } = self;
+        let Self { facts, compute, store, admission, node, tls, offer } = self;
         let spare = Spare::default();
         let executor = Executor::new(executor::Parts {
             compute,
@@ -203,7 +216,7 @@ impl Run {
                     stop.wait().await;
                     readiness.set(Err("draining".to_owned()));
                 };
-                transport::serve_grpc(listener, routes.clone(), drained).await
+                transport::serve_grpc(listener, routes.clone(), tls.as_ref(), drained).await
             };
             let (listener, near) = listeners;
             tokio::try_join!(serve(Some(listener)), serve(near)).map(drop)

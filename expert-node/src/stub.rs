@@ -43,6 +43,7 @@ pub async fn serve(
         admission: Arc::new(Admission::new(usize::MAX >> 1)),
         node: Metrics::default().register(NodeMetrics::new),
         offer: Offer::default(),
+        tls: None,
     };
     run.until((listener, None), shutdown, Readiness::starting("a stub")).await
 }

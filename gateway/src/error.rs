@@ -6,6 +6,7 @@
 use std::net::SocketAddr;
 use std::path::PathBuf;
 
+use mesh::tls::TlsError;
 use mesh::transport::TransportError;
 
 /// Why the gateway could not start or had to stop.
@@ -21,6 +22,8 @@ pub enum Error {
     NoRouters,
     #[error(transparent)]
     Transport(#[from] TransportError),
+    #[error(transparent)]
+    Tls(#[from] TlsError),
     #[error(transparent)]
     Load(#[from] LoadError),
 }

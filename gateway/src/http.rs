@@ -27,6 +27,7 @@ use axum::body::Body;
 use axum::routing::{get, post};
 use axum::{Router, middleware};
 use http::{HeaderMap, Method, StatusCode, Uri};
+use mesh::failpoint;
 use serde::Serialize;
 use tokio::sync::OwnedSemaphorePermit;
 
@@ -90,6 +91,7 @@ async fn enter<R: Ask>(
     headers: &HeaderMap,
     body: Body,
 ) -> Result<Entered<R>, ApiError> {
+    failpoint::pass("handler");
     if app.shutdown.is_triggered() {
         return Err(ApiError::unavailable("the gateway is shutting down"));
     }

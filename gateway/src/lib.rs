@@ -25,6 +25,7 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use mesh::lifecycle::Shutdown;
+use mesh::tls::{self, Tls};
 use mesh::transport::Endpoint;
 use tokio::net::TcpListener;
 
@@ -43,6 +44,9 @@ pub struct Config {
     /// `host:port`; port 0 takes a free one.
     pub listen: String,
     pub routers: Vec<Endpoint>,
+    /// This gateway's certificate and whom it trusts; `None` is plain text. HTTP
+    /// to clients is not concerned.
+    pub tls: Option<tls::Files>,
     /// Holds `tokenizer.json`, `config.json` and their companions.
     pub model_dir: PathBuf,
     /// The name clients use.
@@ -65,6 +69,7 @@ impl Config {
         Self {
             listen: "127.0.0.1:8080".to_owned(),
             routers,
+            tls: None,
             model_dir,
             model_name: name.unwrap_or_else(|| "model".to_owned()),
             max_body_bytes: 4 << 20,
@@ -103,7 +108,10 @@ impl App {
         let text = Text::load(&config.model_dir, &profile)?;
         let registry = mesh::metrics::Metrics::default();
         let metrics = registry.register(Metrics::register);
-        let upstream = Upstream::new(&config.routers, profile.vocab_size, metrics.clone())?;
+        let owner = tls::Owner { role: tls::Role::Gateway, id: None };
+        let tls: Option<Tls> = tls::start(config.tls.as_ref(), owner, &registry, &shutdown)?;
+        let vocab_size = profile.vocab_size;
+        let upstream = Upstream::new(&config.routers, tls.as_ref(), vocab_size, metrics.clone())?;
         let mut eos_ids = profile.eos_ids.clone();
         eos_ids.extend(text.tokenizer.eos_id().filter(|id| !eos_ids.contains(id)));
         let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);

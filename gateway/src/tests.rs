@@ -1,6 +1,7 @@
 //! What the tests of several rooms share: scratch model directories with small
 //! tokenizers of the kinds that models ship with.
 
+mod absence;
 mod bad_input;
 pub mod client;
 pub mod router;

@@ -15,6 +15,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use mesh::lifecycle::Shutdown;
+use mesh::tls::Tls;
 use mesh::transport::Endpoint;
 
 use crate::error::Error;
@@ -44,6 +45,7 @@ impl Upstream {
     /// Routers whose vocabulary is not `vocab_size` are never ready.
     pub fn new(
         endpoints: &[Endpoint],
+        tls: Option<&Tls>,
         vocab_size: u32,
         metrics: Metrics,
     ) -> Result<Arc<Self>, Error> {
@@ -52,7 +54,7 @@ impl Upstream {
         }
         let routers = endpoints
             .iter()
-            .map(|endpoint| Ok(Arc::new(Router::new(endpoint, vocab_size)?)))
+            .map(|endpoint| Ok(Arc::new(Router::new(endpoint, tls, vocab_size)?)))
             .collect::<Result<_, Error>>()?;
         Ok(Arc::new(Self { routers, metrics }))
     }
@@ -88,6 +90,11 @@ impl Upstream {
             }
         }
         Err(reasons.join("; "))
+    }
+
+    /// Whether some router was ready not longer ago than `time`.
+    fn was_ready_within(&self, time: Duration) -> bool {
+        self.routers.iter().any(|router| router.was_ready_within(time))
     }
 
     pub fn summary(&self) -> Summary {

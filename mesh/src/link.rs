@@ -22,12 +22,15 @@ use tokio::runtime::Handle;
 use tokio::sync::mpsc;
 use tokio::sync::mpsc::error::TrySendError;
 use tokio::task::JoinSet;
+use tonic::transport::Channel;
 
+use crate::failpoint;
 use crate::link::stream::{Reader, StreamError, Writer};
 use crate::near::Offer;
 use crate::placement::NodeIndex;
 use crate::supervise::Pulse;
-use crate::transport::{CONNECT_TIMEOUT, Endpoint, channel};
+use crate::tls::{Expected, Role, Tls};
+use crate::transport::{self, CONNECT_TIMEOUT, Endpoint, channel_and_peer};
 
 const FIRST_RECONNECT: Duration = Duration::from_millis(50);
 const SLOWEST_RECONNECT: Duration = Duration::from_secs(2);
@@ -63,7 +66,7 @@ pub struct Identity {
 enum LinkError {
     #[error("{0}")]
     Transport(#[from] crate::transport::TransportError),
-    #[error("{}", describe_status(.0))]
+    #[error("{}", transport::explain(.0))]
     Call(#[from] Box<tonic::Status>),
     #[error("serves another model: its digest is {got}, ours {want}")]
     Model { got: String, want: String },
@@ -71,27 +74,14 @@ enum LinkError {
     Numerics { got: String, want: String },
     #[error("its hidden size is {got}, ours {want}")]
     Hidden { got: u32, want: u32 },
+    #[error("its certificate is of {certificate}, but it calls itself `{says}`")]
+    Impostor { certificate: String, says: String },
     #[error("is draining")]
     Draining,
     #[error(transparent)]
     Stream(#[from] StreamError),
     #[error("the stream ended")]
     Ended,
-}
-
-/// The cause, not the wrapper: tonic says "transport error" for a refused connection.
-fn describe_status(status: &tonic::Status) -> String {
-    let mut cause: &dyn std::error::Error = status;
-    while let Some(next) = cause.source() {
-        cause = next;
-    }
-    match std::ptr::eq(
-        cause as *const dyn std::error::Error as *const (),
-        status as *const _ as *const (),
-    ) {
-        true => format!("{}: {}", status.code(), status.message()),
-        false => cause.to_string(),
-    }
 }
 
 /// One node as the engine and operators see it.
@@ -101,6 +91,8 @@ pub struct LinkHandle {
     stream: ArcSwapOption<Writer>,
     description: ArcSwapOption<NodeDescription>,
     detail: ArcSwap<String>,
+    /// The id that was certified here first: no other one is talked to.
+    known: ArcSwapOption<String>,
     pub frames: AtomicU64,
     pub retries: AtomicU64,
     /// Exponentially weighted round trip of a frame, in microseconds.
@@ -115,6 +107,7 @@ impl LinkHandle {
             stream: ArcSwapOption::empty(),
             description: ArcSwapOption::empty(),
             detail: ArcSwap::from_pointee("not connected yet".to_owned()),
+            known: ArcSwapOption::empty(),
             frames: AtomicU64::new(0),
             retries: AtomicU64::new(0),
             round_trip_us: AtomicU64::new(0),
@@ -165,6 +158,7 @@ impl LinkHandle {
 pub struct LinkParts {
     pub handle: Arc<LinkHandle>,
     pub identity: Identity,
+    pub tls: Option<Tls>,
     pub events: mpsc::Sender<LinkEvent>,
     /// Where the data stream lives: the engine's own runtime.
     pub pump: Handle,
@@ -200,6 +194,7 @@ impl Link {
     }
 
     fn lost(&mut self, error: &LinkError, was_up: bool, ctx: &mut Context<Self>) {
+        failpoint::pass("link");
         let LinkParts { handle, .. } = &self.parts;
         if handle.detail() != error.to_string() {
             tracing::warn!(node = %handle.endpoint, reason = %error, "link is down");
@@ -277,19 +272,36 @@ async fn session(parts: LinkParts) -> (LinkError, bool) {
 async fn open(
     parts: &LinkParts,
 ) -> Result<(NodeDescription, (Writer, Reader), &'static str), LinkError> {
-    let endpoint = &parts.handle.endpoint;
-    let description = describe(endpoint, CALL_TIMEOUT).await?;
+    let LinkParts { handle, tls, .. } = parts;
+    let endpoint = &handle.endpoint;
+    let known = handle.known.load_full().map(|id| (*id).clone());
+    let mut expected = Expected { role: Role::ExpertNode, id: known };
+    let (channel, peer) = channel_and_peer(endpoint, tls.as_ref(), expected.clone())?;
+    let description = describe(channel, CALL_TIMEOUT).await?;
+    if let Some(principal) = peer.principal() {
+        if principal.id != description.node_id {
+            let (certificate, says) = (principal.short(), description.node_id);
+            return Err(LinkError::Impostor { certificate, says });
+        }
+        expected.id = Some(principal.id.clone());
+    }
     parts.identity.check(&description)?;
-    Ok(match near(endpoint, &description).await {
-        Some(opened) => (description, opened, "up, over its Unix socket"),
-        None => (description, stream::open(endpoint).await?, "up"),
-    })
+    let tls = tls.as_ref().map(|tls| (tls, &expected));
+    // What is encrypted and authenticated stays so.
+    let near = if tls.is_none() { near(endpoint, &description).await } else { None };
+    let (stream, way) = match near {
+        Some(opened) => (opened, "up, over its Unix socket"),
+        None => (stream::open(endpoint, tls).await?, "up"),
+    };
+    // Certified, of our model, and it took the stream: from now on it is known.
+    handle.known.store(expected.id.map(Arc::new));
+    Ok((description, stream, way))
 }
 
-async fn describe(endpoint: &Endpoint, limit: Duration) -> Result<NodeDescription, LinkError> {
+async fn describe(channel: Channel, limit: Duration) -> Result<NodeDescription, LinkError> {
     let mut request = tonic::Request::new(DescribeRequest {});
     request.set_timeout(limit);
-    let mut node = ExpertControlClient::new(channel(endpoint)?);
+    let mut node = ExpertControlClient::new(channel);
     Ok(node.describe(request).await.map_err(Box::new)?.into_inner())
 }
 
@@ -301,9 +313,13 @@ async fn near(endpoint: &Endpoint, node: &NodeDescription) -> Option<(Writer, Re
         return None;
     }
     let opened = async {
-        let there = describe(&socket, CONNECT_TIMEOUT).await?;
+        let there = describe(
+            channel_and_peer(&socket, None, Expected { role: Role::ExpertNode, id: None })?.0,
+            CONNECT_TIMEOUT,
+        )
+        .await?;
         match there.instance == node.instance {
-            true => Ok(stream::open(&socket).await?),
+            true => Ok(stream::open(&socket, None).await?),
             false => Err(LinkError::Ended),
         }
     };

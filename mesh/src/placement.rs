@@ -74,6 +74,14 @@ impl Placement {
         self.cell(layer, expert).map_or(&[], |cell| &self.owners[cell])
     }
 
+    /// Every expert with its live owners, by layer and index.
+    pub fn cells(&self) -> impl Iterator<Item = (LayerId, ExpertId, &[NodeIndex])> {
+        let experts = 0..self.grid.experts;
+        let grid = self.grid.layers.iter();
+        let names = grid.flat_map(move |&layer| experts.clone().map(move |e| (layer, ExpertId(e))));
+        names.zip(&self.owners).map(|((layer, expert), owners)| (layer, expert, owners.as_slice()))
+    }
+
     /// How many experts have no live owner, and the first of them.
     pub fn missing(&self) -> Option<(usize, LayerId, ExpertId)> {
         let missing = self.owners.iter().filter(|owners| owners.is_empty()).count();

@@ -4,12 +4,26 @@
 //!
 //! Nothing runs while its owner computes: sockets fill their buffers, timers
 //! come late. Whoever puts a task here allows for that.
+//!
+//! An owner that has just computed and waits for more stays awake for a moment,
+//! as waking a CPU that has gone to rest takes longer than many a frame's way. It
+//! yields meanwhile, so whatever has work for the CPU has it.
 
 use std::future::Future;
 use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::runtime::{Builder, Handle, Runtime};
+
+/// How long an owner that waits for what usually follows soon stays awake.
+pub const AWAKE: Duration = Duration::from_millis(2);
+
+/// Leaves the CPU to other threads, if they have work for it, and then the
+/// runtime to its other tasks and its sockets.
+pub async fn pass() {
+    std::thread::yield_now();
+    tokio::task::yield_now().await;
+}
 
 /// Shared by what its one owner drives; clones are the same runtime.
 #[derive(Clone)]

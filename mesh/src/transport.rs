@@ -2,14 +2,19 @@
 //!
 //! Every listener sets TCP_NODELAY on what it accepts and every server sets the
 //! limits that tonic leaves open (message sizes, streams per connection,
-//! header and keep-alive times). Nothing else in the mesh opens a socket.
+//! header and keep-alive times). With [`Tls`] every connection, Unix sockets
+//! included, is mutually authenticated and every call authorised; without it a
+//! connection is as plain, and as fast, as the socket. Nothing else in the mesh
+//! opens a socket.
 
 use std::fmt;
 use std::future::Future;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
+use std::sync::Arc;
 use std::time::Duration;
 
+use arc_swap::ArcSwapOption;
 use hyper_util::rt::TokioIo;
 use tokio::net::{TcpListener, UnixListener, UnixStream};
 use tokio_stream::StreamExt as _;
@@ -17,6 +22,9 @@ use tokio_stream::wrappers::UnixListenerStream;
 use tonic::service::Routes;
 use tonic::transport::server::TcpIncoming;
 use tonic::transport::{Channel, Server, Uri};
+
+use crate::authz::Authorize;
+use crate::tls::{self, Expected, Principal, Socket, Tls};
 
 /// Streams one connection may hold open. A router needs one data stream and a
 /// few control calls; a gateway one stream per request it forwards.
@@ -59,6 +67,16 @@ impl Endpoint {
     /// Reached without a network.
     pub fn is_local(&self) -> bool {
         matches!(self, Self::Unix(_))
+    }
+
+    /// Reached from this machine only. Names other than `localhost` are not
+    /// looked up, so they may lead anywhere.
+    pub fn is_loopback(&self) -> bool {
+        let Self::Tcp(address) = self else { return true };
+        let host = address.rsplit_once(':').map_or(address.as_str(), |(host, _)| host);
+        let host = host.trim_start_matches('[').trim_end_matches(']');
+        host == "localhost"
+            || host.parse::<std::net::IpAddr>().is_ok_and(|address| address.is_loopback())
     }
 }
 
@@ -157,8 +175,38 @@ pub async fn bind(endpoint: &Endpoint) -> Result<Listener, TransportError> {
     }
 }
 
-/// A channel that connects when first used and again whenever the connection is lost.
-pub fn channel(endpoint: &Endpoint) -> Result<Channel, TransportError> {
+/// A channel that connects when first used and again whenever the connection is
+/// lost; with TLS to nobody but whom it expects.
+///
+/// # Errors
+/// The endpoint is not one.
+pub fn channel(
+    endpoint: &Endpoint,
+    tls: Option<&Tls>,
+    expected: Expected,
+) -> Result<Channel, TransportError> {
+    Ok(channel_and_peer(endpoint, tls, expected)?.0)
+}
+
+/// Who answered when a channel last connected; nobody without TLS.
+#[derive(Clone, Default)]
+pub struct Peer(Arc<ArcSwapOption<Principal>>);
+
+impl Peer {
+    pub fn principal(&self) -> Option<Arc<Principal>> {
+        self.0.load_full()
+    }
+}
+
+/// As [`channel`], and who is at its other end.
+///
+/// # Errors
+/// The endpoint is not one.
+pub fn channel_and_peer(
+    endpoint: &Endpoint,
+    tls: Option<&Tls>,
+    expected: Expected,
+) -> Result<(Channel, Peer), TransportError> {
     let uri = match endpoint {
         Endpoint::Tcp(address) => format!("http://{address}"),
         // The authority is required by HTTP/2 but means nothing on a Unix socket.
@@ -173,16 +221,47 @@ pub fn channel(endpoint: &Endpoint) -> Result<Channel, TransportError> {
         .http2_keep_alive_interval(KEEP_ALIVE_EVERY)
         .keep_alive_timeout(KEEP_ALIVE_TIMEOUT)
         .keep_alive_while_idle(true);
-    Ok(match endpoint {
-        Endpoint::Tcp(_) => builder.connect_lazy(),
-        Endpoint::Unix(path) => {
+    let peer = Peer::default();
+    let channel = match (tls, endpoint) {
+        (None, Endpoint::Tcp(_)) => builder.connect_lazy(),
+        (None, Endpoint::Unix(path)) => {
             let path = unix_name(path);
             builder.connect_with_connector_lazy(tower::service_fn(move |_: Uri| {
                 let path = path.clone();
                 async move { UnixStream::connect(path).await.map(TokioIo::new) }
             }))
         }
-    })
+        (Some(tls), _) => {
+            let (tls, endpoint, peer) = (tls.clone(), endpoint.clone(), peer.clone());
+            builder.connect_with_connector_lazy(tower::service_fn(move |_: Uri| {
+                let (tls, endpoint, peer) = (tls.clone(), endpoint.clone(), peer.clone());
+                let expected = expected.clone();
+                async move {
+                    let socket = Socket::connect(&endpoint).await?;
+                    let (stream, principal) = tls.connect(socket, &expected).await?;
+                    peer.0.store(Some(Arc::new(principal)));
+                    std::io::Result::Ok(TokioIo::new(stream))
+                }
+            }))
+        }
+    };
+    Ok((channel, peer))
+}
+
+/// Why a call failed: the cause, not the wrapper, as tonic says "transport error"
+/// for a refused connection; and what to do where TLS is the cause.
+pub fn explain(status: &tonic::Status) -> String {
+    let mut cause: &(dyn std::error::Error + 'static) = status;
+    if let Some(told) = tls::explain(cause) {
+        return told;
+    }
+    while let Some(next) = cause.source() {
+        cause = next;
+    }
+    match cause.is::<tonic::Status>() {
+        true => format!("{}: {}", status.code(), status.message()),
+        false => cause.to_string(),
+    }
 }
 
 /// Lets a layer's largest frames be written in one go. A Unix socket holds 200 KB
@@ -194,9 +273,13 @@ pub(crate) fn widen(socket: &UnixStream) {
 
 /// Serves `routes`, plus health and reflection, until `shutdown` resolves and
 /// the calls in flight have ended.
+///
+/// # Errors
+/// The server cannot go on.
 pub async fn serve_grpc(
     listener: Listener,
     routes: Routes,
+    tls: Option<&Tls>,
     shutdown: impl Future<Output = ()>,
 ) -> Result<(), TransportError> {
     let endpoint = listener.local();
@@ -212,31 +295,36 @@ pub async fn serve_grpc(
             routes
         }
     };
-    let server = Server::builder()
+    let mut server = Server::builder()
         .max_frame_size(MAX_DATA)
         .max_concurrent_streams(MAX_STREAMS)
         .http2_max_header_list_size(MAX_HEADER_BYTES)
         .initial_stream_window_size(STREAM_WINDOW)
         .initial_connection_window_size(CONNECTION_WINDOW)
         .http2_keepalive_interval(Some(KEEP_ALIVE_EVERY))
-        .http2_keepalive_timeout(Some(KEEP_ALIVE_TIMEOUT))
-        .add_routes(routes);
-    let served = match listener {
-        Listener::Tcp(listener) => {
-            let incoming = TcpIncoming::from(listener).with_nodelay(Some(true));
+        .http2_keepalive_timeout(Some(KEEP_ALIVE_TIMEOUT));
+    let served = match (tls, listener) {
+        (Some(tls), listener) => {
+            let server = server.layer(Authorize(tls.metrics().clone())).add_routes(routes);
+            let incoming = tls::incoming(listener, tls.clone());
             server.serve_with_incoming_shutdown(incoming, shutdown).await
         }
-        Listener::Unix(listener, path) => {
+        (None, Listener::Tcp(listener)) => {
+            let incoming = TcpIncoming::from(listener).with_nodelay(Some(true));
+            server.add_routes(routes).serve_with_incoming_shutdown(incoming, shutdown).await
+        }
+        (None, Listener::Unix(listener, _)) => {
             let incoming =
                 UnixListenerStream::new(listener).map(|accepted| accepted.inspect(widen));
-            let served = server.serve_with_incoming_shutdown(incoming, shutdown).await;
-            // Best effort: a stale socket file is also replaced by the next bind.
-            if !is_abstract(&path) {
-                let _ = std::fs::remove_file(path);
-            }
-            served
+            server.add_routes(routes).serve_with_incoming_shutdown(incoming, shutdown).await
         }
     };
+    if let Endpoint::Unix(path) = &endpoint
+        && !is_abstract(path)
+    {
+        // Best effort: a stale socket file is also replaced by the next bind.
+        let _ = std::fs::remove_file(path);
+    }
     served.map_err(|source| TransportError::Serve { endpoint, source })
 }
 
@@ -258,6 +346,24 @@ mod tests {
         for bad in ["", "localhost", ":7000", "host:port", "host:70000", "unix:", "a/b:1"] {
             let error = bad.parse::<Endpoint>().unwrap_err().to_string();
             assert!(error.contains(&format!("`{bad}`")), "{error}");
+        }
+    }
+
+    #[test]
+    fn only_this_machine_reaches_loopback() {
+        for (text, want) in [
+            ("127.0.0.1:7000", true),
+            ("127.9.9.9:7000", true),
+            ("[::1]:7000", true),
+            ("localhost:7000", true),
+            ("unix:/run/x.sock", true),
+            ("0.0.0.0:7000", false),
+            ("[::]:7000", false),
+            ("10.0.0.1:7000", false),
+            ("node-1:7000", false),
+            ("localhost.example:7000", false),
+        ] {
+            assert_eq!(text.parse::<Endpoint>().unwrap().is_loopback(), want, "{text}");
         }
     }
 

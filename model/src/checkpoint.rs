@@ -6,6 +6,7 @@
 //! have to stay as they are while they are used: shortening one under a running process kills it,
 //! as with any mapping.
 
+pub mod blocks;
 mod fp8;
 mod header;
 #[cfg(test)]

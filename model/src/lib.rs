@@ -43,7 +43,7 @@ pub mod synthetic;
 mod trunk;
 mod weight;
 
-pub use checkpoint::{Checkpoint, Dtype, QuantizeError, Quantized, TensorView};
+pub use checkpoint::{Checkpoint, Dtype, QuantizeError, Quantized, TensorView, blocks};
 pub use config::{Config, Rope};
 pub use error::{LoadError, StepError};
 pub use expert::{Expert, ExpertGroup, ExpertScratch, forward_experts};

@@ -7,6 +7,7 @@ use std::sync::Arc;
 use actix::Addr;
 use mesh::link::{FleetAddress, Identity, Link, LinkEvent, LinkParts};
 use mesh::supervise;
+use mesh::tls::Tls;
 use tokio::runtime::Handle;
 use tokio::sync::{mpsc, oneshot};
 
@@ -23,6 +24,8 @@ pub(crate) struct Cast {
     pub link_events: mpsc::Sender<LinkEvent>,
     /// The engine's runtime, where the links' streams live.
     pub pump: Handle,
+    /// How nodes are spoken to.
+    pub tls: Option<Tls>,
 }
 
 /// The running actors; they end with it.
@@ -50,7 +53,7 @@ pub(crate) fn start(cast: Cast) -> std::io::Result<Actors> {
 }
 
 fn play(cast: Cast) {
-    let Cast { fleet, intake, identity, link_events, pump } = cast;
+    let Cast { fleet, intake, identity, link_events, pump, tls } = cast;
     if let Some((intake, view)) = intake {
         actix::spawn(supervise::keep(
             "intake".to_owned(),
@@ -75,6 +78,7 @@ fn play(cast: Cast) {
         let parts = LinkParts {
             handle: handle.clone(),
             identity: identity.clone(),
+            tls: tls.clone(),
             events: link_events.clone(),
             pump: pump.clone(),
             fleet: current.clone(),

@@ -12,6 +12,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
+use mesh::failpoint;
 use mesh::pump::Pump;
 use model::sample::Scratch;
 use model::{Chunk, KvPool, LogitRows, Step, StepError, Trunk};
@@ -22,6 +23,7 @@ use tracing::Span;
 
 use crate::exchange::{ExchangeError, LANES};
 use crate::experts::Experts;
+use crate::history::{History, list};
 use crate::metrics::RouterMetrics;
 use crate::scheduler::{Pages, Part, Scheduler, SeqId};
 pub use job::Job;
@@ -69,6 +71,7 @@ pub struct Parts {
     pub pump: Pump,
     pub gauges: Arc<Gauges>,
     pub metrics: RouterMetrics,
+    pub history: History,
 }
 
 /// See the module's text.
@@ -78,6 +81,8 @@ pub struct Engine {
     overlap: Overlap,
     /// One per micro-batch.
     steps: [Step; LANES],
+    /// Steps begun.
+    count: u64,
 }
 
 impl Pages for KvPool {
@@ -93,11 +98,12 @@ impl Pages for KvPool {
 impl Engine {
     pub fn new(parts: Parts) -> Self {
         let overlap = Overlap::new(parts.splitting);
-        Self { parts, streams: HashMap::new(), overlap, steps: Default::default() }
+        Self { parts, streams: HashMap::new(), overlap, steps: Default::default(), count: 0 }
     }
 
     /// Runs until every sender of jobs is gone and every sequence has ended.
     pub fn run(&mut self) {
+        self.parts.trunk.compute().pool.bind_caller();
         let mut open = true;
         while open || !self.parts.scheduler.is_empty() {
             open = self.take_jobs();
@@ -175,13 +181,21 @@ impl Engine {
     }
 
     fn end(&mut self, id: SeqId) {
+        self.parts.history.record("end", format_args!("\"seq\":{}", id.0));
         self.streams.remove(&id);
         self.parts.scheduler.remove(id, &mut self.parts.kv);
     }
 
     /// One step, as a whole or as two micro-batches.
     fn compute(&mut self, plan: &[Part]) {
+        failpoint::pass("engine");
         let start = Instant::now();
+        self.count += 1;
+        let count = self.count;
+        if self.parts.history.is_on() {
+            let seqs = list(plan.iter().map(|part| part.id.0));
+            self.parts.history.record("step", format_args!("\"n\":{count},\"seqs\":{seqs}"));
+        }
         let rows = plan.iter().map(|part| part.len).sum();
         let split = self.parts.experts.lanes() > 1 && self.overlap.split(rows);
         let cut;
@@ -194,6 +208,7 @@ impl Engine {
         if let Err(error) = self.forward(plan, &batches) {
             return self.fail(plan, &error);
         }
+        self.parts.history.record("step_end", format_args!("\"n\":{count}"));
         for (lane, batch) in batches.iter().enumerate() {
             self.answer(lane, batch);
         }
@@ -201,6 +216,7 @@ impl Engine {
         self.overlap.observe(rows, split, took);
         self.parts.scheduler.took(plan, took);
         self.parts.metrics.step.observe(took.as_secs_f64());
+        self.parts.history.flush();
     }
 
     /// Runs all layers. What it leaves is the logits of the wanted rows. A micro-batch
@@ -313,6 +329,7 @@ impl Engine {
     /// The step's results cannot be had: its sequences end, the others go on.
     fn fail(&mut self, plan: &[Part], error: &Failure) {
         tracing::error!(%error, sequences = plan.len(), "step failed");
+        self.parts.history.record("step_failed", format_args!("\"n\":{}", self.count));
         for part in plan {
             if let Some(stream) = self.streams.get_mut(&part.id) {
                 self.parts.metrics.failed.inc();

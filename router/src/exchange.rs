@@ -75,6 +75,18 @@ pub enum Taken {
     Stale,
 }
 
+/// What a frame carries, and under which epoch.
+#[derive(Clone, Debug)]
+pub struct Sending<'a> {
+    pub node: NodeIndex,
+    pub layer: LayerId,
+    pub attempt: Attempt,
+    pub epoch: Epoch,
+    pub slots: &'a [u32],
+    /// One per slot.
+    pub experts: Vec<u32>,
+}
+
 /// Slots (row × top_k + slot, ascending) sent together to one node.
 struct Open {
     ticket: Ticket,
@@ -200,6 +212,21 @@ impl Exchange {
 
     pub fn shape(&self) -> Shape {
         self.shape
+    }
+
+    /// An open ticket's frame, for the history.
+    pub fn sending(&self, ticket: Ticket) -> Option<Sending<'_>> {
+        let open = &self.open[self.find(ticket)?];
+        let Open { node, attempt, epoch, .. } = *open;
+        let experts = open.slots.iter().map(|&slot| self.experts[slot as usize]);
+        Some(Sending {
+            node,
+            layer: self.layer,
+            attempt,
+            epoch,
+            slots: &open.slots,
+            experts: experts.collect(),
+        })
     }
 
     pub fn retries(&self) -> u64 {

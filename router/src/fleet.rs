@@ -6,11 +6,14 @@ use std::sync::Arc;
 
 use actix::{Actor, Context, Handler};
 use arc_swap::ArcSwap;
+use mesh::failpoint;
 use mesh::lifecycle::Readiness;
 use mesh::link::{LinkHandle, LinksChanged};
 use mesh::placement::Placement;
 use mesh::supervise::Pulse;
 use proto::LayerId;
+
+use crate::history::History;
 
 /// What the fleet reads and publishes; cloned by its factory.
 #[derive(Clone)]
@@ -18,6 +21,7 @@ pub struct FleetParts {
     pub links: Arc<[Arc<LinkHandle>]>,
     pub placement: Arc<ArcSwap<Placement>>,
     pub readiness: Readiness,
+    pub history: History,
 }
 
 /// See the module's text.
@@ -32,7 +36,7 @@ impl Fleet {
     }
 
     fn refresh(&self) {
-        let FleetParts { links, placement, readiness } = &self.parts;
+        let FleetParts { links, placement, readiness, history } = &self.parts;
         let live: Vec<_> = links
             .iter()
             .filter_map(|link| link.description().map(|about| (link.node, about)))
@@ -61,6 +65,8 @@ impl Fleet {
             }
             Err(missing) => tracing::info!(%epoch, nodes, missing, "waiting for experts"),
         }
+        // Before it is published: a frame never goes out under an epoch not yet recorded.
+        history.placement(&next, &live);
         placement.store(Arc::new(next));
     }
 }
@@ -78,6 +84,7 @@ impl Handler<LinksChanged> for Fleet {
     type Result = ();
 
     fn handle(&mut self, _: LinksChanged, _: &mut Self::Context) {
+        failpoint::pass("fleet");
         self.refresh();
     }
 }

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use actix::{Actor, AsyncContext as _, Context, Handler, Message, WrapFuture as _};
+use mesh::failpoint;
 use mesh::lifecycle::Shutdown;
 use mesh::supervise::Pulse;
 use tokio::sync::mpsc::Sender;
@@ -74,6 +75,7 @@ impl Handler<Submit> for Intake {
     type Result = Result<(), Refused>;
 
     fn handle(&mut self, Submit(job): Submit, _: &mut Self::Context) -> Self::Result {
+        failpoint::pass("intake");
         let IntakeParts { jobs, gauges, max_waiting, shutdown, .. } = &self.parts;
         if shutdown.is_triggered() {
             return Err(Refused::Draining);

@@ -7,6 +7,7 @@
 //! - [`engine`]: the loop over steps and layers, on its own thread
 //! - [`experts`]: the seam to the experts, local or remote
 //! - [`exchange`]: one layer's dispatch, retry and gather (sans-IO)
+//! - [`history`]: an event log, for checking a run afterwards
 //! - [`fleet`]: the actor that publishes placements
 //! - `choice`: which of two ways is measured to be faster here
 //! - [`measure`]: dispatch and gather without an engine, to be timed
@@ -19,6 +20,7 @@ pub mod engine;
 pub mod exchange;
 pub mod experts;
 pub mod fleet;
+pub mod history;
 pub mod intake;
 pub mod measure;
 pub mod metrics;
@@ -38,6 +40,7 @@ use mesh::link::{Identity, LinkHandle};
 use mesh::metrics::Metrics;
 use mesh::placement::{ExpertGrid, NodeIndex, Placement};
 use mesh::pump::Pump;
+use mesh::tls::{self, TlsError};
 use mesh::transport::{self, Endpoint, TransportError};
 use model::sample::Scratch;
 use model::{Checkpoint, KvError, KvPool, LoadError, Numerics, Trunk};
@@ -55,6 +58,7 @@ use crate::experts::Experts;
 use crate::experts::local::Local;
 use crate::experts::remote::Remote;
 use crate::experts::spin::Spin;
+use crate::history::History;
 use crate::metrics::RouterMetrics;
 use crate::scheduler::{Limits, Scheduler};
 use crate::service::{Facts, Service, View};
@@ -72,11 +76,15 @@ pub struct Config {
     pub listen: Endpoint,
     /// Where `/metrics`, `/healthz` and `/readyz` are served, if anywhere.
     pub admin: Option<Endpoint>,
+    /// This router's certificate and whom it trusts; `None` is plain text.
+    pub tls: Option<tls::Files>,
     pub model_dir: PathBuf,
     pub numerics: Numerics,
     /// The expert nodes; empty keeps the experts inside the router.
     pub nodes: Vec<Endpoint>,
     pub threads: usize,
+    /// Position of the CPU that the first of them is bound to; `None` leaves them free.
+    pub first_cpu: Option<usize>,
     /// `None` takes the best the CPU has.
     pub isa: Option<Isa>,
     /// Tokens the KV cache holds, over all sequences.
@@ -102,6 +110,8 @@ pub struct Config {
     /// How long a frame waits for its reply before another owner is asked.
     pub attempt_timeout: Duration,
     pub request_timeout: Duration,
+    /// Where the event log goes, if anywhere.
+    pub history: Option<PathBuf>,
 }
 
 /// Why a router did not start or had to stop.
@@ -113,8 +123,12 @@ pub enum Error {
     Kv(#[from] KvError),
     #[error(transparent)]
     Transport(#[from] TransportError),
+    #[error(transparent)]
+    Tls(#[from] TlsError),
     #[error("cannot serve metrics: {0}")]
     Admin(std::io::Error),
+    #[error("cannot write the history {0}: {1}")]
+    History(PathBuf, std::io::Error),
     #[error("cannot start a thread: {0}")]
     Thread(#[from] std::io::Error),
     #[error("the engine panicked; the router cannot compute any more")]
@@ -127,6 +141,8 @@ pub async fn serve(config: Config, shutdown: Shutdown) -> Result<(), Error> {
     let readiness = Readiness::starting("loading the trunk");
     let registry = Metrics::default();
     let metrics = registry.register(RouterMetrics::new);
+    let owner = tls::Owner { role: tls::Role::Router, id: None };
+    let tls = tls::start(config.tls.as_ref(), owner, &registry, &shutdown)?;
     let listener = transport::bind(&config.listen).await?;
     let side = match &config.admin {
         Some(endpoint) => Some(transport::bind(endpoint).await?),
@@ -143,11 +159,14 @@ pub async fn serve(config: Config, shutdown: Shutdown) -> Result<(), Error> {
     let model = checkpoint.config();
     tracing::info!(model = model.summary(), numerics = %config.numerics, "checkpoint opened");
     let isa = config.isa.unwrap_or_else(Isa::detect);
-    let compute = Arc::new(Compute::new(isa, config.threads));
+    let compute = Arc::new(Compute::bound(isa, config.threads, config.first_cpu));
     let sampling = Scratch::new(compute.kernels);
     let trunk = Trunk::load(&checkpoint, config.numerics, compute.clone())?;
     let pages = config.kv_tokens.div_ceil(config.page_tokens.max(1));
     let kv = KvPool::new(model, config.numerics, pages, config.page_tokens)?;
+
+    let history = History::open(config.history.as_deref(), &config.id)
+        .map_err(|error| Error::History(config.history.clone().unwrap_or_default(), error))?;
 
     let links: Arc<[Arc<LinkHandle>]> = (0..)
         .zip(&config.nodes)
@@ -194,6 +213,7 @@ pub async fn serve(config: Config, shutdown: Shutdown) -> Result<(), Error> {
             metrics: metrics.clone(),
             epoch: Epoch(0),
             spin: Spin::default(),
+            history: history.clone(),
         }))
     };
 
@@ -220,6 +240,7 @@ pub async fn serve(config: Config, shutdown: Shutdown) -> Result<(), Error> {
         pump: pump.clone(),
         gauges: gauges.clone(),
         metrics: metrics.clone(),
+        history: history.clone(),
     });
     let engine_ended = run_engine(engine)?;
 
@@ -254,7 +275,7 @@ pub async fn serve(config: Config, shutdown: Shutdown) -> Result<(), Error> {
         engine_ended: engine_ended.clone(),
     };
     let actors = actors::start(actors::Cast {
-        fleet: fleet::FleetParts { links, placement, readiness: readiness.clone() },
+        fleet: fleet::FleetParts { links, placement, readiness: readiness.clone(), history },
         intake: Some((intake_parts, view.clone())),
         identity: Identity {
             model_digest: facts.model_digest.to_vec(),
@@ -263,6 +284,7 @@ pub async fn serve(config: Config, shutdown: Shutdown) -> Result<(), Error> {
         },
         link_events,
         pump: pump.handle(),
+        tls: tls.clone(),
     })?;
 
     let service = InferenceServer::new(Service::new(facts, view.clone()))
@@ -272,7 +294,8 @@ pub async fn serve(config: Config, shutdown: Shutdown) -> Result<(), Error> {
     // Draining: the server refuses new connections and calls, and returns when
     // the running ones have ended.
     let stop = shutdown.clone();
-    transport::serve_grpc(listener, Routes::new(service), async move { stop.wait().await }).await?;
+    let routes = Routes::new(service);
+    transport::serve_grpc(listener, routes, tls.as_ref(), async move { stop.wait().await }).await?;
     let died = *engine_ended.borrow();
     actors.stop();
     if let Some(side) = side

@@ -22,6 +22,7 @@ use crate::exchange::{Exchange, ExchangeError, Patience, Shape};
 use crate::experts::remote::Remote;
 use crate::experts::spin::Spin;
 use crate::fleet::FleetParts;
+use crate::history::History;
 use crate::metrics::RouterMetrics;
 
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -63,11 +64,13 @@ impl Dispatcher {
                 links: links.clone(),
                 placement: placement.clone(),
                 readiness: readiness.clone(),
+                history: History::default(),
             },
             intake: None,
             identity,
             link_events,
             pump: pump.handle(),
+            tls: None,
         })
         .map_err(|error| error.to_string())?;
         let patience =
@@ -84,6 +87,7 @@ impl Dispatcher {
             metrics: Metrics::default().register(RouterMetrics::new),
             epoch: Epoch(0),
             spin: Spin::default(),
+            history: History::default(),
         };
         while let Err(missing) = readiness.get() {
             if now.elapsed() > PATIENCE {

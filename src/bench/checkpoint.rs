@@ -17,9 +17,10 @@ use std::time::Duration;
 
 use anyhow::{Context as _, bail};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use model::blocks::{Squares, quantize};
 use serde_json::{Map, json};
 
-use self::noise::{Error, Stream};
+use self::noise::Stream;
 use self::plan::{Stored, Tensor};
 use crate::cli::MakeCheckpointArgs;
 use crate::config::roles::cpus;
@@ -71,7 +72,7 @@ pub fn make(args: &MakeCheckpointArgs) -> anyhow::Result<()> {
 }
 
 /// Streams the tensors to a file: header first, as all sizes are known.
-fn write_weights(path: &Path, tensors: &[Tensor], seed: u64) -> anyhow::Result<Error> {
+fn write_weights(path: &Path, tensors: &[Tensor], seed: u64) -> anyhow::Result<Squares> {
     let mut header = Map::new();
     header.insert("__metadata__".to_owned(), json!({ "format": "pt" }));
     let mut end = 0;
@@ -88,7 +89,7 @@ fn write_weights(path: &Path, tensors: &[Tensor], seed: u64) -> anyhow::Result<E
     let mut out = BufWriter::new(File::create_new(path)?);
     out.write_all(&(header.len() as u64).to_le_bytes())?;
     out.write_all(header.as_bytes())?;
-    let mut error = Error::default();
+    let mut error = Squares::default();
     for tensor in tensors {
         error.add(write_tensor(&mut out, tensor, seed)?);
         progress.inc(tensor.bytes() as u64);
@@ -98,10 +99,10 @@ fn write_weights(path: &Path, tensors: &[Tensor], seed: u64) -> anyhow::Result<E
     Ok(error)
 }
 
-fn write_tensor(out: &mut impl Write, tensor: &Tensor, seed: u64) -> std::io::Result<Error> {
+fn write_tensor(out: &mut impl Write, tensor: &Tensor, seed: u64) -> std::io::Result<Squares> {
     let stream = Stream::new(seed, &tensor.name, tensor.centre, tensor.spread);
     let columns = tensor.shape[tensor.shape.len() - 1];
-    let mut error = Error::default();
+    let mut error = Squares::default();
     let mut scales = Vec::new();
     let count = tensor.values();
     // Whole rows of blocks, so that a chunk can be quantised by itself.
@@ -116,10 +117,12 @@ fn write_tensor(out: &mut impl Write, tensor: &Tensor, seed: u64) -> std::io::Re
             Stored::F32 => out.write_all(&bytes(&values, f32::to_le_bytes))?,
             Stored::Bf16 => out.write_all(&bytes(&values, noise::bf16_bytes))?,
             Stored::Fp8 { block } => {
-                let quantised = noise::quantise(&values, columns, block);
-                error.add(quantised.error);
-                scales.extend(quantised.scales);
-                out.write_all(&quantised.codes)?;
+                let mut codes = vec![0u8; values.len()];
+                let first = scales.len();
+                let bands = (values.len() / columns).div_ceil(block.0);
+                scales.resize(first + bands * columns.div_ceil(block.1), 0.0);
+                error.add(quantize(&values, columns, block, &mut codes, &mut scales[first..]));
+                out.write_all(&codes)?;
             }
         }
     }

@@ -31,10 +31,14 @@ pub struct Local {
     /// 0 keeps the experts inside the router.
     pub expert_nodes: usize,
     pub replicas: usize,
+    /// Whether its processes speak mutual TLS, with certificates made for it.
+    pub tls: bool,
     /// Where the first gateway listens; the others take the ports after it.
     pub http: (String, u16),
     pub numerics: Numerics,
     pub threads: usize,
+    /// Whether these are bound to CPUs.
+    pub bind: bool,
     pub otlp: Option<String>,
     pub log: LogFormat,
     /// Whether one completion is shown when the mesh is up.
@@ -127,6 +131,7 @@ fn build(reader: &mut Reader<'_>) -> Result<Local, ConfigError> {
         return Err(reader.refuse("replicas", problem));
     }
     let http = http(reader, gateways)?;
+    let threads = reader.within("threads", cpus(), 1..=1024, "Threads that compute.")?;
     Ok(Local {
         model,
         weights,
@@ -134,9 +139,20 @@ fn build(reader: &mut Reader<'_>) -> Result<Local, ConfigError> {
         routers,
         expert_nodes,
         replicas,
+        tls: reader.or(
+            "tls",
+            false,
+            "Mutual TLS between the processes, with certificates that are made for this mesh.",
+        )?,
         http,
         numerics: reader.or("numerics", Numerics::Bf16, "bf16, or f32 for the reference class.")?,
-        threads: reader.within("threads", cpus(), 1..=1024, "Threads that compute.")?,
+        threads,
+        bind: reader.or(
+            "bind",
+            threads == cpus(),
+            "Whether the computing threads are bound to CPUs, one each. Unset: if `threads` is all the\n\
+             CPUs there are, which all processes then take turns on.",
+        )?,
         otlp: reader.optional(
             "otlp",
             "\"http://127.0.0.1:4317\"",

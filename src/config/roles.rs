@@ -12,6 +12,7 @@ use model::Numerics;
 use crate::config::ConfigError;
 use crate::config::given::{File, Given};
 use crate::config::reader::{Declared, Reader, describe, read};
+use crate::config::tls;
 
 /// What a process of the mesh can be.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -141,6 +142,7 @@ fn gateway(reader: &mut Reader<'_>) -> Result<Process, ConfigError> {
     let config = gateway::Config {
         listen,
         routers,
+        tls: tls::files(reader)?,
         model_name,
         model_dir,
         max_body_bytes: reader.within(
@@ -179,10 +181,13 @@ fn narrow(number: usize) -> u32 {
 }
 
 fn router(reader: &mut Reader<'_>) -> Result<Process, ConfigError> {
+    let id = id(reader, "router-0")?;
+    let listen = listen(reader, "127.0.0.1:7000")?;
     let config = router::Config {
-        id: id(reader, "router-0")?,
-        listen: listen(reader, "127.0.0.1:7000")?,
+        id,
         admin: admin(reader)?,
+        tls: tls::files_of_server(reader, &listen)?,
+        listen,
         model_dir: model_dir(reader, "Directory of the checkpoint, as published on Hugging Face.")?,
         numerics: numerics(reader)?,
         nodes: reader.or(
@@ -191,6 +196,7 @@ fn router(reader: &mut Reader<'_>) -> Result<Process, ConfigError> {
             "Expert nodes, host:port or unix:/path. Empty: experts stay inside the router.",
         )?,
         threads: threads(reader)?,
+        first_cpu: first_cpu(reader)?,
         isa: isa(reader)?,
         kv_tokens: reader.within(
             "kv_tokens",
@@ -253,16 +259,25 @@ fn router(reader: &mut Reader<'_>) -> Result<Process, ConfigError> {
             "How long one node may take over a frame before it is sent again.",
         )?,
         request_timeout: timeout(reader, "Longest a request may take.")?,
+        history: reader.optional(
+            "history",
+            "\"/tmp/router-0.history\"",
+            "File that frames, replies, placements and steps are logged to, as JSON lines, for\n\
+             checking a run afterwards. Grows by about 1 MB a second of load. Unset: none.",
+        )?,
     };
     let telemetry = telemetry(reader, Role::Router, config.id.clone())?;
     Ok(Process { telemetry, role: RoleConfig::Router(config) })
 }
 
 fn expert_node(reader: &mut Reader<'_>) -> Result<Process, ConfigError> {
+    let id = id(reader, "expert-node-0")?;
+    let listen = listen(reader, "127.0.0.1:7100")?;
     let config = expert_node::Config {
-        id: id(reader, "expert-node-0")?,
-        listen: listen(reader, "127.0.0.1:7100")?,
+        id,
         admin: admin(reader)?,
+        tls: tls::files_of_server(reader, &listen)?,
+        listen,
         model_dir: model_dir(
             reader,
             "Directory of the checkpoint. Only the bytes of the node's own experts are read.",
@@ -270,6 +285,7 @@ fn expert_node(reader: &mut Reader<'_>) -> Result<Process, ConfigError> {
         numerics: numerics(reader)?,
         shard: shard(reader)?,
         threads: threads(reader)?,
+        first_cpu: first_cpu(reader)?,
         isa: isa(reader)?,
         local_socket: reader.or(
             "local_socket",
@@ -356,6 +372,15 @@ fn threads(reader: &mut Reader<'_>) -> Result<usize, ConfigError> {
         return Err(reader.refuse("threads", format!("{threads} is not within 1 to 1024")));
     }
     Ok(threads)
+}
+
+fn first_cpu(reader: &mut Reader<'_>) -> Result<Option<usize>, ConfigError> {
+    reader.optional(
+        "first_cpu",
+        "0",
+        "Binds the computing threads to CPUs, one each, the first to the one at this place among\n\
+         those that the process may use. Unset: the system places them.",
+    )
 }
 
 fn isa(reader: &mut Reader<'_>) -> Result<Option<kernels::Isa>, ConfigError> {

@@ -82,6 +82,21 @@ impl Setting for usize {
     }
 }
 
+impl Setting for bool {
+    fn from_text(text: &str) -> Result<Self, String> {
+        text.parse().map_err(|_| format!("expected true or false, found `{text}`"))
+    }
+
+    fn from_value(value: &Value) -> Result<Self, String> {
+        let wrong = || format!("expected true or false, found {}", found(value));
+        value.as_bool().ok_or_else(wrong)
+    }
+
+    fn to_toml(&self) -> String {
+        self.to_string()
+    }
+}
+
 impl Setting for f64 {
     fn from_text(text: &str) -> Result<Self, String> {
         text.parse().map_err(|_| format!("expected a number, found `{text}`"))

@@ -3,6 +3,7 @@
 
 use std::time::Duration;
 
+use mesh::tls::{self, Expected, Role, Tls};
 use mesh::transport::{Endpoint, channel};
 use proto::v1::expert_control_client::ExpertControlClient;
 use proto::v1::inference_client::InferenceClient;
@@ -46,19 +47,19 @@ pub async fn gateway_only(server: Server) -> Mesh {
 }
 
 /// A router and the nodes that it knows.
-pub async fn router_and_nodes(endpoint: Endpoint) -> Mesh {
-    let seen = router("router".to_owned(), endpoint).await;
+pub async fn router_and_nodes(endpoint: Endpoint, tls: Option<&Tls>) -> Mesh {
+    let seen = router("router".to_owned(), endpoint, tls).await;
     let mut nodes = Vec::new();
     if let Ok(status) = &seen.answer {
         for peer in &status.nodes {
-            nodes.push(node(peer.node_id.clone(), &peer.endpoint).await);
+            nodes.push(node(peer.node_id.clone(), &peer.endpoint, tls).await);
         }
     }
     Mesh { routers: vec![seen], nodes, ..Mesh::default() }
 }
 
 /// Every process of a mesh that `moemesh up` runs.
-pub async fn all(state: &State) -> Mesh {
+pub async fn all(state: &State, tls: Option<&Tls>) -> Mesh {
     let about = format!("mesh of `moemesh up` with process id {}, {}", state.pid, state.model);
     let mut mesh = Mesh { about: Some(about), ..Mesh::default() };
     for Member { id, endpoint, .. } in &state.gateways {
@@ -69,12 +70,12 @@ pub async fn all(state: &State) -> Mesh {
     }
     for Member { id, endpoint, .. } in &state.routers {
         mesh.routers.push(match endpoint.parse() {
-            Ok(at) => router(id.clone(), at).await,
+            Ok(at) => router(id.clone(), at, tls).await,
             Err(error) => failed(id, endpoint, error),
         });
     }
     for Member { id, endpoint, .. } in &state.expert_nodes {
-        mesh.nodes.push(node(id.clone(), endpoint).await);
+        mesh.nodes.push(node(id.clone(), endpoint, tls).await);
     }
     mesh
 }
@@ -219,9 +220,10 @@ async fn gateway(id: String, server: Server) -> Seen<GatewayStatus> {
     Seen { id, endpoint, answer: in_time(asked).await }
 }
 
-async fn router(id: String, endpoint: Endpoint) -> Seen<RouterStatus> {
+async fn router(id: String, endpoint: Endpoint, tls: Option<&Tls>) -> Seen<RouterStatus> {
     let asked = async {
-        let channel = channel(&endpoint).map_err(|error| error.to_string())?;
+        let expected = Expected::any(Role::Router);
+        let channel = channel(&endpoint, tls, expected).map_err(|error| error.to_string())?;
         let answer = InferenceClient::new(channel).status(RouterStatusRequest {}).await;
         answer.map(tonic::Response::into_inner).map_err(|status| explain(&status))
     };
@@ -231,10 +233,11 @@ async fn router(id: String, endpoint: Endpoint) -> Seen<RouterStatus> {
     Seen { id, endpoint: endpoint.to_string(), answer }
 }
 
-async fn node(id: String, endpoint: &str) -> Seen<NodeStatus> {
+async fn node(id: String, endpoint: &str, tls: Option<&Tls>) -> Seen<NodeStatus> {
     let asked = async {
         let at: Endpoint = endpoint.parse().map_err(|error| format!("{error}"))?;
-        let channel = channel(&at).map_err(|error| error.to_string())?;
+        let expected = Expected::any(Role::ExpertNode);
+        let channel = channel(&at, tls, expected).map_err(|error| error.to_string())?;
         let answer = ExpertControlClient::new(channel).status(NodeStatusRequest {}).await;
         answer.map(tonic::Response::into_inner).map_err(|status| explain(&status))
     };
@@ -250,6 +253,9 @@ async fn in_time<T>(asked: impl Future<Output = Result<T, String>>) -> Result<T,
 
 /// One line for a failed call.
 fn explain(status: &tonic::Status) -> String {
+    if let Some(told) = tls::explain(status) {
+        return told;
+    }
     match status.code() {
         tonic::Code::Unavailable => "not reachable".to_owned(),
         code => format!("{code:?}: {}", status.message().replace('\n', " ")),

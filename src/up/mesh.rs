@@ -6,15 +6,18 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, anyhow};
+use mesh::tls::Role as TlsRole;
 use mesh::transport::Endpoint;
 use tokio::sync::mpsc;
 
+use crate::certs::authority::Authority;
+use crate::certs::operator::LOCAL_OPERATOR;
 use crate::client::http::Server;
 use crate::config::local::Local;
 use crate::config::roles::Role;
 use crate::up::console::{Console, Mode};
 use crate::up::keeper::{Keeper, Stopped};
-use crate::up::plan::{Planned, plan};
+use crate::up::plan::{Planned, certificates, plan};
 use crate::up::progress::{Progress, Stage};
 use crate::up::runtime_dir::{Member, RuntimeDir, State};
 
@@ -54,7 +57,12 @@ impl LocalMesh {
             std::fs::write(&process.config_file, &process.config)
                 .with_context(|| format!("cannot write {}", process.config_file.display()))?;
         }
-        dir.publish(&state(model, &planned)).context("cannot write the state file")?;
+        let mut state = state(model, &planned);
+        if local.tls {
+            certify(&certificates(dir.path()), &planned)?;
+            state.certificates = Some(certificates(dir.path()).display().to_string());
+        }
+        dir.publish(&state).context("cannot write the state file")?;
 
         // One slot each: a keeper gives up once.
         let (giving_up, given_up) = mpsc::channel(planned.len());
@@ -208,10 +216,28 @@ fn state(model: &Path, planned: &[Planned]) -> State {
     State {
         pid: std::process::id(),
         model: model.display().to_string(),
+        certificates: None,
         gateways: members(Role::Gateway),
         routers: members(Role::Router),
         expert_nodes: members(Role::ExpertNode),
     }
+}
+
+/// Makes an authority for this mesh alone, and a certificate for each process and
+/// for whoever operates it.
+fn certify(dir: &Path, planned: &[Planned]) -> anyhow::Result<()> {
+    const DAYS: u32 = 3650;
+    let authority = Authority::create(dir, "local", DAYS, false)?;
+    for process in planned {
+        let role = match process.role {
+            Role::Gateway => TlsRole::Gateway,
+            Role::Router => TlsRole::Router,
+            Role::ExpertNode => TlsRole::ExpertNode,
+        };
+        authority.issue(role, &process.id, DAYS, false)?;
+    }
+    authority.issue(TlsRole::Operator, LOCAL_OPERATOR, DAYS, false)?;
+    Ok(())
 }
 
 async fn ask(process: &Planned) -> Stage {

@@ -9,6 +9,7 @@ use mesh::telemetry::LogFormat;
 use mesh::transport::Endpoint;
 use toml::Value;
 
+use crate::certs::authority::files_in;
 use crate::config::ConfigError;
 use crate::config::given::Given;
 use crate::config::local::Local;
@@ -27,6 +28,11 @@ pub struct Planned {
     pub admin: Endpoint,
     pub config_file: PathBuf,
     pub config: String,
+}
+
+/// Where the certificates of a mesh with TLS are, in its directory.
+pub fn certificates(dir: &Path) -> PathBuf {
+    dir.join("certs")
 }
 
 impl Planned {
@@ -84,22 +90,23 @@ impl Planner<'_> {
         // Twice its share: a step's rows rarely keep all nodes equally busy.
         let share = self.local.threads.div_ceil(self.local.expert_nodes);
         let threads = (2 * share).min(self.local.threads);
-        self.grpc(Role::ExpertNode, index, threads, fixed)
+        self.grpc(Role::ExpertNode, index, (threads, index * share), fixed)
     }
 
     fn router(&self, index: usize, nodes: &[Planned]) -> Result<Planned, ConfigError> {
         let mut fixed = Given::default();
         fixed.derive("nodes", endpoints(nodes));
         let threads = (self.local.threads / self.local.routers).max(1);
-        self.grpc(Role::Router, index, threads, fixed)
+        self.grpc(Role::Router, index, (threads, index * threads), fixed)
     }
 
-    /// A router or an expert node: gRPC and its side door on Unix sockets.
+    /// A router or an expert node: gRPC and its side door on Unix sockets. Its threads, if they are
+    /// bound, begin at a CPU of its own, so that what a process does alone is not all done on one.
     fn grpc(
         &self,
         role: Role,
         index: usize,
-        threads: usize,
+        (threads, first_cpu): (usize, usize),
         mut fixed: Given,
     ) -> Result<Planned, ConfigError> {
         let id = format!("{role}-{index}");
@@ -110,6 +117,9 @@ impl Planner<'_> {
         fixed.derive("numerics", self.local.numerics.to_string());
         let mut soft = Given::default();
         soft.derive("threads", threads as i64);
+        if self.local.bind {
+            soft.derive("first_cpu", first_cpu as i64);
+        }
         self.planned(role, id, (endpoint, admin), fixed, soft)
     }
 
@@ -138,6 +148,12 @@ impl Planner<'_> {
         mut soft: Given,
     ) -> Result<Planned, ConfigError> {
         fixed.derive("id", id.as_str());
+        if self.local.tls {
+            let files = files_in(&certificates(self.dir), &id);
+            fixed.derive("tls_cert", files.certificate.display().to_string());
+            fixed.derive("tls_key", files.key.display().to_string());
+            fixed.derive("tls_ca", files.authorities.display().to_string());
+        }
         fixed.derive("model_dir", self.model.display().to_string());
         let format = match self.local.log {
             LogFormat::Text => "text",
@@ -220,11 +236,43 @@ mod tests {
     }
 
     #[test]
+    fn bound_threads_begin_at_a_cpu_of_their_own() {
+        let firsts = |bind| {
+            let flags = [("expert_nodes", "2"), ("routers", "2"), ("threads", "4"), ("bind", bind)];
+            let first = |process: &Planned| match config(process) {
+                RoleConfig::ExpertNode(node) => node.first_cpu,
+                RoleConfig::Router(router) => router.first_cpu,
+                RoleConfig::Gateway(_) => None,
+            };
+            planned(&local(&flags)).unwrap().iter().map(first).collect::<Vec<_>>()
+        };
+        assert_eq!(firsts("true"), [Some(0), Some(2), Some(0), Some(2), None]);
+        assert_eq!(firsts("false"), [None; 5]);
+    }
+
+    #[test]
     fn without_nodes_the_router_has_the_experts() {
         let plan = planned(&local(&[("expert_nodes", "0")])).unwrap();
         assert_eq!(plan.len(), 2);
         let RoleConfig::Router(router) = config(&plan[0]) else { panic!("no router") };
         assert!(router.nodes.is_empty());
+    }
+
+    #[test]
+    fn with_tls_every_process_has_its_own_certificate() {
+        let plan = planned(&local(&[("tls", "true"), ("expert_nodes", "1")])).unwrap();
+        let RoleConfig::ExpertNode(node) = config(&plan[0]) else { panic!("no node") };
+        let RoleConfig::Router(router) = config(&plan[1]) else { panic!("no router") };
+        let RoleConfig::Gateway(gateway) = config(&plan[2]) else { panic!("no gateway") };
+        for (files, id) in
+            [(node.tls, "expert-node-0"), (router.tls, "router-0"), (gateway.tls, "gateway-0")]
+        {
+            assert_eq!(files, Some(files_in(Path::new("/run/m/certs"), id)));
+        }
+        let RoleConfig::Router(plain) = config(&planned(&local(&[])).unwrap()[3]) else {
+            panic!("no router")
+        };
+        assert_eq!(plain.tls, None);
     }
 
     #[test]

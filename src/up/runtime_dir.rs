@@ -23,6 +23,9 @@ pub struct State {
     /// The process of `moemesh up`.
     pub pid: u32,
     pub model: String,
+    /// Directory of the mesh's certificates, if it has any.
+    #[serde(default)]
+    pub certificates: Option<String>,
     pub gateways: Vec<Member>,
     pub routers: Vec<Member>,
     pub expert_nodes: Vec<Member>,
@@ -163,6 +166,7 @@ mod tests {
         State {
             pid: std::process::id(),
             model: "/models/tiny".to_owned(),
+            certificates: None,
             gateways: vec![member("gateway-0")],
             routers: vec![member("router-0")],
             expert_nodes: vec![member("expert-node-0"), member("expert-node-1")],

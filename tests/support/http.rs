@@ -70,12 +70,25 @@ pub struct Events {
 }
 
 pub async fn stream(address: &Address, path: &str, body: &Value) -> Events {
-    let response = send(address, post_request(path, body.to_string().into_bytes())).await.unwrap();
+    let response = ask(address, path, body).await.unwrap();
     assert_eq!(response.status(), StatusCode::OK);
-    Events { body: response.into_body(), buffer: Vec::new() }
+    Events::of(response)
+}
+
+/// Posts, whatever comes of it.
+pub async fn ask(
+    address: &Address,
+    path: &str,
+    body: &Value,
+) -> std::io::Result<Response<Incoming>> {
+    send(address, post_request(path, body.to_string().into_bytes())).await
 }
 
 impl Events {
+    pub fn of(response: Response<Incoming>) -> Self {
+        Self { body: response.into_body(), buffer: Vec::new() }
+    }
+
     /// The next event's data; `None` at the end of the stream or when it breaks.
     pub async fn next(&mut self) -> Option<String> {
         loop {

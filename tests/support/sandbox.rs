@@ -1,48 +1,60 @@
 //! A mesh of real processes on one machine, in a directory of its own.
 
 use std::fmt::Write as _;
-use std::io::Read as _;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
+use mesh::tls::{Expected, Files, Owner, Role, Tls};
 use proto::v1::inference_client::InferenceClient;
 use proto::v1::{RouterStatus, RouterStatusRequest};
 use serde_json::{Value, json};
 
+use super::faultproxy::FaultProxy;
 use super::http::{self, Address};
+use super::process::{Launch, Process, free_port};
 
 /// Long enough for a loaded machine; a mesh that is up is never waited for.
 const READY_TRIES: u32 = 1200;
 const PAUSE: Duration = Duration::from_millis(50);
 
 /// What to build. `Sandbox::of(dir).numerics("f32").expert_nodes(3).start()`.
+#[derive(Clone)]
 pub struct Plan {
     model: PathBuf,
     numerics: &'static str,
-    expert_nodes: usize,
-    replicas: usize,
+    pub expert_nodes: usize,
+    pub routers: usize,
+    pub gateways: usize,
+    pub replicas: usize,
     /// Nodes of another mesh, in place of its own.
     foreign: Option<String>,
-    router: Vec<(String, String)>,
-    node: Vec<(String, String)>,
+    /// Role, key and value, as TOML.
+    settings: Vec<(&'static str, String, String)>,
+    /// Settings of routers and nodes alike.
+    compute: Vec<(String, String)>,
+    /// A directory of certificates (`moemesh certs all`).
+    certificates: Option<PathBuf>,
+    proxied: bool,
+    history: bool,
+    fail: bool,
+    logged: bool,
     tcp: bool,
 }
 
 pub struct Sandbox {
     pub dir: PathBuf,
+    /// The first gateway.
     pub http: Address,
-    gateway: Option<Process>,
-    router: Option<Process>,
+    /// Whose certificate this program calls with.
+    pub operator: Option<Tls>,
+    pub gateways: Vec<Process>,
+    pub routers: Vec<Process>,
     pub nodes: Vec<Process>,
-}
-
-/// One process, killed when dropped.
-pub struct Process {
-    name: String,
-    config: PathBuf,
-    child: Child,
+    /// Every gateway.
+    pub addresses: Vec<Address>,
+    /// One before each node, if the plan has them.
+    pub proxies: Vec<FaultProxy>,
 }
 
 impl Sandbox {
@@ -51,10 +63,17 @@ impl Sandbox {
             model: model.into(),
             numerics: "bf16",
             expert_nodes: 3,
+            routers: 1,
+            gateways: 1,
             replicas: 1,
             foreign: None,
-            router: Vec::new(),
-            node: Vec::new(),
+            settings: Vec::new(),
+            compute: vec![("threads".to_owned(), "1".to_owned())],
+            certificates: None,
+            proxied: false,
+            history: false,
+            fail: false,
+            logged: false,
             tcp: false,
         }
     }
@@ -71,21 +90,48 @@ impl Plan {
         self
     }
 
+    pub fn routers(mut self, count: usize) -> Self {
+        self.routers = count;
+        self
+    }
+
+    pub fn gateways(mut self, count: usize) -> Self {
+        self.gateways = count;
+        self
+    }
+
+    /// A setting of every process that computes, as TOML.
+    pub fn compute(mut self, key: &str, value: impl ToString) -> Self {
+        self.compute.retain(|(known, _)| known != key);
+        self.compute.push((key.to_owned(), value.to_string()));
+        self
+    }
+
+    /// Has every process speak mutual TLS with the certificates of this directory.
+    pub fn tls(mut self, certificates: &Path) -> Self {
+        self.certificates = Some(certificates.to_owned());
+        self
+    }
+
     pub fn replicas(mut self, count: usize) -> Self {
         self.replicas = count;
         self
     }
 
-    /// A setting of the router's configuration file, as TOML.
-    pub fn router(mut self, key: &str, value: impl ToString) -> Self {
-        self.router.push((key.to_owned(), value.to_string()));
+    /// A setting of the routers' configuration files, as TOML.
+    pub fn router(self, key: &str, value: impl ToString) -> Self {
+        self.set("router", key, value)
+    }
+
+    /// A setting of a role's configuration files, as TOML.
+    pub fn set(mut self, role: &'static str, key: &str, value: impl ToString) -> Self {
+        self.settings.push((role, key.to_owned(), value.to_string()));
         self
     }
 
     /// A setting of every expert node's configuration file, as TOML.
-    pub fn node(mut self, key: &str, value: impl ToString) -> Self {
-        self.node.push((key.to_owned(), value.to_string()));
-        self
+    pub fn node(self, key: &str, value: impl ToString) -> Self {
+        self.set("expert-node", key, value)
     }
 
     /// Expert nodes listen on host:port.
@@ -97,6 +143,30 @@ impl Plan {
     /// Has the router talk to these nodes (a TOML array), and starts none.
     pub fn router_nodes(mut self, nodes: String) -> Self {
         (self.foreign, self.expert_nodes) = (Some(nodes), 0);
+        self
+    }
+
+    /// Puts a fault proxy before every expert node.
+    pub fn proxied(mut self) -> Self {
+        self.proxied = true;
+        self
+    }
+
+    /// Has every router write its event log, `NAME.history`.
+    pub fn history(mut self) -> Self {
+        self.history = true;
+        self
+    }
+
+    /// Has every process log to `NAME.log`, which is kept if the test fails.
+    pub fn logged(mut self) -> Self {
+        self.logged = true;
+        self
+    }
+
+    /// Has every process look for failpoints in `NAME.fail`.
+    pub fn failpoints(mut self) -> Self {
+        self.fail = true;
         self
     }
 
@@ -114,85 +184,121 @@ impl Plan {
         let dir = std::env::temp_dir().join(format!("moemesh-{}-{count}", std::process::id()));
         std::fs::create_dir_all(&dir).unwrap();
         let socket = |name: &str| format!("unix:{}", dir.join(format!("{name}.sock")).display());
-        let model = format!("model_dir = {:?}\n", self.model);
-        let class =
-            format!("numerics = \"{}\"\nthreads = 1\nlog_filter = \"warn\"\n", self.numerics);
+        let model = format!("model_dir = {:?}\nlog_filter = \"warn\"\n", self.model);
+        // Where nodes listen that are known by host:port.
+        let ports: Vec<u16> =
+            (0..if self.tcp { self.expert_nodes } else { 0 }).map(|_| free_port()).collect();
+        let start = |role: &str, index: usize, own: String| {
+            let name = format!("{role}-{index}");
+            let mut config = format!("id = \"{name}\"\n{model}{own}");
+            if role != "gateway" {
+                let admin = socket(&format!("{name}-admin"));
+                let listen = match (role, ports.get(index)) {
+                    ("expert-node", Some(port)) => format!("127.0.0.1:{port}"),
+                    _ => socket(&name),
+                };
+                let class = self.numerics;
+                writeln!(config, "listen = \"{listen}\"\nadmin = \"{admin}\"").unwrap();
+                writeln!(config, "numerics = \"{class}\"").unwrap();
+                for (key, value) in &self.compute {
+                    writeln!(config, "{key} = {value}").unwrap();
+                }
+            }
+            if let Some(certificates) = &self.certificates {
+                config += &tls_settings(certificates, &name);
+            }
+            if role == "router" && self.history {
+                let path = dir.join(format!("{name}.history"));
+                writeln!(config, "history = {path:?}").unwrap();
+            }
+            for (_, key, value) in self.settings.iter().filter(|(of, ..)| *of == role) {
+                writeln!(config, "{key} = {value}").unwrap();
+            }
+            let mut launch = Launch { logged: self.logged, ..Launch::default() };
+            if self.fail {
+                let points = dir.join(format!("{name}.fail"));
+                std::fs::create_dir_all(&points).unwrap();
+                let points = points.display().to_string();
+                launch.environment.push(("FAILPOINTS_DIR".to_owned(), points));
+            }
+            Process::start(&dir, &name, &config, launch)
+        };
 
-        let mut endpoints = Vec::new();
+        let (count, replicas) = (self.expert_nodes, self.replicas);
         let mut nodes = Vec::new();
-        for index in 0..self.expert_nodes {
-            let name = format!("expert-node-{index}");
-            let endpoint = match self.tcp {
-                true => format!("127.0.0.1:{}", free_port()),
-                false => socket(&name),
-            };
-            let mut config = format!(
-                "id = \"{name}\"\nlisten = \"{}\"\nadmin = \"{}\"\n{model}{class}\
-                 shard_index = {index}\nshard_count = {}\nshard_replicas = {}\n",
-                endpoint,
-                socket(&format!("{name}-admin")),
-                self.expert_nodes,
-                self.replicas,
+        for index in 0..count {
+            let own = format!(
+                "shard_index = {index}\nshard_count = {count}\nshard_replicas = {replicas}\n"
             );
-            extend(&mut config, &self.node);
-            endpoints.push(endpoint);
-            nodes.push(Process::start(&dir, "expert-node", &name, &config));
+            nodes.push(start("expert-node", index, own));
         }
-
-        let nodes_list = self.foreign.unwrap_or_else(|| format!("{endpoints:?}"));
-        let mut config = format!(
-            "id = \"router-0\"\nlisten = \"{}\"\nadmin = \"{}\"\n{model}{class}nodes = {nodes_list}\n",
-            socket("router-0"),
-            socket("router-0-admin"),
-        );
-        extend(&mut config, &self.router);
-        let router = Process::start(&dir, "router", "router-0", &config);
-
-        let port = free_port();
-        let config = format!(
-            "id = \"gateway-0\"\nlisten = \"127.0.0.1:{port}\"\nrouters = [\"{}\"]\n{model}\
-             model_name = \"test\"\nlog_filter = \"warn\"\n",
-            socket("router-0"),
-        );
-        let gateway = Process::start(&dir, "gateway", "gateway-0", &config);
-        Sandbox {
-            http: Address::Tcp(format!("127.0.0.1:{port}")),
-            dir,
-            gateway: Some(gateway),
-            router: Some(router),
-            nodes,
+        let mut endpoints: Vec<String> = nodes.iter().map(|node| socket(&node.name)).collect();
+        if self.tcp {
+            endpoints = ports.iter().map(|port| format!("127.0.0.1:{port}")).collect();
         }
+        let mut proxies = Vec::new();
+        if self.proxied {
+            let target = |node: &Process| dir.join(format!("{}.sock", node.name));
+            proxies.extend(nodes.iter().map(|node| FaultProxy::start(target(node))));
+            endpoints = proxies.iter().map(|proxy| proxy.address.clone()).collect();
+        }
+        let list = self.foreign.clone().unwrap_or_else(|| format!("{endpoints:?}"));
+        let routers: Vec<Process> = (0..self.routers)
+            .map(|index| start("router", index, format!("nodes = {list}\n")))
+            .collect();
+        let upstream: Vec<String> = routers.iter().map(|router| socket(&router.name)).collect();
+        let mut addresses = Vec::new();
+        let mut gateways = Vec::new();
+        for index in 0..self.gateways {
+            let address = format!("127.0.0.1:{}", free_port());
+            let own =
+                format!("listen = \"{address}\"\nrouters = {upstream:?}\nmodel_name = \"test\"\n");
+            gateways.push(start("gateway", index, own));
+            addresses.push(Address::Tcp(address));
+        }
+        let http = addresses[0].clone();
+        let operator = self.certificates.as_deref();
+        let operator = operator.map(|dir| identity(dir, Role::Operator, "operator-0"));
+        Sandbox { dir, http, operator, gateways, routers, nodes, addresses, proxies }
     }
 }
 
-fn extend(config: &mut String, settings: &[(String, String)]) {
-    for (key, value) in settings {
-        writeln!(config, "{key} = {value}").unwrap();
-    }
+/// The lines of a configuration file that make a process `id`.
+pub fn tls_settings(dir: &Path, id: &str) -> String {
+    let file = |name: String| dir.join(name).display().to_string();
+    let (cert, key) = (file(format!("{id}.pem")), file(format!("{id}.key")));
+    format!("tls_cert = {cert:?}\ntls_key = {key:?}\ntls_ca = {:?}\n", file("ca.pem".into()))
 }
 
-/// A port that was free a moment ago.
-pub fn free_port() -> u16 {
-    std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
-}
-
-/// The binary under test.
-pub fn moemesh() -> Command {
-    Command::new(env!("CARGO_BIN_EXE_moemesh"))
+/// Whoever `id`'s certificate in `dir` is.
+pub fn identity(dir: &Path, role: Role, id: &str) -> Tls {
+    let files = Files {
+        certificate: dir.join(format!("{id}.pem")),
+        key: dir.join(format!("{id}.key")),
+        authorities: dir.join("ca.pem"),
+    };
+    Tls::load(&files, Owner { role, id: None }).unwrap()
 }
 
 impl Sandbox {
+    /// Waits until every gateway is ready.
     pub async fn wait_ready(&self) {
-        let mut last = String::new();
-        for _ in 0..READY_TRIES {
-            match http::get(&self.http, "/readyz").await {
-                Ok((status, _)) if status == 200 => return,
-                Ok((status, body)) => last = format!("{status} {body}"),
-                Err(error) => last = error.to_string(),
+        for address in &self.addresses {
+            let mut last = String::new();
+            let mut ready = false;
+            for _ in 0..READY_TRIES {
+                match http::get(address, "/readyz").await {
+                    Ok((status, _)) if status == 200 => ready = true,
+                    Ok((status, body)) => last = format!("{status} {body}"),
+                    Err(error) => last = error.to_string(),
+                }
+                if ready {
+                    break;
+                }
+                tokio::time::sleep(PAUSE).await;
             }
-            tokio::time::sleep(PAUSE).await;
+            assert!(ready, "the mesh never became ready: {last}");
         }
-        panic!("the mesh never became ready: {last}");
     }
 
     /// `/v1/completions` of one prompt of token ids; panics unless it is answered.
@@ -208,31 +314,47 @@ impl Sandbox {
         self.dir.join(format!("{name}.sock"))
     }
 
-    /// The router's own account of itself, over gRPC.
+    /// The first router's own account of itself, over gRPC.
     pub async fn router_status(&self) -> RouterStatus {
-        let endpoint = mesh::transport::Endpoint::Unix(self.socket("router-0"));
-        let channel = mesh::transport::channel(&endpoint).unwrap();
+        self.status_of(0).await.unwrap()
+    }
+
+    /// A router's account of itself; an error while it is down.
+    pub async fn status_of(&self, router: usize) -> Result<RouterStatus, tonic::Status> {
+        let endpoint = mesh::transport::Endpoint::Unix(self.socket(&format!("router-{router}")));
+        let (tls, expected) = (self.operator.as_ref(), Expected::any(Role::Router));
+        let channel = mesh::transport::channel(&endpoint, tls, expected).unwrap();
         let request = RouterStatusRequest {};
-        InferenceClient::new(channel).status(request).await.unwrap().into_inner()
+        Ok(InferenceClient::new(channel).status(request).await?.into_inner())
     }
 
-    /// Waits until nothing is running, waiting, cached or in flight.
+    /// Waits until no router runs, holds or awaits anything; the first one's status.
     pub async fn wait_idle(&self) -> RouterStatus {
-        for _ in 0..READY_TRIES {
-            let now = self.router_status().await;
-            if now.running + now.waiting + now.tickets_in_flight == 0 && now.kv_pages_used == 0 {
-                return now;
+        let mut first = None;
+        for router in 0..self.routers.len() {
+            let mut idle = None;
+            for _ in 0..READY_TRIES {
+                let now = self.status_of(router).await.unwrap();
+                let busy = now.running + now.waiting + now.tickets_in_flight;
+                if busy == 0 && now.kv_pages_used == 0 {
+                    idle = Some(now);
+                    break;
+                }
+                tokio::time::sleep(PAUSE).await;
             }
-            tokio::time::sleep(PAUSE).await;
+            match idle {
+                Some(status) => first = first.or(Some(status)),
+                None => panic!("never idle: {:?}", self.status_of(router).await),
+            }
         }
-        panic!("the router never became idle: {:?}", self.router_status().await);
+        first.unwrap()
     }
 
-    /// SIGTERM to the gateway, then the router, then the nodes; every one must
+    /// SIGTERM to the gateways, then the routers, then the nodes; every one must
     /// drain and exit with 0.
     pub fn stop(mut self) {
-        let first = [self.gateway.take(), self.router.take()];
-        for process in first.into_iter().flatten().chain(self.nodes.drain(..)) {
+        let all = [&mut self.gateways, &mut self.routers, &mut self.nodes];
+        for process in all.into_iter().flatten() {
             process.terminate();
         }
     }
@@ -240,72 +362,14 @@ impl Sandbox {
 
 impl Drop for Sandbox {
     fn drop(&mut self) {
-        self.gateway = None;
-        self.router = None;
+        // In this order, so that none complains of those behind it.
+        self.gateways.clear();
+        self.routers.clear();
         self.nodes.clear();
-        let _ = std::fs::remove_dir_all(&self.dir);
+        if std::thread::panicking() {
+            println!("what the mesh left is in {}", self.dir.display());
+        } else {
+            let _ = std::fs::remove_dir_all(&self.dir);
+        }
     }
-}
-
-impl Process {
-    fn start(dir: &Path, role: &str, name: &str, config: &str) -> Self {
-        let path = dir.join(format!("{name}.toml"));
-        std::fs::write(&path, config).unwrap();
-        let child = moemesh()
-            .args([role, "--config"])
-            .arg(&path)
-            .stdin(Stdio::null())
-            .stdout(Stdio::null())
-            .spawn()
-            .unwrap();
-        Self { name: name.to_owned(), config: path, child }
-    }
-
-    /// `kill -9`.
-    pub fn kill(&mut self) {
-        self.child.kill().unwrap();
-        self.child.wait().unwrap();
-    }
-
-    /// Starts it again after [`Self::kill`].
-    pub fn restart(&mut self) {
-        let role = self.name.rsplit_once('-').unwrap().0.to_owned();
-        let config = std::fs::read_to_string(&self.config).unwrap();
-        *self = Self::start(self.config.parent().unwrap(), &role, &self.name.clone(), &config);
-    }
-
-    fn terminate(mut self) {
-        signal(self.child.id(), "TERM");
-        let status = self.child.wait().unwrap();
-        assert!(status.success(), "{} ended with {status}", self.name);
-    }
-}
-
-impl Drop for Process {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
-}
-
-/// Sends a signal by name to one process.
-pub fn signal(pid: u32, name: &str) {
-    let sent = Command::new("kill").args([&format!("-{name}"), &pid.to_string()]).status();
-    assert!(sent.unwrap().success());
-}
-
-/// Runs a command to its end and returns (success, stdout, stderr).
-pub fn run(command: &mut Command) -> (bool, String, String) {
-    let mut child =
-        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
-    let mut stderr = child.stderr.take().unwrap();
-    let errors = std::thread::spawn(move || {
-        let mut text = String::new();
-        stderr.read_to_string(&mut text).unwrap();
-        text
-    });
-    let mut stdout = String::new();
-    child.stdout.take().unwrap().read_to_string(&mut stdout).unwrap();
-    let status = child.wait().unwrap();
-    (status.success(), stdout, errors.join().unwrap())
 }

@@ -14,6 +14,7 @@ use axum::response::{IntoResponse, Response};
 use bytes::Bytes;
 use futures::StreamExt as _;
 use http::{HeaderValue, header};
+use mesh::failpoint;
 use serde::Serialize;
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
@@ -83,6 +84,7 @@ pub async fn respond(
     let first = job.next().await?;
     let (sender, receiver) = mpsc::channel(QUEUE);
     let task = async move {
+        failpoint::pass("stream");
         let ending = pump(&mut job, &mut shape, first, &sender).await;
         match ending {
             Ending::Done => {}

@@ -27,6 +27,9 @@ pub struct Script {
     pub refuse: Vec<Code>,
     /// Positions at which calls break off, one a call.
     pub break_at: Vec<u32>,
+    /// The position at which a call and then the whole router hangs.
+    pub hang_at: Option<u32>,
+    pub hangs: bool,
     pub status: RouterStatus,
 }
 
@@ -73,6 +76,8 @@ pub async fn start(text: &str) -> FakeRouter {
         pause: Duration::ZERO,
         refuse: Vec::new(),
         break_at: Vec::new(),
+        hang_at: None,
+        hangs: false,
         status: status(),
     }));
     let (seen, live) = (Arc::default(), Arc::default());
@@ -84,7 +89,9 @@ pub async fn start(text: &str) -> FakeRouter {
     let stop = shutdown.clone();
     let routes = tonic::service::Routes::new(InferenceServer::new(service));
     tokio::spawn(async move {
-        transport::serve_grpc(listener, routes, async move { stop.wait().await }).await.unwrap();
+        transport::serve_grpc(listener, routes, None, async move { stop.wait().await })
+            .await
+            .unwrap();
     });
     FakeRouter { endpoint, script, seen, live, shutdown }
 }
@@ -115,12 +122,22 @@ impl Inference for Service {
             }
             (script.clone(), script.break_at.pop())
         };
+        let shared = Arc::clone(&self.script);
         let (sender, receiver) = mpsc::channel(4);
         self.live.fetch_add(1, Ordering::SeqCst);
         let live = Live(Arc::clone(&self.live));
         tokio::spawn(async move {
             let _live = live;
-            run(request, script, break_at, sender).await;
+            let hang_at = script.hang_at;
+            tokio::select! {
+                () = run(request, script, break_at, sender.clone()) => {
+                    if hang_at.is_some() {
+                        shared.lock().hangs = true;
+                        sender.closed().await;
+                    }
+                }
+                () = sender.closed() => {}
+            }
         });
         Ok(Response::new(ReceiverStream::new(receiver)))
     }
@@ -129,7 +146,11 @@ impl Inference for Service {
         &self,
         _: Request<RouterStatusRequest>,
     ) -> Result<Response<RouterStatus>, Status> {
-        Ok(Response::new(self.script.lock().status.clone()))
+        let script = self.script.lock().clone();
+        if script.hangs {
+            std::future::pending::<()>().await;
+        }
+        Ok(Response::new(script.status))
     }
 }
 
@@ -157,6 +178,9 @@ async fn run(
     }
     let mut reason = FinishReason::Length;
     for position in request.emitted..request.max_tokens {
+        if script.hang_at == Some(position) {
+            return;
+        }
         if break_at == Some(position) {
             let _ = sender.send(Err(Status::unavailable("as scripted"))).await;
             return;

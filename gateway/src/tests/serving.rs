@@ -45,19 +45,19 @@ pub async fn serve(routers: &[&FakeRouter], adjust: impl FnOnce(&mut Config)) ->
     served
 }
 
-async fn until(mut condition: impl FnMut() -> bool) {
+pub async fn until(mut condition: impl FnMut() -> bool) {
     while !condition() {
         tokio::time::sleep(Duration::from_millis(5)).await;
     }
 }
 
-fn completion(more: Value) -> Value {
+pub fn completion(more: Value) -> Value {
     let mut body = json!({"model": "tiny", "prompt": "hello", "max_tokens": 64});
     body.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
     body
 }
 
-fn text_of(chunks: &[Value]) -> String {
+pub fn text_of(chunks: &[Value]) -> String {
     chunks.iter().filter_map(|c| c["choices"][0]["text"].as_str()).collect()
 }
 

@@ -71,6 +71,18 @@ struct Live {
     _lease: Lease,
 }
 
+/// Resolves when `router` is silent and another one of its class can go on. Its
+/// connection may take long to notice; alone, it is waited for.
+async fn hangs(upstream: &Upstream, router: &Router, class: &Class, key: u64) {
+    loop {
+        router.silent().await;
+        if upstream.choose(key, Some(class), &[router.id]).is_some() {
+            return;
+        }
+        tokio::time::sleep(POLL_EVERY).await;
+    }
+}
+
 impl Generation {
     /// Nothing is sent before the first [`Generation::next`].
     pub fn new(upstream: Arc<Upstream>, request: GenerateRequest, deadline: Instant) -> Self {
@@ -123,7 +135,13 @@ impl Generation {
                 self.open().await?;
                 continue;
             };
-            match live.stream.message().await {
+            let message = tokio::select! {
+                message = live.stream.message() => message,
+                () = hangs(&self.upstream, &live.router, &live.class, self.key) => {
+                    Err(Status::unavailable("does not answer"))
+                }
+            };
+            match message {
                 Ok(Some(GenerateEvent { event: Some(event) })) => {
                     let Some(event) = self.accept(event)? else { continue };
                     if self.scores.is_empty() {
@@ -286,8 +304,14 @@ impl Generation {
                 UpstreamError::NotReady(detail.unwrap_or_else(|| "none of its class".to_owned()))
             }
         };
-        // The client can still be told to come back, so do not make it wait.
-        if before && !matches!(trouble, UpstreamError::Failed(_)) {
+        // The client can still be told to come back, so it waits only where that
+        // may soon help: a router failed, or all of them are away for a moment.
+        let soon = match trouble {
+            UpstreamError::Failed(_) => true,
+            UpstreamError::NotReady(_) => self.upstream.was_ready_within(PATIENCE_BEFORE),
+            _ => false,
+        };
+        if before && !soon {
             return Err(trouble);
         }
         let patience = if before { PATIENCE_BEFORE } else { PATIENCE_AFTER };

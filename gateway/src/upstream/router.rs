@@ -7,9 +7,11 @@ use std::time::Duration;
 
 use arc_swap::ArcSwap;
 use bytes::Bytes;
-use mesh::transport::{Endpoint, channel};
+use mesh::tls::{self, Expected, Role, Tls};
+use mesh::transport::{self, Endpoint, channel};
 use proto::v1::inference_client::InferenceClient;
 use proto::v1::{GenerateEvent, GenerateRequest, RouterStatus, RouterStatusRequest};
+use tokio::sync::watch;
 use tokio::time::Instant;
 use tonic::transport::Channel;
 use tonic::{Code, Status, Streaming};
@@ -47,11 +49,15 @@ pub struct Router {
     client: InferenceClient<Channel>,
     vocab_size: u32,
     state: ArcSwap<State>,
+    /// True while it has not answered for [`STATUS_LIFE`].
+    silent: watch::Sender<bool>,
     in_flight: AtomicU64,
 }
 
 struct State {
     status: Result<Arc<RouterStatus>, String>,
+    /// When it was last ready.
+    ready: Option<Instant>,
     at: Instant,
 }
 
@@ -65,8 +71,9 @@ impl Drop for Lease {
 }
 
 impl Router {
-    pub fn new(endpoint: &Endpoint, vocab_size: u32) -> Result<Self, Error> {
-        let client = InferenceClient::new(channel(endpoint)?)
+    pub fn new(endpoint: &Endpoint, tls: Option<&Tls>, vocab_size: u32) -> Result<Self, Error> {
+        let channel = channel(endpoint, tls, Expected::any(Role::Router))?;
+        let client = InferenceClient::new(channel)
             .max_decoding_message_size(proto::MAX_MESSAGE_BYTES)
             .max_encoding_message_size(proto::MAX_MESSAGE_BYTES);
         Ok(Self {
@@ -76,8 +83,10 @@ impl Router {
             vocab_size,
             state: ArcSwap::from_pointee(State {
                 status: Err("not asked yet".to_owned()),
+                ready: None,
                 at: Instant::now(),
             }),
+            silent: watch::Sender::new(false),
             in_flight: AtomicU64::new(0),
         })
     }
@@ -85,6 +94,11 @@ impl Router {
     /// The last status, if it says ready; else why not.
     pub fn status(&self) -> Result<Arc<RouterStatus>, String> {
         self.state.load().status.clone()
+    }
+
+    /// It was ready not longer ago than `time`.
+    pub fn was_ready_within(&self, time: Duration) -> bool {
+        self.state.load().ready.is_some_and(|ready| ready.elapsed() < time)
     }
 
     pub fn in_flight(&self) -> u64 {
@@ -106,9 +120,20 @@ impl Router {
             Err(_) => {
                 if self.state.load().at.elapsed() > STATUS_LIFE {
                     self.set(Err("does not answer".to_owned()));
+                    self.silent.send_replace(true);
                 }
+                return;
             }
         }
+        self.silent.send_replace(false);
+    }
+
+    /// Resolves while it is silent: it hangs, or cannot be reached, and its
+    /// connections do not know yet.
+    pub async fn silent(&self) {
+        let mut heard = self.silent.subscribe();
+        // The sender lives as long as `self`, so this cannot end early.
+        let _ = heard.wait_for(|&silent| silent).await;
     }
 
     fn judge(&self, status: RouterStatus) -> Result<Arc<RouterStatus>, String> {
@@ -127,7 +152,9 @@ impl Router {
     }
 
     fn set(&self, status: Result<Arc<RouterStatus>, String>) {
-        let before = self.state.swap(Arc::new(State { status, at: Instant::now() }));
+        let at = Instant::now();
+        let ready = if status.is_ok() { Some(at) } else { self.state.load().ready };
+        let before = self.state.swap(Arc::new(State { status, ready, at }));
         match (&before.status, &self.state.load().status) {
             (Err(_), Ok(_)) => tracing::info!(router = %self.endpoint, "router is ready"),
             (Ok(_), Err(reason)) => {
@@ -152,8 +179,11 @@ impl Router {
 
 /// Short and in people's words.
 fn describe(status: &Status) -> String {
+    if let Some(told) = tls::explain(status) {
+        return told;
+    }
     match status.code() {
-        Code::Unavailable => format!("unreachable: {}", status.message()),
+        Code::Unavailable => format!("unreachable: {}", transport::explain(status)),
         code => format!("{code:?}: {}", status.message()),
     }
 }

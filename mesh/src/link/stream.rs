@@ -19,6 +19,7 @@ use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpStream, UnixStream};
 use tokio::task::JoinSet;
 
+use crate::tls::{self, Expected, Socket, Tls};
 use crate::transport::{
     CONNECT_TIMEOUT, CONNECTION_WINDOW, Endpoint, KEEP_ALIVE_EVERY, KEEP_ALIVE_TIMEOUT, MAX_DATA,
     MAX_HEADER_BYTES, STREAM_WINDOW, unix_name, widen,
@@ -31,11 +32,11 @@ const PATH: &str = "/moemesh.v1.ExpertData/Dispatch";
 /// Why the stream cannot be had, or ended.
 #[derive(Debug, thiserror::Error)]
 pub enum StreamError {
-    #[error("{0}")]
+    #[error("{}", in_words(.0))]
     Connect(#[from] std::io::Error),
     #[error("no connection within {CONNECT_TIMEOUT:?}")]
     Slow,
-    #[error("{0}")]
+    #[error("{}", in_words(.0))]
     Http(#[from] h2::Error),
     #[error("{0}")]
     Request(#[from] http::Error),
@@ -51,6 +52,10 @@ pub enum StreamError {
     Silent(Duration),
     #[error("the stream ended")]
     Ended,
+}
+
+fn in_words(error: &(dyn std::error::Error + 'static)) -> String {
+    tls::explain(error).unwrap_or_else(|| error.to_string())
 }
 
 /// The sending half; clones write to the same stream.
@@ -86,12 +91,21 @@ pub struct Reader {
     tasks: JoinSet<StreamError>,
 }
 
-/// Connects and opens the stream, on the runtime that calls it.
+/// Connects and opens the stream, on the runtime that calls it; with TLS to
+/// nobody but whom it expects.
 ///
 /// # Errors
 /// Nobody there, or somebody else.
-pub async fn open(endpoint: &Endpoint) -> Result<(Writer, Reader), StreamError> {
+pub async fn open(
+    endpoint: &Endpoint,
+    tls: Option<(&Tls, &Expected)>,
+) -> Result<(Writer, Reader), StreamError> {
     let connecting = async {
+        if let Some((tls, expected)) = tls {
+            let socket = Socket::connect(endpoint).await?;
+            let (stream, _) = tls.connect(socket, expected).await?;
+            return handshake(stream, "mesh").await;
+        }
         match endpoint {
             Endpoint::Tcp(address) => {
                 let socket = TcpStream::connect(address).await?;

@@ -34,6 +34,12 @@ impl Compute {
         Compute { kernels: Kernels::new(isa), pool: Pool::new(threads) }
     }
 
+    /// [`Compute::new`], with threads bound to CPUs if there is a `first` (see [`Pool::bound`]).
+    pub fn bound(isa: Isa, threads: usize, first: Option<usize>) -> Compute {
+        let pool = first.map_or_else(|| Pool::new(threads), |first| Pool::bound(threads, first));
+        Compute { kernels: Kernels::new(isa), pool }
+    }
+
     /// `y[r, n] = sum over k of x[r, k] w[n, k]`: `x` is `[rows, w.k()]`, `y` `[rows, w.n()]`. The bits do not depend on
     /// the number of threads.
     pub fn matmul(&self, x: Acts<'_>, rows: usize, w: Mat<'_>, y: &mut [f32]) {

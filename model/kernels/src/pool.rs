@@ -1,14 +1,20 @@
 //! A fixed set of threads that share the tasks of one job at a time.
 //!
 //! Tasks are claimed by one compare-and-swap on a word that holds the job's number and the next task, so a
-//! helper that wakes late can claim nothing of a job that is over. Helpers spin for a short while after a job, since the next
-//! one usually follows within microseconds, and then sleep. A panic in a task reaches whoever called
+//! helper that wakes late can claim nothing of a job that is over. A panic in a task reaches whoever called
 //! [`Pool::run`]; the pool stays usable. There is no queue: a second job at the same time runs on its caller alone.
+//!
+//! Who waits stays awake for a while, as the next job or the last task usually follows soon and waking a CPU that
+//! has gone to rest takes as long as many a job. It does so by yielding: where processes share CPUs, a thread with
+//! work has the CPU at once, and where they do not, a yield is a short system call.
+//!
+//! Threads may be bound to CPUs, one each. Where more threads than CPUs take turns at work, the system otherwise
+//! wakes a helper on the CPU of the very thread that it is to help, and leaves it there while another CPU rests.
 
 use parking_lot::{Condvar, Mutex};
+use rustix::thread::{CpuSet, sched_getaffinity, sched_setaffinity};
 use std::any::Any;
 use std::fmt;
-use std::hint::spin_loop;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::ptr;
 use std::sync::Arc;
@@ -16,8 +22,9 @@ use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU64, AtomicUsize, Ordering}
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
-/// How long a helper waits awake for the next job.
-const SPIN: Duration = Duration::from_micros(20);
+/// How long a helper stays awake after a job, and the caller for the last task: longer than a layer's trip to other
+/// processes, and too short to matter to an idle machine.
+const AWAKE: Duration = Duration::from_millis(2);
 /// Tasks a job can have: what the ticket has bits for.
 const MAX_TASKS: usize = CLOSED as usize - 1;
 /// As the next task of a ticket: nothing to claim.
@@ -51,24 +58,36 @@ struct Shared {
     work: Condvar,
     /// Wakes the caller.
     finished: Condvar,
-    spin: Duration,
+    awake: Duration,
 }
 
 /// Threads that run the tasks of one job at a time, beside the caller.
 pub struct Pool {
     shared: Arc<Shared>,
     helpers: Vec<JoinHandle<()>>,
+    /// Where the caller of [`Pool::run`] is to be, if the threads are bound.
+    cpu: Option<CpuSet>,
 }
 
 impl Pool {
     /// A pool of `threads` threads, of which the caller of [`Pool::run`] is one. If the system gives fewer,
     /// [`Pool::threads`] says how many there are.
     pub fn new(threads: usize) -> Pool {
-        Pool::with_spin(threads, SPIN)
+        Pool::build(threads, AWAKE, None)
     }
 
-    /// [`Pool::new`], with helpers that stay awake for `spin` after a job.
-    pub fn with_spin(threads: usize, spin: Duration) -> Pool {
+    /// [`Pool::new`], with threads that stay awake for `awake` where they wait.
+    pub fn with_awake(threads: usize, awake: Duration) -> Pool {
+        Pool::build(threads, awake, None)
+    }
+
+    /// [`Pool::new`], with helpers bound to one CPU each: of those that this process may use, to the ones that follow
+    /// the `first`, which is the caller's (see [`Pool::bind_caller`]). After the last comes the first again.
+    pub fn bound(threads: usize, first: usize) -> Pool {
+        Pool::build(threads, AWAKE, Some(first))
+    }
+
+    fn build(threads: usize, awake: Duration, first: Option<usize>) -> Pool {
         let shared = Arc::new(Shared {
             ticket: AtomicU64::new(0),
             tasks: AtomicUsize::new(0),
@@ -81,16 +100,33 @@ impl Pool {
             lock: Mutex::new(()),
             work: Condvar::new(),
             finished: Condvar::new(),
-            spin,
+            awake,
         });
+        let cpus = first.map(|first| (first, usable_cpus()));
+        let cpu_of = |thread: usize| {
+            let (first, cpus) = cpus.as_ref()?;
+            let mut set = CpuSet::new();
+            set.set(*cpus.get((first + thread) % cpus.len().max(1))?);
+            Some(set)
+        };
         let helpers = (1..threads)
             .map_while(|i| {
-                let shared = shared.clone();
+                let (shared, cpu) = (shared.clone(), cpu_of(i));
                 let name = format!("kernel-{i}");
-                thread::Builder::new().name(name).spawn(move || shared.help()).ok()
+                let helper = move || {
+                    bind(cpu.as_ref());
+                    shared.help();
+                };
+                thread::Builder::new().name(name).spawn(helper).ok()
             })
             .collect();
-        Pool { shared, helpers }
+        Pool { shared, helpers, cpu: cpu_of(0) }
+    }
+
+    /// Binds the calling thread, which is to call [`Pool::run`] from now on, to its CPU; nothing if the pool's threads
+    /// are not bound. What threads it starts afterwards is bound like it.
+    pub fn bind_caller(&self) {
+        bind(self.cpu.as_ref());
     }
 
     /// Threads that work on a job, the caller among them.
@@ -135,6 +171,19 @@ impl Drop for Pool {
 impl fmt::Debug for Pool {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Pool").field("threads", &self.threads()).finish()
+    }
+}
+
+/// CPUs that this process may use.
+fn usable_cpus() -> Vec<usize> {
+    let usable = sched_getaffinity(None).unwrap_or_default();
+    (0..CpuSet::MAX_CPU).filter(|&cpu| usable.is_set(cpu)).collect()
+}
+
+/// Binds the calling thread. Where the system refuses it stays free, which is slower and no less right.
+fn bind(cpu: Option<&CpuSet>) {
+    if let Some(cpu) = cpu {
+        let _ = sched_setaffinity(None, cpu);
     }
 }
 
@@ -200,8 +249,8 @@ impl Shared {
     fn wait(&self, tasks: usize) {
         let start = Instant::now();
         while self.done.load(Ordering::Acquire) < tasks {
-            if start.elapsed() < self.spin {
-                spin_loop();
+            if start.elapsed() < self.awake {
+                thread::yield_now();
                 continue;
             }
             let mut guard = self.lock.lock();
@@ -219,8 +268,8 @@ impl Shared {
         while !self.stop.load(Ordering::Relaxed) {
             if self.work() {
                 idle = Instant::now();
-            } else if idle.elapsed() < self.spin {
-                spin_loop();
+            } else if idle.elapsed() < self.awake {
+                thread::yield_now();
             } else {
                 self.sleep();
                 idle = Instant::now();

@@ -8,17 +8,16 @@ use std::fs::{self, File};
 use std::io::{BufWriter, Write};
 use std::path::{Path, PathBuf};
 
-use kernels::{Compute, Mat, f32_to_fp8, fp8_to_f32};
+use kernels::{Compute, Mat};
 use parking_lot::Mutex;
 use serde_json::{Value, json};
 
+use super::blocks::{Squares, quantize};
 use super::{Checkpoint, Dtype, Entry, INDEX};
 use crate::parallel::for_each;
 
 /// Rows and columns that share a scale.
 const BLOCK: usize = 128;
-/// The largest e4m3 value.
-const LARGEST: f32 = 448.0;
 /// Files of more bytes are weights or of no use to a server.
 const MAX_SIDE_FILE: u64 = 64 << 20;
 
@@ -65,24 +64,6 @@ pub struct Quantized {
     pub worst: Option<(String, f64)>,
 }
 
-/// Sums of squares of one or more matrices.
-#[derive(Clone, Copy, Default)]
-struct Squares {
-    error: f64,
-    weight: f64,
-}
-
-impl Squares {
-    fn add(&mut self, other: Squares) {
-        self.error += other.error;
-        self.weight += other.weight;
-    }
-
-    fn relative(self) -> f64 {
-        if self.weight > 0.0 { (self.error / self.weight).sqrt() } else { 0.0 }
-    }
-}
-
 impl Checkpoint {
     /// Writes the checkpoint with FP8 projections into the empty directory `to`. `progress` hears
     /// how many of how many bytes were read, and stops the work by returning false.
@@ -117,7 +98,7 @@ impl Checkpoint {
             write(&to.join(INDEX), text.as_bytes())?;
         }
         self.side_files(to)?;
-        job.out.error = job.squares.relative();
+        job.out.error = job.squares.relative().unwrap_or(0.0);
         Ok(job.out)
     }
 
@@ -273,12 +254,15 @@ impl Job<'_> {
             pieces.enumerate(),
             |(i, (codes, scales))| {
                 let rows = weight.rows(i * BLOCK..n.min((i + 1) * BLOCK));
-                let of_block = quantize_rows(rows, codes, scales);
-                squares.lock().add(of_block);
+                let mut wide = vec![0.0f32; rows.n() * k];
+                for (row, out) in wide.chunks_mut(k.max(1)).enumerate() {
+                    rows.row_to_f32(row, out);
+                }
+                squares.lock().add(quantize(&wide, k, (BLOCK, BLOCK), codes, scales));
             },
         );
         let squares = squares.into_inner();
-        if !squares.weight.is_finite() || !squares.error.is_finite() {
+        if !squares.is_finite() {
             let file = self.checkpoint.shards[entry.span.file as usize].path.clone();
             return Err(QuantizeError::NotFinite { file, tensor: name.to_owned() });
         }
@@ -286,39 +270,11 @@ impl Job<'_> {
         self.out.matrices += 1;
         self.out.bytes.1 += (codes.len() + 4 * scales.len()) as u64;
         let worst = self.out.worst.as_ref().map_or(0.0, |(_, error)| *error);
-        if squares.relative() > worst {
-            self.out.worst = Some((name.to_owned(), squares.relative()));
+        if let Some(error) = squares.relative().filter(|error| *error > worst) {
+            self.out.worst = Some((name.to_owned(), error));
         }
         Ok(())
     }
-}
-
-/// The rows of one row of blocks: `codes` `[rows, k]`, `scales` `[ceil(k / 128)]`.
-fn quantize_rows(weight: Mat<'_>, codes: &mut [u8], scales: &mut [f32]) -> Squares {
-    let (n, k) = (weight.n(), weight.k());
-    let mut wide = vec![0.0f32; n * k];
-    for (row, out) in wide.chunks_mut(k).enumerate() {
-        weight.row_to_f32(row, out);
-    }
-    let mut squares = Squares::default();
-    for (block, scale) in scales.iter_mut().enumerate() {
-        let columns = block * BLOCK..k.min((block + 1) * BLOCK);
-        let largest = wide
-            .chunks(k)
-            .flat_map(|row| &row[columns.clone()])
-            .fold(0.0f32, |largest, w| largest.max(w.abs()));
-        // A block of zeros has any scale; one so small that its scale would be subnormal, the least.
-        *scale = if largest > 0.0 { (largest / LARGEST).max(f32::MIN_POSITIVE) } else { 1.0 };
-        for (row, codes) in wide.chunks(k).zip(codes.chunks_mut(k)) {
-            for (w, code) in row[columns.clone()].iter().zip(&mut codes[columns.clone()]) {
-                *code = f32_to_fp8(w / *scale);
-                let error = f64::from(fp8_to_f32(*code) * *scale) - f64::from(*w);
-                squares.error += error * error;
-                squares.weight += f64::from(*w) * f64::from(*w);
-            }
-        }
-    }
-    squares
 }
 
 #[cfg(test)]

@@ -8,7 +8,7 @@ use arc_swap::ArcSwap;
 use bytes::BytesMut;
 use mesh::link::{LinkEvent, LinkHandle};
 use mesh::placement::Placement;
-use mesh::pump::Pump;
+use mesh::pump::{AWAKE, Pump};
 use mesh::telemetry::propagate;
 use model::rows::encode_fp8;
 use model::{Routed, Share};
@@ -18,6 +18,7 @@ use tracing::Span;
 
 use crate::exchange::{Exchange, ExchangeError, LANES, Outgoing, Taken, Wire, lane};
 use crate::experts::spin::Spin;
+use crate::history::{History, list};
 use crate::metrics::RouterMetrics;
 
 /// How often a waiting engine looks whether the placement has changed.
@@ -39,6 +40,7 @@ pub struct Remote {
     pub metrics: RouterMetrics,
     pub epoch: Epoch,
     pub spin: Spin,
+    pub history: History,
 }
 
 impl Remote {
@@ -56,6 +58,11 @@ impl Remote {
             encode_fp8(shape.numerics(), routed.rows, hidden, &mut self.coded[lane]);
         }
         exchange.begin(layer, routed.experts, parent, &placement, now);
+        let (slots, epoch) = (routed.experts.len(), self.epoch.0);
+        self.history.record(
+            "layer",
+            format_args!("\"lane\":{lane},\"layer\":{layer},\"slots\":{slots},\"epoch\":{epoch}"),
+        );
         self.flush(lane, routed, &placement, now);
     }
 
@@ -74,7 +81,8 @@ impl Remote {
             let pause = next.saturating_duration_since(now);
             let event = match self.events.try_recv() {
                 Ok(event) => Some(Some(event)),
-                Err(_) if awake && now - start < Spin::LIMIT => {
+                Err(_) if awake && now - start < AWAKE => {
+                    std::thread::yield_now();
                     self.pump.turn();
                     continue;
                 }
@@ -85,8 +93,17 @@ impl Remote {
             self.look(&placement, now);
             match event {
                 Some(Some(LinkEvent::Reply(node, reply))) => {
-                    let exchange = &mut self.lanes[lane(Ticket(reply.ticket))].0;
-                    match exchange.on_reply(node, reply, &placement, now)? {
+                    let ticket = reply.ticket;
+                    let exchange = &mut self.lanes[lane(Ticket(ticket))].0;
+                    let taken = exchange.on_reply(node, reply, &placement, now)?;
+                    let what = match taken {
+                        Taken::Result(_) => "taken",
+                        Taken::Retried => "refused",
+                        Taken::Stale => "stale",
+                    };
+                    let from = node.0;
+                    self.history.record(what, format_args!("\"ticket\":{ticket},\"node\":{from}"));
+                    match taken {
                         Taken::Result(took) => {
                             self.links[node.0 as usize].observe(took);
                             self.metrics.round_trip.observe(took.as_secs_f64());
@@ -114,6 +131,7 @@ impl Remote {
             }
             self.flush(waited, routed, &placement, now);
         }
+        self.history.record("done", format_args!("\"lane\":{waited}"));
         let waited_for = start.elapsed();
         if idle {
             self.spin.observe(routed.count, awake, waited_for);
@@ -166,16 +184,37 @@ impl Remote {
         if exchange.outbox.is_empty() {
             return;
         }
+        let history = &self.history;
         // On the pump, where waking the connections costs no system call.
         self.pump.run(async {
             while let Some(Outgoing { node, ticket }) = exchange.outbox.pop() {
                 exchange.encode(ticket, rows, routed.weights, &mut self.wire);
                 if !self.links[node.0 as usize].send(self.wire.split().freeze()) {
                     exchange.on_unsent(ticket, placement, now);
+                } else if history.is_on() {
+                    record_sent(history, exchange, lane, ticket);
                 }
             }
             // The bytes leave now, before this thread computes on.
             tokio::task::yield_now().await;
         });
     }
+}
+
+fn record_sent(history: &History, exchange: &Exchange, lane: usize, ticket: Ticket) {
+    let Some(sent) = exchange.sending(ticket) else { return };
+    history.record(
+        "sent",
+        format_args!(
+            "\"ticket\":{},\"lane\":{lane},\"node\":{},\"layer\":{},\"epoch\":{},\
+             \"attempt\":{},\"slots\":{},\"experts\":{}",
+            ticket.0,
+            sent.node.0,
+            sent.layer,
+            sent.epoch.0,
+            sent.attempt.0,
+            list(sent.slots.iter()),
+            list(sent.experts.iter()),
+        ),
+    );
 }

@@ -25,9 +25,6 @@ impl Default for Spin {
 }
 
 impl Spin {
-    /// How long a wait looks after its streams before it sleeps.
-    pub const LIMIT: Duration = Duration::from_micros(500);
-
     /// Whether to stay awake for an exchange of `rows` rows.
     pub fn choose(&mut self, rows: usize) -> bool {
         self.0.other(rows)

@@ -1,10 +1,7 @@
-//! Where random weights come from: a generator that can start anywhere, and the
-//! roundings to bf16 and block-scaled FP8.
+//! Where random weights come from: a generator that can start anywhere.
 
-use kernels::{f32_to_fp8, fp8_to_f32, round_bf16};
+use kernels::round_bf16;
 
-/// Largest e4m3 value.
-const LARGEST: f32 = 448.0;
 const GAMMA: u64 = 0x9e37_79b9_7f4a_7c15;
 
 /// The values of one tensor. Each depends on its place only.
@@ -48,56 +45,6 @@ pub fn bf16_bytes(value: f32) -> [u8; 2] {
     round_bf16(value).to_le_bytes()
 }
 
-/// Rows of a matrix as e4m3 codes and a scale per block.
-pub struct Quantised {
-    pub codes: Vec<u8>,
-    /// `[row blocks, column blocks]`
-    pub scales: Vec<f32>,
-    pub error: Error,
-}
-
-/// Squares of what quantising changed, and of what there was.
-#[derive(Clone, Copy, Debug, Default)]
-pub struct Error {
-    lost: f64,
-    whole: f64,
-}
-
-impl Error {
-    pub fn add(&mut self, other: Error) {
-        self.lost += other.lost;
-        self.whole += other.whole;
-    }
-
-    /// Root of the one over the other; `None` when nothing was quantised.
-    pub fn relative(self) -> Option<f64> {
-        (self.whole > 0.0).then(|| (self.lost / self.whole).sqrt())
-    }
-}
-
-/// Quantises whole rows of `columns` values; a block's largest value gets the
-/// largest code.
-pub fn quantise(values: &[f32], columns: usize, (bn, bk): (usize, usize)) -> Quantised {
-    let rows = values.len() / columns;
-    let across = columns.div_ceil(bk);
-    let mut scales = vec![0.0f32; rows.div_ceil(bn) * across];
-    for (place, value) in values.iter().enumerate() {
-        let scale = &mut scales[place / columns / bn * across + place % columns / bk];
-        *scale = scale.max(value.abs());
-    }
-    // A block of zeros has any scale.
-    scales.iter_mut().for_each(|s| *s = if *s > 0.0 { *s / LARGEST } else { 1.0 });
-    let mut error = Error::default();
-    let codes = values.iter().enumerate().map(|(place, value)| {
-        let scale = scales[place / columns / bn * across + place % columns / bk];
-        let code = f32_to_fp8(value / scale);
-        let difference = f64::from(fp8_to_f32(code) * scale - value);
-        error.add(Error { lost: difference * difference, whole: f64::from(value * value) });
-        code
-    });
-    Quantised { codes: codes.collect(), error, scales }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -118,17 +65,5 @@ mod tests {
         assert_ne!(part, other);
         Stream::new(7, "b", 0.5, 2.0).fill(990, &mut other);
         assert_ne!(part, other);
-    }
-
-    #[test]
-    fn blocks_are_scaled_apart() {
-        let mut values = vec![0.001f32; 4 * 6];
-        values[0] = 448.0;
-        let Quantised { codes, scales, error } = quantise(&values, 6, (2, 4));
-        assert_eq!(scales.len(), 4);
-        assert_eq!((scales[0], codes[0], codes[1]), (1.0, 0x7e, 1), "lost beside the large one");
-        assert!(codes[6 * 2..].iter().all(|code| *code == 0x7e), "kept apart from it");
-        assert!(error.relative().unwrap() < 0.01);
-        assert!(quantise(&[0.0; 4], 4, (2, 2)).error.relative().is_none());
     }
 }

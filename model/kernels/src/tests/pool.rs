@@ -31,7 +31,7 @@ fn every_task_runs_once() {
 
 #[test]
 fn sleeping_helpers_wake() {
-    let pool = Pool::with_spin(4, Duration::ZERO);
+    let pool = Pool::with_awake(4, Duration::ZERO);
     for tasks in 0..300 {
         run_once(&pool, tasks % 17);
         if tasks % 50 == 0 {
@@ -51,6 +51,36 @@ fn helpers_help() {
             thread::yield_now();
         }
     });
+}
+
+#[test]
+fn bound_threads_are_on_their_cpus() {
+    use rustix::thread::{CpuSet, sched_getaffinity};
+    let usable = sched_getaffinity(None).unwrap();
+    let cpus: Vec<usize> = (0..CpuSet::MAX_CPU).filter(|&cpu| usable.is_set(cpu)).collect();
+    // A thread of its own, as its binding stays.
+    let seen = thread::spawn(move || {
+        let pool = Pool::bound(3, 1);
+        pool.bind_caller();
+        let seen = std::sync::Mutex::new(Vec::new());
+        // Three tasks that wait for each other, so that each is on another thread.
+        let met = AtomicUsize::new(0);
+        pool.run(3, &|_| {
+            let mine = sched_getaffinity(None).unwrap();
+            seen.lock().unwrap().push((thread::current().name().map(str::to_owned), mine));
+            met.fetch_add(1, Ordering::SeqCst);
+            while met.load(Ordering::SeqCst) < 3 {
+                thread::yield_now();
+            }
+        });
+        seen.into_inner().unwrap()
+    });
+    for (name, set) in seen.join().unwrap() {
+        let thread = name.map_or(0, |name| name.strip_prefix("kernel-").unwrap().parse().unwrap());
+        let mut expected = CpuSet::new();
+        expected.set(cpus[(1 + thread) % cpus.len()]);
+        assert_eq!(set, expected, "thread {thread}");
+    }
 }
 
 #[test]

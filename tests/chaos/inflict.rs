@@ -1,0 +1,247 @@
+//! Does a fault to a running mesh, sees that it happened while sequences ran,
+//! heals it, and waits until the mesh is whole again.
+
+use std::time::{Duration, Instant};
+
+use super::load::Balancer;
+use super::observe::{Counters, is_whole, statuses};
+use super::quota::Quota;
+use super::scenario::{Dice, Fault, Role, Which};
+use crate::support::Sandbox;
+use crate::support::faultproxy::{Faults, Once, Way};
+use crate::support::process::{Process, signal};
+
+const PATIENCE: Duration = Duration::from_secs(60);
+/// A client that is told of a gateway that goes has its last request under way by then.
+const NOTICE: Duration = Duration::from_millis(150);
+
+/// A fault that was done.
+pub struct Struck {
+    pub what: String,
+    /// Sequences that ran or waited just before.
+    pub running: u64,
+    /// Until the mesh was whole again.
+    pub whole: Duration,
+}
+
+pub struct Inflict<'a> {
+    balancer: &'a Balancer,
+    turns: [usize; 3],
+    notes: Vec<String>,
+}
+
+impl<'a> Inflict<'a> {
+    pub fn new(balancer: &'a Balancer) -> Self {
+        Self { balancer, turns: [0; 3], notes: Vec::new() }
+    }
+
+    pub fn notes(self) -> Vec<String> {
+        self.notes
+    }
+
+    pub async fn one(
+        &mut self,
+        fault: &Fault,
+        mesh: &mut Sandbox,
+        counters: &Counters,
+        dice: &mut Dice,
+    ) -> Struck {
+        counters.look(mesh).await;
+        let running = running(mesh).await;
+        let begun = Instant::now();
+        let what = self.strike(fault, mesh, dice).await;
+        // Looked at meanwhile, so that a process that is killed next has been counted.
+        let mut whole = false;
+        while !whole && begun.elapsed() < PATIENCE {
+            whole = is_whole(mesh).await;
+            counters.look(mesh).await;
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        let whole = if whole { begun.elapsed() } else { PATIENCE };
+        Struck { what, running, whole }
+    }
+
+    async fn strike(&mut self, fault: &Fault, mesh: &mut Sandbox, dice: &mut Dice) -> String {
+        match *fault {
+            Fault::Kill { role, which, down } => {
+                let process = self.pick(role, which, mesh, dice).await;
+                process.kill();
+                tokio::time::sleep(down).await;
+                process.restart();
+                format!("kill {}", process.name)
+            }
+            Fault::Stop { role, which, hold } => {
+                let process = self.pick(role, which, mesh, dice).await;
+                let halted = Halted::stop(process.pid());
+                tokio::time::sleep(hold).await;
+                drop(halted);
+                format!("stop {}", process.name)
+            }
+            Fault::Restart { role, which } => {
+                let at = self.choose(role, which, mesh, dice).await;
+                if role == Role::Gateway {
+                    self.balancer.set(at, false);
+                    tokio::time::sleep(NOTICE).await;
+                }
+                let process = &mut of(role, mesh)[at];
+                let pid = process.pid();
+                signal(pid, "TERM");
+                let begun = Instant::now();
+                let status = loop {
+                    match process.ended() {
+                        Some(status) => break status,
+                        None if begun.elapsed() > PATIENCE => {
+                            panic!("{} never drained", process.name)
+                        }
+                        None => tokio::time::sleep(Duration::from_millis(5)).await,
+                    }
+                };
+                assert!(status.success(), "{} drained with {status}", process.name);
+                process.restart();
+                let name = process.name.clone();
+                if role == Role::Gateway {
+                    let address = mesh.addresses[at].clone();
+                    super::observe::until(PATIENCE, async || {
+                        let ready = crate::support::http::get(&address, "/readyz").await;
+                        ready.is_ok_and(|(status, _)| status == 200)
+                    })
+                    .await;
+                    self.balancer.set(at, true);
+                }
+                format!("restart {name}")
+            }
+            Fault::Network { faults, hold } => {
+                let at = self.next(Role::Node, mesh.proxies.len());
+                mesh.proxies[at].set(faults);
+                tokio::time::sleep(hold).await;
+                mesh.proxies[at].set(Faults::default());
+                format!("{faults:?} before node {at}")
+            }
+            Fault::Swizzle { hold } => {
+                let clogged = Faults::both(Way { blackhole: true, ..Way::default() });
+                // Never all: a mesh that nobody can reach has nothing to converge to.
+                let mut victims: Vec<usize> = (0..mesh.proxies.len()).collect();
+                for keep in 0..victims.len() {
+                    let other = dice.below(victims.len());
+                    victims.swap(keep, other);
+                }
+                let clogged_ones = 1 + dice.below(victims.len() - 1);
+                victims.truncate(clogged_ones);
+                for &victim in &victims {
+                    mesh.proxies[victim].set(clogged);
+                    tokio::time::sleep(hold / victims.len() as u32).await;
+                }
+                let first = dice.below(victims.len());
+                victims.rotate_left(first);
+                for &victim in &victims {
+                    mesh.proxies[victim].set(Faults::default());
+                    tokio::time::sleep(hold / 4).await;
+                }
+                format!("clogged {victims:?}")
+            }
+            Fault::Reset { direction, after } => {
+                let at = self.next(Role::Node, mesh.proxies.len());
+                let before = mesh.proxies[at].done();
+                mesh.proxies[at].arm(direction, after, Once::Reset);
+                let proxy = &mesh.proxies[at];
+                let hit =
+                    super::observe::until(Duration::from_secs(5), async || proxy.done() > before);
+                let hit = hit.await;
+                proxy.disarm();
+                if hit.is_none() {
+                    self.notes.push(format!("no reset {direction:?} after {after} bytes"));
+                }
+                format!("reset {direction:?} after {after} bytes")
+            }
+            Fault::Slow { percent, hold } => {
+                let at = self.next(Role::Node, mesh.nodes.len());
+                let node = &mesh.nodes[at];
+                match Quota::set(node.pid(), percent) {
+                    Ok(quota) => {
+                        tokio::time::sleep(hold).await;
+                        drop(quota);
+                        format!("{} at {percent} % of a CPU", node.name)
+                    }
+                    Err(why) => panic!("{why}"),
+                }
+            }
+        }
+    }
+
+    /// The next of `count` processes of a role.
+    fn next(&mut self, role: Role, count: usize) -> usize {
+        let turn = &mut self.turns[role as usize];
+        *turn += 1;
+        (*turn - 1) % count
+    }
+
+    async fn pick<'m>(
+        &mut self,
+        role: Role,
+        which: Which,
+        mesh: &'m mut Sandbox,
+        dice: &mut Dice,
+    ) -> &'m mut Process {
+        let at = self.choose(role, which, mesh, dice).await;
+        &mut of(role, mesh)[at]
+    }
+
+    async fn choose(
+        &mut self,
+        role: Role,
+        which: Which,
+        mesh: &mut Sandbox,
+        dice: &mut Dice,
+    ) -> usize {
+        let count = of(role, mesh).len();
+        match which {
+            Which::Random => dice.below(count),
+            Which::Next => self.next(role, count),
+            Which::Busiest => {
+                let load = |status: &Option<proto::v1::RouterStatus>| {
+                    status.as_ref().map_or(0, |status| status.running + status.waiting)
+                };
+                let all = statuses(mesh).await;
+                (0..count).max_by_key(|&at| load(&all[at])).unwrap()
+            }
+        }
+    }
+}
+
+fn of(role: Role, mesh: &mut Sandbox) -> &mut Vec<Process> {
+    match role {
+        Role::Node => &mut mesh.nodes,
+        Role::Router => &mut mesh.routers,
+        Role::Gateway => &mut mesh.gateways,
+    }
+}
+
+/// Waits until sequences run, for a moment; how many there are.
+async fn running(mesh: &Sandbox) -> u64 {
+    let mut running = 0;
+    for _ in 0..200 {
+        let all = statuses(mesh).await;
+        running = all.iter().flatten().map(|s| u64::from(s.running + s.waiting)).sum();
+        if running > 0 {
+            break;
+        }
+        tokio::time::sleep(Duration::from_millis(2)).await;
+    }
+    running
+}
+
+/// A process under SIGSTOP; it goes on when this is dropped, whatever happened.
+pub struct Halted(u32);
+
+impl Halted {
+    pub fn stop(pid: u32) -> Self {
+        signal(pid, "STOP");
+        Self(pid)
+    }
+}
+
+impl Drop for Halted {
+    fn drop(&mut self) {
+        signal(self.0, "CONT");
+    }
+}

@@ -1,0 +1,153 @@
+//! The checks are checked: what a broken router would have logged is refused,
+//! and each harm of the fault proxy is really done.
+
+use std::time::Duration;
+
+use serde_json::{Value, json};
+
+use super::history;
+use super::run::{alone, histories};
+use super::scenario::{Dice, seed};
+use crate::support::{Sandbox, http, tiny};
+
+/// A log of a mesh that loses a node under load.
+async fn recorded() -> String {
+    let plan = Sandbox::of(tiny()).expert_nodes(3).replicas(2).history().logged();
+    let mut mesh = plan.start().await;
+    let address = mesh.http.clone();
+    // One ends long before the other.
+    let asked: Vec<_> = [40, 120]
+        .map(|tokens| {
+            let address = address.clone();
+            let body =
+                json!({ "prompt": "Once upon a time", "max_tokens": tokens, "ignore_eos": true });
+            tokio::spawn(async move { http::post(&address, "/v1/completions", &body).await.0 })
+        })
+        .into();
+    while mesh.router_status().await.tokens_generated < 20 {
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    }
+    mesh.nodes[1].kill();
+    for asked in asked {
+        assert_eq!(asked.await.unwrap(), 200);
+    }
+    mesh.wait_idle().await;
+    histories(&mesh).unwrap();
+    std::fs::read_to_string(mesh.dir.join("router-0.history")).unwrap()
+}
+
+type Mutation = (&'static str, fn(&mut Vec<Value>, &mut Dice) -> bool);
+
+/// A random line of a kind that `wanted` accepts.
+fn some(
+    log: &[Value],
+    dice: &mut Dice,
+    kind: &str,
+    wanted: impl Fn(&Value) -> bool,
+) -> Option<usize> {
+    let all: Vec<usize> =
+        (0..log.len()).filter(|&at| log[at]["e"] == kind && wanted(&log[at])).collect();
+    (!all.is_empty()).then(|| all[dice.below(all.len())])
+}
+
+fn any(_: &Value) -> bool {
+    true
+}
+
+/// Each does one wrong to the log; false if the log has nothing to do it to.
+const MUTATIONS: [Mutation; 11] = [
+    ("a result that was never applied", |log, dice| {
+        some(log, dice, "taken", any).map(|at| log.remove(at)).is_some()
+    }),
+    ("a result applied twice", |log, dice| {
+        some(log, dice, "taken", any).map(|at| log.insert(at, log[at].clone())).is_some()
+    }),
+    ("a reply taken from another node", |log, dice| {
+        some(log, dice, "taken", any)
+            .map(|at| log[at]["node"] = json!(log[at]["node"].as_u64().unwrap() + 1))
+            .is_some()
+    }),
+    ("a late reply taken", |log, dice| {
+        let Some(at) = some(log, dice, "taken", any) else { return false };
+        let done = (at..log.len()).find(|&later| log[later]["e"] == "done").unwrap();
+        let late = log[at].clone();
+        log.insert(done + 1, late);
+        true
+    }),
+    ("a frame under an epoch of the future", |log, dice| {
+        some(log, dice, "sent", any).map(|at| log[at]["epoch"] = json!(999)).is_some()
+    }),
+    ("a frame under an epoch of the past", |log, dice| {
+        some(log, dice, "sent", |sent| sent["epoch"].as_u64().unwrap() > 1)
+            .map(|at| log[at]["epoch"] = json!(1))
+            .is_some()
+    }),
+    ("a frame to a node that does not own its experts", |log, dice| {
+        some(log, dice, "sent", any).map(|at| log[at]["node"] = json!(77)).is_some()
+    }),
+    ("a slot twice in a frame", |log, dice| {
+        let two = |sent: &Value| sent["slots"].as_array().unwrap().len() > 1;
+        some(log, dice, "sent", two)
+            .map(|at| log[at]["slots"][1] = log[at]["slots"][0].clone())
+            .is_some()
+    }),
+    ("an expert without an owner though a node holds it", |log, dice| {
+        let owned = |placement: &Value| {
+            let mut cells = placement["owners"].as_array().unwrap().iter();
+            cells.any(|cell| !cell[2].as_array().unwrap().is_empty())
+        };
+        let Some(at) = some(log, dice, "placement", owned) else { return false };
+        let cells = log[at]["owners"].as_array_mut().unwrap();
+        let cell = cells.iter_mut().find(|cell| !cell[2].as_array().unwrap().is_empty());
+        cell.unwrap()[2] = json!([]);
+        true
+    }),
+    ("an epoch that does not rise", |log, dice| {
+        let later = |placement: &Value| placement["epoch"].as_u64().unwrap() > 1;
+        some(log, dice, "placement", later).map(|at| log[at]["epoch"] = json!(1)).is_some()
+    }),
+    ("work for a sequence that has left", |log, dice| {
+        let Some(at) = some(log, dice, "end", any) else { return false };
+        let seq = log[at]["seq"].clone();
+        let step = log.iter_mut().skip(at).find(|event| event["e"] == "step");
+        step.map(|step| step["seqs"].as_array_mut().unwrap().push(seq)).is_some()
+    }),
+];
+
+#[test]
+fn a_history_with_one_wrong_in_it_is_refused() {
+    let text = alone(recorded());
+    let log: Vec<Value> = text
+        .lines()
+        .filter(|line| !line.is_empty())
+        .map(|line| serde_json::from_str(line).unwrap())
+        .collect();
+    let seen = history::check(&text).unwrap();
+    println!("recorded: {seen}");
+    assert!(seen.again > 0 && seen.steps > 50, "{seen}");
+    let seed = seed();
+    let mut dice = Dice(seed);
+    for (name, mutate) in MUTATIONS {
+        let mut done = 0;
+        for _ in 0..8 {
+            let mut wrong = log.clone();
+            if mutate(&mut wrong, &mut dice) {
+                let text: Vec<String> = wrong.iter().map(Value::to_string).collect();
+                let verdict = history::check(&text.join("\n"));
+                assert!(verdict.is_err(), "seed {seed}: {name} passed");
+                done += 1;
+            }
+        }
+        assert!(done > 0, "seed {seed}: nothing to try {name} on");
+    }
+}
+
+#[test]
+fn a_log_may_end_in_half_a_line_but_not_go_on_after_it() {
+    let start = "{\"t\":1,\"e\":\"start\",\"router\":\"r\"}";
+    let step = "{\"t\":1,\"e\":\"step\",\"n\":1,\"seqs\":[1]}";
+    let whole = history::check(&format!("{start}\n{step}\n{{\"t\":2,\"e\"\n{start}\n")).unwrap();
+    assert_eq!((whole.lives, whole.steps), (2, 1));
+    assert!(history::check(&format!("{start}\n{{\"t\":2\n{step}\n")).is_err());
+    assert!(history::check(step).is_err(), "no start");
+}
