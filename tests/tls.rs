@@ -22,9 +22,9 @@ use tokio::io::AsyncReadExt as _;
 use tonic::{Code, Request, Response, Status};
 
 use crate::support::http::{self, Address};
-use crate::support::process::{free_port, moemesh, run, signal};
+use crate::support::process::{free_port, moemesh, run};
 use crate::support::sandbox::{identity, tls_settings};
-use crate::support::{Fixture, Sandbox, block_on};
+use crate::support::{Fixture, Sandbox, Up, block_on};
 
 /// A directory of certificates, removed at the end.
 struct Certs(PathBuf);
@@ -403,20 +403,7 @@ fn up_with_tls_serves_and_lets_in_only_its_own() {
         assert!(ok, "{error}");
         assert_eq!(secured, plain);
 
-        let address = format!("127.0.0.1:{}", free_port());
-        let mut up = moemesh()
-            .args(["up", "--tls", "--no-demo", "--http", &address, "--model"])
-            .arg(&fixture.dir)
-            .env("XDG_RUNTIME_DIR", &dir.0)
-            .stdin(std::process::Stdio::null())
-            .stdout(std::process::Stdio::null())
-            .spawn()
-            .unwrap();
-        let address = Address::Tcp(address);
-        while !http::get(&address, "/readyz").await.is_ok_and(|(status, _)| status == 200) {
-            assert!(up.try_wait().unwrap().is_none(), "the mesh ended");
-            tokio::time::sleep(Duration::from_millis(50)).await;
-        }
+        let up = Up::start(&fixture.dir, &["--tls"], &[("XDG_RUNTIME_DIR", &dir.0)]).await;
         let status =
             |args: &[&str]| run(moemesh().arg("status").args(args).env("XDG_RUNTIME_DIR", &dir.0));
         let (ok, said, error) = status(&[]);
@@ -445,8 +432,7 @@ fn up_with_tls_serves_and_lets_in_only_its_own() {
         let (ok, _, error) = status(&[]);
         assert!(ok, "{error}");
         drop(socket);
-        signal(up.id(), "INT");
-        assert!(up.wait().unwrap().success());
+        assert!(up.end("INT").success());
         assert!(!runtime.exists(), "the keys are gone with the mesh");
     });
 }

@@ -24,6 +24,8 @@ use pick::Candidate;
 use router::{Class, Router};
 
 const POLL_EVERY: Duration = Duration::from_millis(250);
+/// The same for a router that is not ready: somebody may wait for it.
+const POLL_ABSENT: Duration = Duration::from_millis(50);
 
 /// Every router the gateway may use.
 pub struct Upstream {
@@ -65,14 +67,14 @@ impl Upstream {
             let (router, upstream) = (Arc::clone(router), Arc::clone(self));
             let shutdown = shutdown.clone();
             tokio::spawn(async move {
-                let mut tick = tokio::time::interval(POLL_EVERY);
-                tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+                let mut pause = Duration::ZERO;
                 loop {
                     tokio::select! {
                         () = shutdown.wait() => return,
-                        _ = tick.tick() => {}
+                        () = tokio::time::sleep(pause) => {}
                     }
                     router.refresh().await;
+                    pause = if router.status().is_ok() { POLL_EVERY } else { POLL_ABSENT };
                     let ready = upstream.routers.iter().filter(|r| r.status().is_ok()).count();
                     upstream.metrics.routers_ready.set(ready as i64);
                 }

@@ -214,6 +214,11 @@ impl Exchange {
         self.shape
     }
 
+    /// Slots that have no result yet.
+    pub fn missing(&self) -> usize {
+        self.missing
+    }
+
     /// An open ticket's frame, for the history.
     pub fn sending(&self, ticket: Ticket) -> Option<Sending<'_>> {
         let open = &self.open[self.find(ticket)?];

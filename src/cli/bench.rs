@@ -225,7 +225,7 @@ Examples:
 #[command(after_help = KERNELS_EXAMPLES)]
 pub struct BenchKernelsArgs {
     /// Rows of activations that share a weight
-    #[arg(long, value_name = "N,…", value_delimiter = ',', default_values_t = [1, 4, 16, 64, 256])]
+    #[arg(long, value_name = "N,…", value_delimiter = ',', default_values_t = [1, 2, 4, 8, 16, 64, 256])]
     pub rows: Vec<usize>,
     /// Threads that compute
     #[arg(long, value_name = "N", default_value_t = 1)]

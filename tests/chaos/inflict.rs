@@ -8,7 +8,7 @@ use super::observe::{Counters, is_whole, statuses};
 use super::quota::Quota;
 use super::scenario::{Dice, Fault, Role, Which};
 use crate::support::Sandbox;
-use crate::support::faultproxy::{Faults, Once, Way};
+use crate::support::faultproxy::{Faults, Way};
 use crate::support::process::{Process, signal};
 
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -50,13 +50,12 @@ impl<'a> Inflict<'a> {
         let running = running(mesh).await;
         let begun = Instant::now();
         let what = self.strike(fault, mesh, dice).await;
-        // Looked at meanwhile, so that a process that is killed next has been counted.
         let mut whole = false;
         while !whole && begun.elapsed() < PATIENCE {
             whole = is_whole(mesh).await;
-            counters.look(mesh).await;
-            tokio::time::sleep(Duration::from_millis(5)).await;
+            tokio::time::sleep(Duration::from_millis(20)).await;
         }
+        counters.look(mesh).await;
         let whole = if whole { begun.elapsed() } else { PATIENCE };
         Struck { what, running, whole }
     }
@@ -72,7 +71,7 @@ impl<'a> Inflict<'a> {
             }
             Fault::Stop { role, which, hold } => {
                 let process = self.pick(role, which, mesh, dice).await;
-                let halted = Halted::stop(process.pid());
+                let halted = Halted::stop(process.id());
                 tokio::time::sleep(hold).await;
                 drop(halted);
                 format!("stop {}", process.name)
@@ -84,7 +83,7 @@ impl<'a> Inflict<'a> {
                     tokio::time::sleep(NOTICE).await;
                 }
                 let process = &mut of(role, mesh)[at];
-                let pid = process.pid();
+                let pid = process.id();
                 signal(pid, "TERM");
                 let begun = Instant::now();
                 let status = loop {
@@ -139,24 +138,24 @@ impl<'a> Inflict<'a> {
                 }
                 format!("clogged {victims:?}")
             }
-            Fault::Reset { direction, after } => {
+            Fault::Harm { direction, after, what } => {
                 let at = self.next(Role::Node, mesh.proxies.len());
                 let before = mesh.proxies[at].done();
-                mesh.proxies[at].arm(direction, after, Once::Reset);
+                mesh.proxies[at].arm(direction, after, what);
                 let proxy = &mesh.proxies[at];
                 let hit =
                     super::observe::until(Duration::from_secs(5), async || proxy.done() > before);
                 let hit = hit.await;
                 proxy.disarm();
                 if hit.is_none() {
-                    self.notes.push(format!("no reset {direction:?} after {after} bytes"));
+                    self.notes.push(format!("no {what:?} {direction:?} after {after} bytes"));
                 }
-                format!("reset {direction:?} after {after} bytes")
+                format!("{what:?} {direction:?} after {after} bytes")
             }
             Fault::Slow { percent, hold } => {
                 let at = self.next(Role::Node, mesh.nodes.len());
                 let node = &mesh.nodes[at];
-                match Quota::set(node.pid(), percent) {
+                match Quota::set(node.id(), percent) {
                     Ok(quota) => {
                         tokio::time::sleep(hold).await;
                         drop(quota);

@@ -55,12 +55,17 @@ fn any(_: &Value) -> bool {
 }
 
 /// Each does one wrong to the log; false if the log has nothing to do it to.
-const MUTATIONS: [Mutation; 11] = [
+const MUTATIONS: [Mutation; 12] = [
     ("a result that was never applied", |log, dice| {
         some(log, dice, "taken", any).map(|at| log.remove(at)).is_some()
     }),
     ("a result applied twice", |log, dice| {
         some(log, dice, "taken", any).map(|at| log.insert(at, log[at].clone())).is_some()
+    }),
+    ("a slot applied that had its result", |log, dice| {
+        some(log, dice, "taken", any)
+            .map(|at| log[at]["applied"] = json!(log[at]["applied"].as_u64().unwrap() + 1))
+            .is_some()
     }),
     ("a reply taken from another node", |log, dice| {
         some(log, dice, "taken", any)

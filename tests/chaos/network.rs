@@ -1,11 +1,14 @@
 //! Scenarios in which processes are well and the network is not: silence each
 //! way, delay and a thin line, resets, connections clogged in turn.
 
-use std::time::Duration;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
 
-use super::run::run;
+use super::load::{Balancer, Clients, asks};
+use super::observe::{Figures, ms};
+use super::run::{alone, run};
 use super::scenario::{Check, Fault, Faulting, Load, Scenario, When, count, is_long, seconds};
-use crate::support::faultproxy::{Direction, Faults, Way};
+use crate::support::faultproxy::{Direction, Faults, Once, Way};
 use crate::support::sandbox::Plan;
 use crate::support::{Sandbox, tiny};
 
@@ -90,8 +93,11 @@ fn r9_reset_after_any_byte() {
     let (every, end) = (count(500, 7), 3000);
     let sweep = (0..end).step_by(every);
     let resets = sweep.flat_map(|after| {
-        [Direction::ToServer, Direction::ToClient]
-            .map(|direction| Fault::Reset { direction, after: after as u64 })
+        [Direction::ToServer, Direction::ToClient].map(|direction| Fault::Harm {
+            direction,
+            after: after as u64,
+            what: Once::Reset,
+        })
     });
     let what: Vec<Fault> = resets.collect();
     run(Scenario {
@@ -119,5 +125,71 @@ fn r10_swizzle_clog() {
             what: vec![Fault::Swizzle { hold: Duration::from_secs(2) }],
         },
         checks: vec![Check::NoneFailed, Check::Identical],
+    });
+}
+
+/// What flipped bits do on a plaintext connection: said, not demanded, as rows
+/// carry no checksum of their own.
+#[test]
+fn r8_flipped_bits() {
+    if skipped("R8 flipped bits") {
+        return;
+    }
+    let flips = (0..20).flat_map(|turn| {
+        [Direction::ToServer, Direction::ToClient].map(|direction| Fault::Harm {
+            direction,
+            after: 20_000 + 61 * turn,
+            what: Once::Flip,
+        })
+    });
+    let what: Vec<Fault> = flips.collect();
+    run(Scenario {
+        id: "R8f",
+        title: "a bit flipped on a plaintext connection",
+        mesh: proxied(),
+        load: Load { streams: 1, tokens: 32, time: Duration::ZERO },
+        faults: Faulting { when: When::Event(vec![3; what.len()]), what },
+        checks: vec![],
+    });
+}
+
+/// The collector of traces takes everything and answers nothing.
+#[test]
+fn r17_collector_hangs() {
+    if skipped("R17") {
+        return;
+    }
+    alone(async {
+        let deaf = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let otlp = format!("\"http://{}\"", deaf.local_addr().unwrap());
+        let plan = || Sandbox::of(tiny()).expert_nodes(4).replicas(2).logged();
+        let traced = ["gateway", "router", "expert-node"].into_iter().fold(plan(), |plan, role| {
+            plan.set(role, "otlp", &otlp).set(role, "trace_sample", 0.01)
+        });
+        let mut figures = Vec::new();
+        for plan in [plan(), traced] {
+            let mesh = plan.start().await;
+            let asks = Arc::new(asks(TOKENS));
+            let count = asks.len();
+            let clients = Clients::start(16, asks, Arc::new(Balancer::new(&mesh.addresses)));
+            let begun = Instant::now();
+            tokio::time::sleep(seconds(10, 60)).await;
+            let samples = clients.finish().await;
+            figures.push(Figures::of(&samples, &vec![None; count], begun.elapsed()));
+            mesh.wait_idle().await;
+        }
+        let [without, with] = [&figures[0], &figures[1]];
+        println!(
+            "| R17 | a trace collector that hangs, 1 % traced | {} answered, {} refused, {} cut | \
+             gap p99 {} ms (without a collector {}) | {:.0} of {:.0} tok/s |",
+            with.answered,
+            with.refused,
+            with.cut.len(),
+            ms(with.gap_p99),
+            ms(without.gap_p99),
+            with.tokens_per_second,
+            without.tokens_per_second,
+        );
+        assert_eq!((with.cut.len(), with.refused), (0, 0), "{:?}", with.cut);
     });
 }

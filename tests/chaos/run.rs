@@ -12,11 +12,12 @@ use super::history;
 use super::inflict::{Inflict, Struck};
 use super::load::{Balancer, Clients, Outcome, asks};
 use super::observe::{Counters, Figures, Report, is_whole, ms, until};
-use super::scenario::{Check, Dice, Scenario, When, seed};
+use super::scenario::{Check, Dice, Scenario, When, is_long, seed};
 use crate::support::{Sandbox, block_on};
 
 /// The undisturbed load runs at least so long, and until every request was answered.
 const CALM: Duration = Duration::from_millis(1500);
+const LONG_CALM: Duration = Duration::from_secs(5);
 /// No mesh takes so long to be whole again.
 const PATIENCE: Duration = Duration::from_secs(60);
 const LOOK_EVERY: Duration = Duration::from_millis(250);
@@ -56,9 +57,10 @@ async fn perform(scenario: Scenario, seed: u64) -> Vec<String> {
     let balancer = Arc::new(Balancer::new(&mesh.addresses));
     let begun = Instant::now();
     let clients = Clients::start(load.streams, asks.clone(), balancer.clone());
+    let calm = if is_long() { LONG_CALM } else { CALM };
     until(PATIENCE, async || {
         let answered: HashSet<usize> = clients.answered().into_iter().collect();
-        begun.elapsed() >= CALM && answered.len() == asks.len()
+        begun.elapsed() >= calm && answered.len() == asks.len()
     })
     .await;
     let took = begun.elapsed();

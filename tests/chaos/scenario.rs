@@ -3,7 +3,7 @@
 
 use std::time::Duration;
 
-use crate::support::faultproxy::{Direction, Faults};
+use crate::support::faultproxy::{Direction, Faults, Once};
 use crate::support::sandbox::Plan;
 
 /// See the module's text.
@@ -68,8 +68,8 @@ pub enum Fault {
     Network { faults: Faults, hold: Duration },
     /// The same, before several nodes: clogged one by one, freed in another order.
     Swizzle { hold: Duration },
-    /// The connection to a node is reset after so many further bytes.
-    Reset { direction: Direction, after: u64 },
+    /// The connection to a node is reset, or a bit flipped, so many bytes on.
+    Harm { direction: Direction, after: u64, what: Once },
     /// A node gets only so many percent of a CPU for `hold`.
     Slow { percent: u32, hold: Duration },
 }

@@ -31,7 +31,7 @@ impl Process {
         Self { name: name.to_owned(), config: path, launch, child }
     }
 
-    pub fn pid(&self) -> u32 {
+    pub fn id(&self) -> u32 {
         self.child.id()
     }
 

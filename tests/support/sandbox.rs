@@ -46,15 +46,17 @@ pub struct Sandbox {
     pub dir: PathBuf,
     /// The first gateway.
     pub http: Address,
-    /// Whose certificate this program calls with.
-    pub operator: Option<Tls>,
     pub gateways: Vec<Process>,
     pub routers: Vec<Process>,
     pub nodes: Vec<Process>,
     /// Every gateway.
     pub addresses: Vec<Address>,
+    /// Whose certificate this program calls with.
+    pub operator: Option<Tls>,
     /// One before each node, if the plan has them.
     pub proxies: Vec<FaultProxy>,
+    /// What the configuration of every node says.
+    common: String,
 }
 
 impl Sandbox {
@@ -100,19 +102,6 @@ impl Plan {
         self
     }
 
-    /// A setting of every process that computes, as TOML.
-    pub fn compute(mut self, key: &str, value: impl ToString) -> Self {
-        self.compute.retain(|(known, _)| known != key);
-        self.compute.push((key.to_owned(), value.to_string()));
-        self
-    }
-
-    /// Has every process speak mutual TLS with the certificates of this directory.
-    pub fn tls(mut self, certificates: &Path) -> Self {
-        self.certificates = Some(certificates.to_owned());
-        self
-    }
-
     pub fn replicas(mut self, count: usize) -> Self {
         self.replicas = count;
         self
@@ -137,6 +126,19 @@ impl Plan {
     /// Expert nodes listen on host:port.
     pub fn tcp(mut self) -> Self {
         self.tcp = true;
+        self
+    }
+
+    /// A setting of every process that computes, as TOML.
+    pub fn compute(mut self, key: &str, value: impl ToString) -> Self {
+        self.compute.retain(|(known, _)| known != key);
+        self.compute.push((key.to_owned(), value.to_string()));
+        self
+    }
+
+    /// Has every process speak mutual TLS with the certificates of this directory.
+    pub fn tls(mut self, certificates: &Path) -> Self {
+        self.certificates = Some(certificates.to_owned());
         self
     }
 
@@ -188,6 +190,11 @@ impl Plan {
         // Where nodes listen that are known by host:port.
         let ports: Vec<u16> =
             (0..if self.tcp { self.expert_nodes } else { 0 }).map(|_| free_port()).collect();
+        let mut class = format!("numerics = \"{}\"\n", self.numerics);
+        for (key, value) in &self.compute {
+            writeln!(class, "{key} = {value}").unwrap();
+        }
+        let certificates = self.certificates.as_deref();
         let start = |role: &str, index: usize, own: String| {
             let name = format!("{role}-{index}");
             let mut config = format!("id = \"{name}\"\n{model}{own}");
@@ -197,15 +204,10 @@ impl Plan {
                     ("expert-node", Some(port)) => format!("127.0.0.1:{port}"),
                     _ => socket(&name),
                 };
-                let class = self.numerics;
-                writeln!(config, "listen = \"{listen}\"\nadmin = \"{admin}\"").unwrap();
-                writeln!(config, "numerics = \"{class}\"").unwrap();
-                for (key, value) in &self.compute {
-                    writeln!(config, "{key} = {value}").unwrap();
-                }
+                write!(config, "listen = \"{listen}\"\nadmin = \"{admin}\"\n{class}").unwrap();
             }
-            if let Some(certificates) = &self.certificates {
-                config += &tls_settings(certificates, &name);
+            if let Some(dir) = certificates {
+                config.push_str(&tls_settings(dir, &name));
             }
             if role == "router" && self.history {
                 let path = dir.join(format!("{name}.history"));
@@ -257,9 +259,9 @@ impl Plan {
             addresses.push(Address::Tcp(address));
         }
         let http = addresses[0].clone();
-        let operator = self.certificates.as_deref();
-        let operator = operator.map(|dir| identity(dir, Role::Operator, "operator-0"));
-        Sandbox { dir, http, operator, gateways, routers, nodes, addresses, proxies }
+        let operator = certificates.map(|dir| identity(dir, Role::Operator, "operator-0"));
+        let common = format!("{model}{class}");
+        Sandbox { dir, http, gateways, routers, nodes, addresses, operator, proxies, common }
     }
 }
 
@@ -317,6 +319,23 @@ impl Sandbox {
     /// The first router's own account of itself, over gRPC.
     pub async fn router_status(&self) -> RouterStatus {
         self.status_of(0).await.unwrap()
+    }
+
+    /// The Prometheus text of a router or an expert node.
+    pub async fn metrics(&self, name: &str) -> String {
+        let address = Address::Unix(self.socket(&format!("{name}-admin")));
+        http::get(&address, "/metrics").await.unwrap().1
+    }
+
+    /// Starts a further node, with settings of its own beside those of all.
+    pub fn add_node(&mut self, name: &str, settings: &[(&str, String)]) {
+        let listen = self.socket(name);
+        let mut config =
+            format!("id = \"{name}\"\nlisten = \"unix:{}\"\n{}", listen.display(), self.common);
+        for (key, value) in settings {
+            writeln!(config, "{key} = {value}").unwrap();
+        }
+        self.nodes.push(Process::start(&self.dir, name, &config, Launch::default()));
     }
 
     /// A router's account of itself; an error while it is down.

@@ -13,7 +13,7 @@ use tonic::{Code, Status, Streaming};
 
 use super::pick::prefix_key;
 use super::router::{Class, Lease, Router};
-use super::{POLL_EVERY, Upstream};
+use super::{POLL_ABSENT, POLL_EVERY, Upstream};
 use crate::error::UpstreamError;
 use crate::metrics::Outcome;
 
@@ -319,7 +319,7 @@ impl Generation {
         if since.elapsed() >= patience {
             return Err(trouble);
         }
-        tokio::time::sleep(POLL_EVERY).await;
+        tokio::time::sleep(POLL_ABSENT).await;
         self.tried.clear();
         Ok(())
     }

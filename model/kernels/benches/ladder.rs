@@ -3,7 +3,8 @@
 //! Each line first checks the device against the plain one of its class, bit for bit, then times a product on one thread
 //! with weights that come from memory, as they do in decoding, and prints the best of several passes. A line for the
 //! pool says what it costs to share a job. `cargo bench -p kernels` runs all of it; arguments choose among it: names of
-//! instruction sets, numbers of rows, `pool`, and what is multiplied as `bf16*fp8` (activations, weights).
+//! instruction sets, numbers of rows, `pool`, what is multiplied as `bf16*fp8` (activations, weights), and the weight's
+//! shape as `512x1024` (outputs, k).
 
 use half::bf16;
 use kernels::{Acts, DType, Isa, Kernels, Mat, Out, Packed};
@@ -12,12 +13,11 @@ use std::hint::black_box;
 
 #[path = "ladder/pool.rs"]
 mod pool;
-#[path = "ladder/read.rs"]
-mod read;
 
+/// Outputs and k of a weight.
+type Shape = (usize, usize);
 /// A routed expert's projection in DeepSeek-V3.
-const N: usize = 2048;
-const K: usize = 7168;
+const SHAPE: Shape = (2048, 7168);
 /// Edge of its FP8 blocks.
 const BLOCK: usize = 128;
 /// Bytes of weights in turn, more than any cache here holds.
@@ -45,6 +45,11 @@ fn main() {
     if pairs.is_empty() {
         pairs = classes.collect();
     }
+    let shape = chosen.iter().find_map(|c| {
+        let (n, k) = c.split_once('x')?;
+        Some((n.parse().ok()?, k.parse().ok()?))
+    });
+    let shape = shape.unwrap_or(SHAPE);
     let isas: Vec<Isa> = Isa::available().into_iter().filter(|isa| wanted(*isa)).collect();
     let only_pool = chosen.len() == 1 && chosen[0] == "pool";
     if chosen.is_empty() || chosen.iter().any(|c| c == "pool") {
@@ -53,7 +58,7 @@ fn main() {
     if only_pool {
         return;
     }
-    let bandwidth = read::bandwidth();
+    let bandwidth = kernels::limits::read_bandwidth(1);
     println!("memory read, one thread: {bandwidth:.1} GB/s");
     for isa in isas {
         let (f32_peak, bf16_peak) = kernels::limits::peak_of(isa);
@@ -62,7 +67,7 @@ fn main() {
         for (class, dtype) in &pairs {
             let peak = if *class == "bf16" { bf16_peak } else { f32_peak };
             for &rows in rows.iter().filter(|r| isa != Isa::Scalar || **r <= 2) {
-                let (gb, gflop) = measure(isa, *dtype, *class == "bf16", rows);
+                let (gb, gflop) = measure(isa, *dtype, *class == "bf16", rows, shape);
                 println!(
                     "{:13} {rows:5} {gb:9.2}     {:5.0} % {gflop:10.1}   {:5.0} %",
                     pair((class, *dtype)),
@@ -80,25 +85,26 @@ fn pair((class, dtype): (&str, DType)) -> String {
 }
 
 /// GB/s of weights read and GFLOP/s of one product.
-fn measure(isa: Isa, dtype: DType, bf16_class: bool, rows: usize) -> (f64, f64) {
+fn measure(isa: Isa, dtype: DType, bf16_class: bool, rows: usize, (n, k): Shape) -> (f64, f64) {
     let device = Kernels::new(isa);
-    let size = N * K * dtype.size();
+    let size = n * k * dtype.size();
     let copies = if isa == Isa::Scalar { 1 } else { FOOTPRINT.div_ceil(size) };
-    let bytes = weight(dtype).repeat(copies);
-    let scales: Vec<u8> = numbers((N / BLOCK) * (K / BLOCK)).flat_map(f32::to_le_bytes).collect();
+    let bytes = kernels::limits::copies(&weight(dtype, n * k), copies);
+    let scales: Vec<u8> =
+        numbers(n.div_ceil(BLOCK) * k.div_ceil(BLOCK)).flat_map(f32::to_le_bytes).collect();
     let mats: Vec<Mat<'_>> = bytes
         .chunks_exact(size)
         .map(|bytes| match dtype {
-            DType::F32 => Mat::f32(bytes, N, K),
-            DType::Bf16 => Mat::bf16(bytes, N, K),
-            DType::Fp8 => Mat::fp8(bytes, &scales, N, K, (BLOCK, BLOCK)),
+            DType::F32 => Mat::f32(bytes, n, k),
+            DType::Bf16 => Mat::bf16(bytes, n, k),
+            DType::Fp8 => Mat::fp8(bytes, &scales, n, k, (BLOCK, BLOCK)),
         })
         .collect::<Result<_, _>>()
         .unwrap_or_else(|e| panic!("{e}"));
-    let x32: Vec<f32> = numbers(rows * K).collect();
+    let x32: Vec<f32> = numbers(rows * k).collect();
     let x16: Vec<bf16> = x32.iter().map(|x| bf16::from_f32(*x)).collect();
     let x = if bf16_class { Acts::Bf16(&x16) } else { Acts::F32(&x32) };
-    let mut y = vec![0.0; rows * N];
+    let mut y = vec![0.0; rows * n];
     let mut packed = Packed::new();
 
     let part = mats[0].rows(100..117);
@@ -115,13 +121,13 @@ fn measure(isa: Isa, dtype: DType, bf16_class: bool, rows: usize) -> (f64, f64) 
             let turns = if rows > 16 { copies.min(2) } else { copies };
             for mat in &mats[..turns] {
                 device.pack(x, rows, *mat, &mut packed);
-                device.matmul_packed(&packed, *mat, &mut Out::new(&mut y, rows, N, N));
+                device.matmul_packed(&packed, *mat, &mut Out::new(&mut y, rows, n, n));
                 black_box(&mut y);
             }
             (now() - start) / turns as f64
         })
         .fold(f64::INFINITY, f64::min);
-    (size as f64 / best / 1e9, 2.0 * (rows * N * K) as f64 / best / 1e9)
+    (size as f64 / best / 1e9, 2.0 * (rows * n * k) as f64 / best / 1e9)
 }
 
 /// Seconds this thread has been on a CPU, so that other work on the machine is not counted.
@@ -153,11 +159,11 @@ fn now() -> f64 {
 }
 
 /// A weight's bytes: normal numbers of all signs.
-fn weight(dtype: DType) -> Vec<u8> {
+fn weight(dtype: DType, count: usize) -> Vec<u8> {
     match dtype {
-        DType::F32 => numbers(N * K).flat_map(f32::to_le_bytes).collect(),
-        DType::Bf16 => numbers(N * K).flat_map(|x| bf16::from_f32(x).to_le_bytes()).collect(),
-        DType::Fp8 => numbers(N * K).map(|x| (x.to_bits() >> 15) as u8 & 0xf7).collect(),
+        DType::F32 => numbers(count).flat_map(f32::to_le_bytes).collect(),
+        DType::Bf16 => numbers(count).flat_map(|x| bf16::from_f32(x).to_le_bytes()).collect(),
+        DType::Fp8 => numbers(count).map(|x| (x.to_bits() >> 15) as u8 & 0xf7).collect(),
     }
 }
 

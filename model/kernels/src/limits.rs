@@ -1,6 +1,8 @@
 //! What this machine can do at most, for `moemesh bench`: how fast memory is read, and how fast
 //! multiply-adds go that never leave the registers. Of use only beside measurements of the same minute.
 
+mod read;
+
 use crate::Isa;
 use std::hint::black_box;
 use std::sync::Barrier;
@@ -8,7 +10,7 @@ use std::time::Instant;
 
 /// Bytes that are read, more than the caches hold that one machine has to itself.
 const FOOTPRINT: usize = 1 << 30;
-const PASSES: usize = 4;
+const PASSES: usize = 3;
 /// Multiply-adds of each accumulator in one pass.
 const ROUNDS: usize = 1 << 21;
 
@@ -91,27 +93,19 @@ fn rate(threads: usize, flops: usize, f: fn()) -> f64 {
     flops as f64 * ROUNDS as f64 * threads as f64 / best(threads, |_| f()) / 1e9
 }
 
-/// GB/s at which `threads` threads read memory together, each its own part in four streams.
+/// GB/s at which `threads` threads read memory together, each its own part.
 pub fn read_bandwidth(threads: usize) -> f64 {
-    let data = vec![1u64; FOOTPRINT / 8];
-    let part = data.len() / threads / 64 * 64;
-    let seconds = best(threads, |thread| {
-        black_box(read(&data[thread * part..(thread + 1) * part]));
-    });
-    (8 * part * threads) as f64 / seconds / 1e9
+    let one: [read::Line; 1 << 10] = [[1; 8]; 1 << 10];
+    let data = read::copies(&one, FOOTPRINT / size_of_val(&one));
+    let part = |thread| &data[data.len() * thread / threads..data.len() * (thread + 1) / threads];
+    let ways = read::Way::all();
+    let seconds = ways.map(|way| best(threads, |thread| way.read(part(thread))));
+    FOOTPRINT as f64 / seconds.fold(f64::INFINITY, f64::min) / 1e9
 }
 
-fn read(data: &[u64]) -> u64 {
-    let (lines, _) = data.as_chunks::<8>();
-    let (half, rest) = lines.split_at(lines.len() / 2);
-    let ((a, b), (c, d)) = (half.split_at(half.len() / 2), rest.split_at(rest.len() / 2));
-    let mut sums = [0u64; 8];
-    for (((a, b), c), d) in a.iter().zip(b).zip(c).zip(d) {
-        for (i, sum) in sums.iter_mut().enumerate() {
-            *sum ^= a[i] ^ b[i] ^ c[i] ^ d[i];
-        }
-    }
-    sums.iter().fold(0, |all, sum| all ^ sum)
+/// `count` copies of a weight's bytes, to be read in turn as fast as memory is.
+pub fn copies(one: &[u8], count: usize) -> Vec<u8> {
+    read::copies(one, count)
 }
 
 /// Seconds of the fastest of several passes that `threads` threads make side by side.

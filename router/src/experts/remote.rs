@@ -95,14 +95,18 @@ impl Remote {
                 Some(Some(LinkEvent::Reply(node, reply))) => {
                     let ticket = reply.ticket;
                     let exchange = &mut self.lanes[lane(Ticket(ticket))].0;
+                    let before = exchange.missing();
                     let taken = exchange.on_reply(node, reply, &placement, now)?;
                     let what = match taken {
                         Taken::Result(_) => "taken",
                         Taken::Retried => "refused",
                         Taken::Stale => "stale",
                     };
-                    let from = node.0;
-                    self.history.record(what, format_args!("\"ticket\":{ticket},\"node\":{from}"));
+                    let (from, applied) = (node.0, before - exchange.missing());
+                    self.history.record(
+                        what,
+                        format_args!("\"ticket\":{ticket},\"node\":{from},\"applied\":{applied}"),
+                    );
                     match taken {
                         Taken::Result(took) => {
                             self.links[node.0 as usize].observe(took);

@@ -1,6 +1,7 @@
 //! The pool: every task once, panics to the caller, any number of threads.
 
 use crate::Pool;
+use parking_lot::Mutex;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
@@ -62,18 +63,18 @@ fn bound_threads_are_on_their_cpus() {
     let seen = thread::spawn(move || {
         let pool = Pool::bound(3, 1);
         pool.bind_caller();
-        let seen = std::sync::Mutex::new(Vec::new());
+        let seen = Mutex::new(Vec::new());
         // Three tasks that wait for each other, so that each is on another thread.
         let met = AtomicUsize::new(0);
         pool.run(3, &|_| {
             let mine = sched_getaffinity(None).unwrap();
-            seen.lock().unwrap().push((thread::current().name().map(str::to_owned), mine));
+            seen.lock().push((thread::current().name().map(str::to_owned), mine));
             met.fetch_add(1, Ordering::SeqCst);
             while met.load(Ordering::SeqCst) < 3 {
                 thread::yield_now();
             }
         });
-        seen.into_inner().unwrap()
+        seen.into_inner()
     });
     for (name, set) in seen.join().unwrap() {
         let thread = name.map_or(0, |name| name.strip_prefix("kernel-").unwrap().parse().unwrap());

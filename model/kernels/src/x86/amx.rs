@@ -6,6 +6,7 @@
 //! once, with a trial of the instruction against the definition: a CPU that differs in a bit does not get to use it.
 
 mod block;
+mod coded;
 mod panel;
 mod strip;
 #[cfg(test)]
@@ -13,10 +14,11 @@ mod tests;
 mod tiles;
 mod trials;
 
+use self::panel::Operand;
 use self::tiles::{EDGE, Tiles};
 use crate::device::Multiply;
 use crate::lanes::STEP;
-use crate::mat::{Acts, Mat, round_bf16};
+use crate::mat::{Acts, DType, Mat, round_bf16};
 use crate::packed::{Out, Packed};
 use half::bf16;
 use std::arch::asm;
@@ -50,9 +52,11 @@ impl Multiply for Amx {
         // SAFETY: the CPU has tiles and they are permitted, by the caller's word; the shapes agree.
         unsafe {
             let _tiles = Tiles::configure(columns(rows));
-            match rows.div_ceil(EDGE) {
-                1 => strip::product::<1>(x, w, y),
-                2 => strip::product::<2>(x, w, y),
+            match (rows.div_ceil(EDGE), w.dtype()) {
+                (1, DType::Fp8) => coded::product::<1>(x, w, y),
+                (2, DType::Fp8) => coded::product::<2>(x, w, y),
+                (1, _) => strip::product::<1>(x, w, y),
+                (2, _) => strip::product::<2>(x, w, y),
                 _ => block::product(x, w, y),
             }
         }
@@ -82,6 +86,16 @@ impl<'a> Right<'a> {
     /// The tile of rows `tile` at step `step`, and those of the steps after it.
     fn at(&self, tile: usize, step: usize) -> *const u8 {
         self.cells[(tile * self.steps + step) * EDGE * self.columns..].as_ptr().cast()
+    }
+
+    /// Tiles of one or two tiles of rows from step `step` on.
+    fn operand<const R: usize>(&self, step: usize) -> Operand {
+        let second = if R > 1 { self.at(1, step) } else { std::ptr::null() };
+        Operand {
+            first: [self.at(0, step), second],
+            stride: self.stride(),
+            step: self.tile_bytes(),
+        }
     }
 
     /// Bytes of one tile.

@@ -314,22 +314,7 @@ unsafe fn decode_codes(
     to: *mut u8,
     ahead: &impl Fn(*const u8) -> *const u8,
 ) {
-    // SAFETY: the tables are two registers each.
-    let [low0, low1, high0, high1] = unsafe {
-        [&LOW[0], &LOW[64], &HIGH[0], &HIGH[64]]
-            .map(|p| _mm512_loadu_si512((p as *const u8).cast()))
-    };
-    // Halves of 128-bit lanes: eight codes of the first step below eight of the second.
-    let order = _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7);
-    let sign = _mm512_set1_epi8(0x80_u8 as i8);
-    let pairs = |codes: __m512i| {
-        let codes = _mm512_permutexvar_epi64(order, codes);
-        let low = _mm512_permutex2var_epi8(low0, codes, low1);
-        let high = _mm512_permutex2var_epi8(high0, codes, high1);
-        // The code's own sign bit over the table's clear one: a | (b & c).
-        let high = _mm512_ternarylogic_epi64::<0xf8>(high, codes, sign);
-        [_mm512_unpacklo_epi8(low, high), _mm512_unpackhi_epi8(low, high)]
-    };
+    let codes = Codes::new();
     let (whole, rest) = (first.len() / (2 * STEP), first.len() % (2 * STEP));
     for row in 0..rows {
         let from = first.as_ptr().wrapping_add(row * stride);
@@ -339,7 +324,7 @@ unsafe fn decode_codes(
             // SAFETY: by the caller's word.
             unsafe {
                 _mm_prefetch::<_MM_HINT_T0>(ahead(p).cast());
-                let [a, b] = pairs(_mm512_loadu_si512(p.cast()));
+                let [a, b] = codes.pairs(_mm512_loadu_si512(p.cast()));
                 _mm512_storeu_si512(to.cast(), a);
                 _mm512_storeu_si512(to.wrapping_add(TILE).cast(), b);
             }
@@ -349,13 +334,52 @@ unsafe fn decode_codes(
             let (p, to) = (from.wrapping_add(whole * 2 * STEP), to.wrapping_add(2 * whole * TILE));
             // SAFETY: masked loads read the row alone; the second step has a tile if it has a code.
             unsafe {
-                let [a, b] = pairs(_mm512_maskz_loadu_epi8(mask, p.cast()));
+                let [a, b] = codes.pairs(_mm512_maskz_loadu_epi8(mask, p.cast()));
                 _mm512_storeu_si512(to.cast(), a);
                 if rest > STEP {
                     _mm512_storeu_si512(to.wrapping_add(TILE).cast(), b);
                 }
             }
         }
+    }
+}
+
+/// What decodes e4m3 codes, in registers.
+pub(super) struct Codes {
+    low: [__m512i; 2],
+    high: [__m512i; 2],
+    /// Halves of 128-bit lanes: eight codes of the first step below eight of the second.
+    order: __m512i,
+    sign: __m512i,
+}
+
+impl Codes {
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi")]
+    pub(super) fn new() -> Codes {
+        // SAFETY: the tables are two registers each.
+        let [low0, low1, high0, high1] = unsafe {
+            [&LOW[0], &LOW[64], &HIGH[0], &HIGH[64]]
+                .map(|p| _mm512_loadu_si512((p as *const u8).cast()))
+        };
+        Codes {
+            low: [low0, low1],
+            high: [high0, high1],
+            order: _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7),
+            sign: _mm512_set1_epi8(0x80_u8 as i8),
+        }
+    }
+
+    /// 64 codes as bf16, 32 and 32.
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi")]
+    pub(super) fn pairs(&self, codes: __m512i) -> [__m512i; 2] {
+        let codes = _mm512_permutexvar_epi64(self.order, codes);
+        let low = _mm512_permutex2var_epi8(self.low[0], codes, self.low[1]);
+        let high = _mm512_permutex2var_epi8(self.high[0], codes, self.high[1]);
+        // The code's own sign bit over the table's clear one: a | (b & c).
+        let high = _mm512_ternarylogic_epi64::<0xf8>(high, codes, self.sign);
+        [_mm512_unpacklo_epi8(low, high), _mm512_unpackhi_epi8(low, high)]
     }
 }
 

@@ -1,11 +1,11 @@
-//! Up to 32 rows: the weight is streamed, two panels of sixteen outputs at a time over all of k.
+//! bf16 and f32 for up to 32 rows: the weight is streamed, two panels of sixteen outputs at a time over all of k.
 //!
 //! Memory bounds this, so bf16 goes into tiles straight from where it is stored, each row's next lines asked for early;
-//! other weights, and edges, are decoded through a few tiles that stay in the first-level cache. What was decoded is
-//! multiplied, and what was stored from tiles is read, one turn later: a tile's load waits for the stores before it.
+//! f32, and edges, are decoded through a few tiles that stay in the first-level cache. What was decoded is
+//! multiplied one turn later: a tile's load waits for the stores before it. FP8 is in `coded.rs`.
 
 use super::Right;
-use super::panel::{self, Operand, Part, Scales, Sums, collect, decode};
+use super::panel::{self, Operand, Part, Sums, collect, decode};
 use super::tiles::{EDGE, ROW, TILE};
 use crate::lanes::STEP;
 use crate::mat::{DType, Mat};
@@ -26,8 +26,6 @@ struct Decoded([[u8; PIECE * TILE]; 2]);
 /// Working memory of a product; of two, the other is the last turn's.
 struct Memory {
     decoded: [Decoded; 2],
-    /// A k-block's sums.
-    blocks: [Sums; 2],
     sums: Sums,
 }
 
@@ -36,22 +34,15 @@ thread_local! {
     static MEMORY: RefCell<Option<Box<Memory>>> = const { RefCell::new(None) };
 }
 
-/// A stretch that is decoded at once, and the k-block that ends with it.
-struct Piece {
-    part: Part,
-    ends: Option<usize>,
-}
-
 /// The product for `R` tiles of rows.
 ///
 /// # Safety
-/// Tiles are configured for `x`, which is packed for `w`; `y` has their shape.
+/// Tiles are configured for `x`, which is packed for `w`, a weight without scales; `y` has their shape.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi")]
 pub(super) unsafe fn product<const R: usize>(x: &Packed, w: &Mat<'_>, y: &mut Out<'_>) {
     let mut memory = MEMORY.take().unwrap_or_else(|| {
         Box::new(Memory {
             decoded: [const { Decoded([[0; PIECE * TILE]; 2]) }; 2],
-            blocks: [Sums::zeroed(); 2],
             sums: Sums::zeroed(),
         })
     });
@@ -85,8 +76,6 @@ impl Strips<'_> {
         y: &mut Out<'_>,
     ) -> usize {
         let w = self.w;
-        let scaled = w.scales().is_some();
-        memory.sums = Sums::zeroed();
         // SAFETY: the caller's.
         unsafe {
             panel::zero::<P, R>();
@@ -95,9 +84,7 @@ impl Strips<'_> {
             } else {
                 self.decoded::<P, R>(n, memory);
             }
-            if !scaled {
-                panel::store::<P, R>(&mut memory.sums);
-            }
+            panel::store::<P, R>(&mut memory.sums);
         }
         let sums = &memory.sums;
         let rows = y.shape().0;
@@ -129,54 +116,27 @@ impl Strips<'_> {
     /// All of k through decoded tiles.
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi")]
     unsafe fn decoded<const P: usize, const R: usize>(&self, n: usize, memory: &mut Memory) {
-        let Memory { decoded, blocks, sums } = memory;
-        let scaled = self.w.scales().is_some();
-        let scales: [Scales<'_>; 2 * EDGE] = std::array::from_fn(|i| panel::scales(self.w, n + i));
-        let mut turn = 0;
-        // Decoded and not yet multiplied; out of the tiles and not yet added, with its place in `blocks`.
-        let (mut last, mut block) = (None::<Piece>, None::<usize>);
-        let pieces = self.segments.iter().enumerate().flat_map(|(index, s)| {
+        let pieces = self.segments.iter().flat_map(|s| {
             let (steps, len) = (s.steps(), s.full * STEP + s.tail);
-            (0..steps).step_by(PIECE).map(move |done| Piece {
-                part: Part {
-                    from: s.from + done * STEP,
-                    len: (len - done * STEP).min(PIECE * STEP),
-                    step: s.at / STEP + done,
-                },
-                ends: (scaled && done + PIECE >= steps).then_some(index),
+            (0..steps).step_by(PIECE).map(move |done| Part {
+                from: s.from + done * STEP,
+                len: (len - done * STEP).min(PIECE * STEP),
+                step: s.at / STEP + done,
             })
         });
-        for piece in pieces.map(Some).chain([None]) {
+        // Decoded and not yet multiplied.
+        let mut last = None;
+        for (turn, piece) in pieces.map(Some).chain([None]).enumerate() {
             // SAFETY: the caller's; the parts lie in their segments.
             unsafe {
-                if let Some(piece) = &piece {
-                    self.decode::<P>(n, piece.part, &mut decoded[turn % 2]);
+                if let Some(part) = piece {
+                    self.decode::<P>(n, part, &mut memory.decoded[turn % 2]);
                 }
-                if let Some(Piece { part, ends }) = last {
-                    self.multiply::<P, R>(part, &decoded[(turn + 1) % 2]);
-                    if let Some(index) = ends {
-                        if let Some(block) = block {
-                            panel::fold::<P, R>(&scales, block, &blocks[block % 2], sums);
-                        }
-                        panel::store::<P, R>(&mut blocks[index % 2]);
-                        panel::zero::<P, R>();
-                        block = Some(index);
-                    }
+                if let Some(part) = last {
+                    self.multiply::<P, R>(part, &memory.decoded[(turn + 1) % 2]);
                 }
             }
-            (last, turn) = (piece, turn + 1);
-        }
-        if let Some(block) = block {
-            panel::fold::<P, R>(&scales, block, &blocks[block % 2], sums);
-        }
-    }
-
-    fn right<const R: usize>(&self, step: usize) -> Operand {
-        let second = if R > 1 { self.right.at(1, step) } else { std::ptr::null() };
-        Operand {
-            first: [self.right.at(0, step), second],
-            stride: self.right.stride(),
-            step: self.right.tile_bytes(),
+            last = piece;
         }
     }
 
@@ -189,7 +149,7 @@ impl Strips<'_> {
         let panel = |p: usize| first.wrapping_add(p * EDGE * stride + part.from * 2);
         let left = Operand { first: [panel(0), panel(1)], stride, step: ROW };
         let next = self.next::<P>();
-        let right = self.right::<R>(part.step);
+        let right = self.right.operand::<R>(part.step);
         // SAFETY: the caller's: the part's steps of `P` panels and `R` tiles are there. A prefetch is a hint, to any
         // address.
         unsafe {
@@ -218,7 +178,9 @@ impl Strips<'_> {
     unsafe fn multiply<const P: usize, const R: usize>(&self, part: Part, Decoded(w): &Decoded) {
         let left = Operand { first: [w[0].as_ptr(), w[1].as_ptr()], stride: ROW, step: TILE };
         // SAFETY: the caller's: the part's steps of `P` panels and `R` tiles are there.
-        unsafe { panel::run::<P, R>(left, self.right::<R>(part.step), part.steps(), |_| ()) };
+        unsafe {
+            panel::run::<P, R>(left, self.right.operand::<R>(part.step), part.steps(), |_| ())
+        };
     }
 
     /// From byte `at` of a row to what is due [`AHEAD`] bytes later: further on, or in the next strip's row.
