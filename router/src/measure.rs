@@ -12,7 +12,7 @@ use mesh::metrics::Metrics;
 use mesh::placement::{ExpertGrid, NodeIndex, Placement};
 use mesh::pump::Pump;
 use mesh::transport::Endpoint;
-use model::Routed;
+use model::{Routed, Share};
 use proto::{Epoch, LayerId};
 use tokio::sync::mpsc;
 use tracing::Span;
@@ -106,6 +106,11 @@ impl Dispatcher {
     pub fn round_trip(&mut self, routed: &Routed<'_>) -> Result<(), ExchangeError> {
         self.remote.send(0, self.layer, routed, &Span::none());
         self.remote.wait(0, routed)
+    }
+
+    /// What a slot brings to its row's sum.
+    pub fn share(&self, slot: usize) -> Share<'_> {
+        self.remote.share(0, slot)
     }
 
     /// The result of a slot.

@@ -8,7 +8,7 @@ use arc_swap::ArcSwap;
 use bytes::BytesMut;
 use mesh::link::{LinkEvent, LinkHandle};
 use mesh::placement::Placement;
-use mesh::pump::{AWAKE, Pump};
+use mesh::pump::{AWAKE, Pump, Turn};
 use mesh::telemetry::propagate;
 use model::rows::encode_fp8;
 use model::{Routed, Share};
@@ -200,7 +200,7 @@ impl Remote {
                 }
             }
             // The bytes leave now, before this thread computes on.
-            tokio::task::yield_now().await;
+            Turn::default().await;
         });
     }
 }
