@@ -15,7 +15,8 @@ use model::rows::decode_fp8;
 use model::{ExpertGroup, ExpertScratch, Numerics, forward_experts};
 use proto::frame::all_finite;
 use proto::v1::{DispatchError, DispatchFrame, DispatchReply, Dtype, ErrorCode};
-use proto::{ExpertId, LayerId, wire};
+use proto::wire::{self, Leaving};
+use proto::{ExpertId, LayerId};
 use tokio::sync::mpsc::error::TryRecvError;
 use tokio::sync::mpsc::{OwnedPermit, UnboundedReceiver};
 use tonic::Status;
@@ -61,7 +62,7 @@ pub struct Executor {
     /// Per slot of all frames, in their order: which result row is its.
     rows: Vec<u32>,
     /// What replies are written into; its memory comes back when they have left.
-    wire: BytesMut,
+    wire: Leaving,
     /// Input and result rows of a batch, in wire form, grouped by expert.
     x: Vec<u8>,
     out: Vec<u8>,
@@ -78,7 +79,7 @@ impl Executor {
             batch: Batch::default(),
             experts: Vec::new(),
             rows: Vec::new(),
-            wire: BytesMut::new(),
+            wire: Leaving::default(),
             x: Vec::new(),
             out: Vec::new(),
             scratch: ExpertScratch::default(),
@@ -126,6 +127,7 @@ impl Executor {
         }
         let _in_span = span.enter();
 
+        self.wire.begin();
         self.decode(jobs);
         self.batch.group(jobs.iter().map(|job| &job.frame));
         if !self.find_experts() {
@@ -191,8 +193,8 @@ impl Executor {
             for row in job.frame.rows.chunks_exact(Dtype::Fp8.row_bytes(hidden)) {
                 decode_fp8(self.parts.numerics, row, hidden, &mut self.decoded);
             }
-            self.wire.extend_from_slice(&self.decoded);
-            job.frame.rows = self.wire.split().freeze();
+            self.wire.buffer().extend_from_slice(&self.decoded);
+            job.frame.rows = self.wire.take();
         }
     }
 
@@ -247,13 +249,13 @@ impl Executor {
             };
             let mut finite = true;
             let bytes = form.rows(&job.frame) * form.dtype().row_bytes(self.parts.hidden);
-            wire::put(&mut self.wire, &head, bytes, |buffer| {
+            wire::put(self.wire.buffer(), &head, bytes, |buffer| {
                 let result = |&row: &u32| &self.out[row as usize * width..][..width];
                 let kernels = self.parts.compute.kernels;
                 let results = rows.iter().map(result);
                 finite = self.results.write(kernels, form, &job.frame, results, buffer);
             });
-            let reply = self.wire.split();
+            let reply = self.wire.take();
             if !finite {
                 let message = format!("layer {}: a result is not finite", job.frame.layer);
                 self.refuse(job, (ErrorCode::NonFinite, message));
@@ -261,7 +263,7 @@ impl Executor {
             }
             self.parts.metrics.frames.inc();
             self.parts.metrics.queue_seconds.observe(queued.as_secs_f64());
-            job.reply.send(Ok(reply.freeze()));
+            job.reply.send(Ok(reply));
             self.parts.spare.put(job.frame);
         }
     }

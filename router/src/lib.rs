@@ -32,7 +32,6 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use arc_swap::{ArcSwap, ArcSwapOption};
-use bytes::BytesMut;
 use kernels::{Compute, Isa};
 use mesh::admin;
 use mesh::lifecycle::{Readiness, Shutdown};
@@ -46,6 +45,7 @@ use model::sample::Scratch;
 use model::{Checkpoint, KvError, KvPool, LoadError, Numerics, Trunk};
 use proto::v1::Dtype;
 use proto::v1::inference_server::InferenceServer;
+use proto::wire::Leaving;
 use proto::{Epoch, LayerId, MAX_MESSAGE_BYTES};
 use tokio::sync::{mpsc, watch};
 use tonic::service::Routes;
@@ -208,7 +208,7 @@ pub async fn serve(config: Config, shutdown: Shutdown) -> Result<(), Error> {
             events,
             pump: pump.clone(),
             coded: Default::default(),
-            wire: BytesMut::new(),
+            wire: Leaving::default(),
             placement: placement.clone(),
             metrics: metrics.clone(),
             epoch: Epoch(0),

@@ -5,7 +5,6 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use arc_swap::ArcSwap;
-use bytes::BytesMut;
 use mesh::lifecycle::Readiness;
 use mesh::link::{Identity, LinkHandle};
 use mesh::metrics::Metrics;
@@ -13,6 +12,7 @@ use mesh::placement::{ExpertGrid, NodeIndex, Placement};
 use mesh::pump::Pump;
 use mesh::transport::Endpoint;
 use model::{Routed, Share};
+use proto::wire::Leaving;
 use proto::{Epoch, LayerId};
 use tokio::sync::mpsc;
 use tracing::Span;
@@ -82,7 +82,7 @@ impl Dispatcher {
             events,
             pump: pump.clone(),
             coded: Default::default(),
-            wire: BytesMut::new(),
+            wire: Leaving::default(),
             placement,
             metrics: Metrics::default().register(RouterMetrics::new),
             epoch: Epoch(0),

@@ -5,13 +5,13 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use arc_swap::ArcSwap;
-use bytes::BytesMut;
 use mesh::link::{LinkEvent, LinkHandle};
 use mesh::placement::Placement;
 use mesh::pump::{AWAKE, Pump, Turn};
 use mesh::telemetry::propagate;
 use model::rows::encode_fp8;
 use model::{Routed, Share};
+use proto::wire::Leaving;
 use proto::{Epoch, LayerId, Ticket};
 use tokio::sync::mpsc::Receiver;
 use tracing::Span;
@@ -35,7 +35,7 @@ pub struct Remote {
     /// Each lane's rows in the form that frames carry, where it is not the class's.
     pub coded: [Vec<u8>; LANES],
     /// What frames are written into; its memory comes back when they have left.
-    pub wire: BytesMut,
+    pub wire: Leaving,
     pub placement: Arc<ArcSwap<Placement>>,
     pub metrics: RouterMetrics,
     pub epoch: Epoch,
@@ -189,11 +189,12 @@ impl Remote {
             return;
         }
         let history = &self.history;
+        self.wire.begin();
         // On the pump, where waking the connections costs no system call.
         self.pump.run(async {
             while let Some(Outgoing { node, ticket }) = exchange.outbox.pop() {
-                exchange.encode(ticket, rows, routed.weights, &mut self.wire);
-                if !self.links[node.0 as usize].send(self.wire.split().freeze()) {
+                exchange.encode(ticket, rows, routed.weights, self.wire.buffer());
+                if !self.links[node.0 as usize].send(self.wire.take()) {
                     exchange.on_unsent(ticket, placement, now);
                 } else if history.is_on() {
                     record_sent(history, exchange, lane, ticket);
