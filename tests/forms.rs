@@ -45,7 +45,7 @@ fn read(row: &[u8], numerics: Numerics) -> Vec<f64> {
 /// The first MoE layer's routed results of [`ROWS`] rows, weighted and summed by row, as a
 /// router with these choices has them from the mesh's nodes.
 fn layer(mesh: &Sandbox, numerics: Numerics, wire: Wire, combine: Combine) -> Vec<f64> {
-    let checkpoint: Arc<Checkpoint> = Checkpoint::open(&tiny()).unwrap();
+    let checkpoint: Arc<Checkpoint> = Checkpoint::open(tiny()).unwrap();
     let config = checkpoint.config();
     let (hidden, experts, top_k) = (config.hidden, config.experts, config.top_k);
     let dtype = match numerics {
