@@ -3,6 +3,7 @@
 
 mod bench;
 mod certs;
+mod operate;
 
 use std::path::PathBuf;
 
@@ -11,6 +12,7 @@ use clap_complete::Shell;
 
 pub use self::bench::*;
 pub use self::certs::*;
+pub use self::operate::*;
 use crate::config::local::Flag;
 
 /// A service mesh for mixture-of-experts language models: experts are services,
@@ -50,6 +52,14 @@ pub enum Command {
     ExpertNode(RoleArgs),
     /// Show how gateways, routers and expert nodes are doing
     Status(StatusArgs),
+    /// Move all experts away from a node, so that it can be stopped
+    Drain(DrainArgs),
+    /// Even out what expert nodes own, by the load that they have measured
+    Rebalance(RebalanceArgs),
+    /// Tell routers of an expert node
+    Join(MemberArgs),
+    /// Have routers forget an expert node
+    Leave(MemberArgs),
     /// Make a development authority and certificates for mutual TLS, or read one
     Certs(CertsArgs),
     /// Measure throughput and latency

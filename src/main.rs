@@ -13,6 +13,7 @@ mod config;
 mod exit;
 mod generate;
 mod model_dir;
+mod operate;
 mod role;
 mod status;
 mod up;
@@ -99,6 +100,10 @@ async fn run(command: Command) -> anyhow::Result<()> {
         Command::Router(args) => role(Role::Router, args).await,
         Command::ExpertNode(args) => role(Role::ExpertNode, args).await,
         Command::Status(args) => status::run(args).await,
+        Command::Drain(args) => operate::drain(args).await,
+        Command::Rebalance(args) => operate::rebalance(args).await,
+        Command::Join(args) => operate::join(args).await,
+        Command::Leave(args) => operate::leave(args).await,
         Command::Certs(args) => certs::run(args.what),
         Command::Bench(args) => match args.what {
             BenchCommand::Serve(args) => bench::serve::run(args).await,

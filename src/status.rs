@@ -1,8 +1,10 @@
 //! `moemesh status`: asks every process of a mesh how it is and prints what they
-//! say, as tables or as JSON. Reads only. Rooms: [`ask`] gathers, [`table`] lays out.
+//! say, as tables or as JSON. Reads only. Rooms: [`ask`] gathers, [`table`] and
+//! [`placement`] lay out.
 
 mod ask;
-mod table;
+mod placement;
+pub mod table;
 
 use std::path::Path;
 

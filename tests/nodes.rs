@@ -178,7 +178,8 @@ fn losing_a_node_under_load_changes_no_token() {
 fn without_a_replica_requests_wait_for_the_node_to_come_back() {
     block_on(async {
         let fixture = Fixture::load("plain");
-        let mut mesh = Sandbox::of(&fixture.dir).expert_nodes(2).start().await;
+        let plan = Sandbox::of(&fixture.dir).expert_nodes(2);
+        let mut mesh = plan.router("loss_grace", "\"0s\"").start().await;
         let prompt = fixture.prompts[3].tokens.clone();
         let extra = || json!({ "max_tokens": 64, "ignore_eos": true, "return_token_ids": true });
         let want = mesh.complete(&prompt, extra()).await["token_ids"].clone();

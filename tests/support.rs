@@ -1,6 +1,7 @@
 //! The sandbox: a mesh of real processes, its HTTP client, and the fixtures.
 //! Two test targets share it, and each needs its part.
 
+pub mod certs;
 pub mod faultproxy;
 pub mod fixture;
 pub mod http;

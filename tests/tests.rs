@@ -12,6 +12,7 @@ mod identity;
 mod lifecycle;
 mod nodes;
 mod parity;
+mod placement;
 mod sensitivity;
 #[allow(dead_code, reason = "the other target needs the rest")]
 mod support;

@@ -180,7 +180,7 @@ impl Executor {
         self.experts.clear();
         self.experts.extend(self.batch.groups.iter().map_while(|group| {
             let (layer, expert) = (LayerId(group.layer), ExpertId(group.expert));
-            self.parts.store.get(layer, expert, group.version).ok()
+            self.parts.store.held(layer, expert, group.version).ok()
         }));
         self.experts.len() == self.batch.groups.len()
     }

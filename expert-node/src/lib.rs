@@ -4,18 +4,22 @@
 //! a frame meets them:
 //!
 //! - [`stream`]: frames in, replies out, read and written in place
-//! - [`service`]: frames checked, admitted or refused; the control service
+//! - [`service`]: frames checked, admitted or refused
 //! - [`admission`]: the bound on queued rows
 //! - [`batcher`]: regroups queued rows by expert, across frames and routers
 //! - [`executor`]: computes, on the thread that serves the streams
 //! - [`results`]: what a reply is made of
 //! - [`store`]: which experts are resident, and how much each has worked
+//! - [`control`]: the control service: which experts are to be resident, fenced
+//! - [`announce`]: tells routers of a running mesh that the node is there
 //! - [`stub`]: a node without weights, to measure the way of a row
 
 #![forbid(unsafe_code)]
 
 pub mod admission;
+pub mod announce;
 pub mod batcher;
+pub mod control;
 pub mod executor;
 pub mod metrics;
 pub mod results;
@@ -43,14 +47,15 @@ use tokio::sync::{mpsc, oneshot};
 use tonic::service::Routes;
 
 use crate::admission::Admission;
+use crate::control::Control;
 use crate::executor::{Executor, Job};
 use crate::metrics::NodeMetrics;
 use crate::service::{Facts, Service};
-use crate::store::Store;
+use crate::store::{Store, StoreError};
 use crate::stream::{ExpertData, Spare};
 
-/// Which part of every layer's experts a node owns: share `index` of `count`,
-/// and the `replicas - 1` shares before it.
+/// Which part of every layer's experts a node owns when it starts: share `index`
+/// of `count`, and the `replicas - 1` shares before it. A count of 0 is nothing.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Shard {
     pub index: u16,
@@ -72,6 +77,12 @@ pub struct Config {
     pub model_dir: PathBuf,
     pub numerics: Numerics,
     pub shard: Shard,
+    /// Most bytes of experts it may own; `None` is no bound.
+    pub memory_limit: Option<u64>,
+    /// Routers that are told that the node is there.
+    pub join: Vec<Endpoint>,
+    /// Where routers reach it, if not at `listen`.
+    pub advertise: Option<Endpoint>,
     pub threads: usize,
     /// Position of the CPU that the first of them is bound to; `None` leaves them free.
     pub first_cpu: Option<usize>,
@@ -88,6 +99,8 @@ pub struct Config {
 pub enum Error {
     #[error(transparent)]
     Load(#[from] LoadError),
+    #[error("the experts that it is to start with do not fit: {0}")]
+    Memory(StoreError),
     #[error(transparent)]
     Transport(#[from] TransportError),
     #[error(transparent)]
@@ -105,7 +118,7 @@ pub enum Error {
 /// Loads, binds, serves, and drains when `shutdown` is triggered.
 pub async fn serve(config: Config, shutdown: Shutdown) -> Result<(), Error> {
     let Shard { index, count, .. } = config.shard;
-    if index >= count {
+    if index >= count.max(1) {
         return Err(Error::Shard(index, count));
     }
     let readiness = Readiness::starting("loading experts");
@@ -128,7 +141,11 @@ pub async fn serve(config: Config, shutdown: Shutdown) -> Result<(), Error> {
     let progress = |mapped, all| {
         readiness.set(Err(format!("{mapped} of {all} experts mapped")));
     };
-    let store = Arc::new(Store::load(&checkpoint, config.shard, progress)?);
+    let store = match Store::load(&checkpoint, config.shard, config.memory_limit, progress) {
+        Ok(store) => Arc::new(store),
+        Err(StoreError::Load(error)) => return Err(Error::Load(error)),
+        Err(full) => return Err(Error::Memory(full)),
+    };
     tracing::info!(
         experts = store.len(),
         mib = store.bytes() >> 20,
@@ -152,11 +169,24 @@ pub async fn serve(config: Config, shutdown: Shutdown) -> Result<(), Error> {
         },
     };
     let compute = kernels::Compute::bound(isa, config.threads, config.first_cpu);
+    let control = Control::new(Some(checkpoint));
+    let announcing = tokio::spawn(announce::keep(
+        announce::Announcement {
+            routers: config.join,
+            endpoint: config.advertise.unwrap_or_else(|| listener.local()),
+            tls: tls.clone(),
+        },
+        readiness.clone(),
+        shutdown.clone(),
+    ));
     // What is encrypted and authenticated stays so.
     let wanted = if tls.is_some() { LocalSocket::Off } else { config.local_socket };
     let (offer, near) = near::beside(&listener, wanted).await;
-    let run = Run { facts, compute, store, admission: admission.clone(), node, tls, offer };
+    let run =
+        Run { facts, compute, store, control, admission: admission.clone(), node, tls, offer };
     run.until((listener, near), shutdown, readiness).await?;
+    // It ends with the shutdown that ended the serving.
+    announcing.abort();
     if let Some(Ok(served)) = match side {
         Some(side) => Some(side.await),
         None => None,
@@ -175,6 +205,7 @@ struct Run {
     facts: Facts,
     compute: kernels::Compute,
     store: Arc<Store>,
+    control: Control,
     admission: Arc<Admission>,
     node: NodeMetrics,
     offer: Offer,
@@ -189,7 +220,7 @@ impl Run {
         shutdown: Shutdown,
         readiness: Readiness,
     ) -> Result<(), Error> {
-        let Self { facts, compute, store, admission, node, tls, offer } = self;
+        let Self { facts, compute, store, control, admission, node, tls, offer } = self;
         let spare = Spare::default();
         let executor = Executor::new(executor::Parts {
             compute,
@@ -203,7 +234,7 @@ impl Run {
         // Jobs are bounded by admission, which counts rows; a job has at least one.
         let (queue, jobs) = mpsc::unbounded_channel();
         let parts = service::Parts { store, queue, admission, spare, metrics: node };
-        let service = Service::new(facts, parts, offer, &shutdown);
+        let service = Service::new(facts, parts, (control, offer), &shutdown);
         let routes =
             Routes::new(ExpertData(service.clone())).add_service(ExpertControlServer::new(service));
 

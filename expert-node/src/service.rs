@@ -1,26 +1,23 @@
-//! The node's judgement of frames, and its control service. A frame is checked,
-//! admitted and queued here; every refusal is a typed reply on the stream, so
-//! that one bad frame harms neither its neighbours nor the stream.
+//! The node's judgement of frames. A frame is checked, admitted and queued here;
+//! every refusal is a typed reply on the stream, so that one bad frame harms
+//! neither its neighbours nor the stream.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Instant;
+use std::time::{Instant, SystemTime};
 
 use bytes::Bytes;
 use mesh::lifecycle::Shutdown;
 use mesh::near::Offer;
 use model::Numerics;
 use proto::frame::{self, Shape};
-use proto::v1::expert_control_server::ExpertControl;
-use proto::v1::{
-    DescribeRequest, DispatchFrame, DrainReply, DrainRequest, Dtype, ErrorCode, NodeDescription,
-    NodeStatus, NodeStatusRequest,
-};
+use proto::v1::{DispatchFrame, Dtype, ErrorCode, NodeDescription};
 use proto::{ExpertId, LayerId, MAX_MESSAGE_BYTES};
 use tokio::sync::mpsc::{OwnedPermit, UnboundedSender};
-use tonic::{Request, Response, Status};
+use tonic::Status;
 
 use crate::admission::Admission;
+use crate::control::Control;
 use crate::executor::{Job, refusal, wire_dtype};
 use crate::metrics::NodeMetrics;
 use crate::store::Store;
@@ -28,7 +25,7 @@ use crate::stream::Spare;
 
 /// Cheap to clone; one per gRPC service.
 #[derive(Clone)]
-pub struct Service(Arc<Inner>);
+pub struct Service(pub(crate) Arc<Inner>);
 
 /// What the service shares with the executor.
 pub struct Parts {
@@ -48,17 +45,20 @@ pub struct Facts {
     pub shape: Shape,
 }
 
-struct Inner {
-    id: String,
+pub(crate) struct Inner {
+    pub(crate) id: String,
     digest: [u8; 32],
     numerics: String,
     device: String,
     dtype: Dtype,
     shape: Shape,
-    parts: Parts,
+    /// When the process started, which tells one life of a node from the next.
+    incarnation: u64,
+    pub(crate) parts: Parts,
+    pub(crate) control: Control,
     offer: Offer,
     shutdown: Shutdown,
-    draining: AtomicBool,
+    pub(crate) draining: AtomicBool,
 }
 
 /// Which experts of a frame have been looked up; one per stream, used again.
@@ -66,7 +66,13 @@ struct Inner {
 pub struct Seen(Vec<bool>);
 
 impl Service {
-    pub fn new(facts: Facts, parts: Parts, offer: Offer, shutdown: &Shutdown) -> Self {
+    pub fn new(
+        facts: Facts,
+        parts: Parts,
+        (control, offer): (Control, Offer),
+        shutdown: &Shutdown,
+    ) -> Self {
+        let started = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
         Self(Arc::new(Inner {
             id: facts.id,
             digest: facts.digest,
@@ -74,8 +80,10 @@ impl Service {
             device: format!("cpu/{}", facts.isa),
             dtype: wire_dtype(facts.numerics),
             shape: facts.shape,
+            incarnation: started.map_or(0, |since| since.as_nanos() as u64),
             parts,
             offer,
+            control,
             shutdown: shutdown.clone(),
             draining: AtomicBool::new(false),
         }))
@@ -83,7 +91,7 @@ impl Service {
 }
 
 impl Inner {
-    fn draining(&self) -> bool {
+    pub(crate) fn draining(&self) -> bool {
         self.draining.load(Ordering::Acquire) || self.shutdown.is_triggered()
     }
 
@@ -121,7 +129,7 @@ impl Inner {
         Ok(slots)
     }
 
-    fn describe(&self) -> NodeDescription {
+    pub(crate) fn describe(&self) -> NodeDescription {
         NodeDescription {
             node_id: self.id.clone(),
             model_digest: self.digest.to_vec().into(),
@@ -133,6 +141,10 @@ impl Inner {
             draining: self.draining(),
             local_endpoint: self.offer.endpoint.clone(),
             instance: self.offer.instance.clone().into(),
+            capacity_bytes: self.parts.store.limit().unwrap_or(0),
+            resident_bytes: self.parts.store.bytes(),
+            obeyed: Some(self.control.obeyed()),
+            incarnation: self.incarnation,
         }
     }
 }
@@ -175,33 +187,5 @@ impl Service {
     /// Resolves when the node is told to end.
     pub async fn stopped(&self) {
         self.0.shutdown.wait().await;
-    }
-}
-
-#[tonic::async_trait]
-impl ExpertControl for Service {
-    async fn describe(
-        &self,
-        _: Request<DescribeRequest>,
-    ) -> Result<Response<NodeDescription>, Status> {
-        Ok(Response::new(self.0.describe()))
-    }
-
-    async fn status(&self, _: Request<NodeStatusRequest>) -> Result<Response<NodeStatus>, Status> {
-        let inner = &self.0;
-        Ok(Response::new(NodeStatus {
-            description: Some(inner.describe()),
-            frames: inner.parts.metrics.frames.get(),
-            rows: inner.parts.metrics.rows.get(),
-            refused: inner.parts.admission.refused.load(Ordering::Relaxed),
-            queued_rows: inner.parts.admission.queued() as u64,
-            resident_bytes: inner.parts.store.bytes(),
-            loads: inner.parts.store.loads(),
-        }))
-    }
-
-    async fn drain(&self, _: Request<DrainRequest>) -> Result<Response<DrainReply>, Status> {
-        self.0.draining.store(true, Ordering::Release);
-        Ok(Response::new(DrainReply {}))
     }
 }

@@ -1,18 +1,26 @@
 //! The resident experts: a concurrent map from (layer, expert) to mapped
 //! weights and a load counter. Weights are pages of the checkpoint file, so
-//! owning an expert costs memory only once its rows arrive.
+//! owning an expert costs memory only once its rows arrive or it is warmed.
+//!
+//! Frames are admitted by [`Store::get`] and computed by [`Store::held`]: an
+//! expert that is being dropped is refused by the first and had by the second,
+//! until the frames that were admitted before have been computed.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use dashmap::DashMap;
 use mesh::placement::plan;
 use model::{Checkpoint, Expert, LoadError};
 use proto::v1::{ErrorCode, ExpertLoad, LayerExperts};
 use proto::{ExpertId, LayerId};
+use tokio::sync::watch;
 
 use crate::Shard;
+
+/// One expert's address.
+pub type Key = (LayerId, ExpertId);
 
 /// One expert as the node holds it.
 pub struct Resident {
@@ -21,47 +29,82 @@ pub struct Resident {
     /// 0 is the checkpoint's own.
     pub version: u32,
     pub rows: AtomicU64,
+    /// No new frame is taken for it.
+    leaving: AtomicBool,
 }
 
-/// See the module's text.
+impl Resident {
+    fn new(weights: Option<Expert>) -> Arc<Self> {
+        let (rows, leaving) = (AtomicU64::new(0), AtomicBool::new(false));
+        Arc::new(Self { weights, version: 0, rows, leaving })
+    }
+
+    fn bytes(&self) -> u64 {
+        self.weights.as_ref().map_or(0, |weights| weights.bytes() as u64)
+    }
+}
+
+/// Why experts cannot be taken in.
+#[derive(Debug, thiserror::Error)]
+pub enum StoreError {
+    #[error(transparent)]
+    Load(#[from] LoadError),
+    #[error(
+        "{experts} experts need {need} bytes, {free} of the {limit} bytes of memory_limit are \
+         free: {} are missing", .need - .free
+    )]
+    Full { experts: usize, need: u64, free: u64, limit: u64 },
+}
+
+/// See the module's text. What is resident is changed by one caller at a time.
 pub struct Store {
-    experts: DashMap<(LayerId, ExpertId), Arc<Resident>>,
-    bytes: u64,
+    experts: DashMap<Key, Arc<Resident>>,
+    bytes: AtomicU64,
+    /// Most bytes of experts; `None` is no bound.
+    limit: Option<u64>,
+    /// Counts what changes a description of the node.
+    changes: watch::Sender<u64>,
 }
 
 impl Store {
+    fn new(limit: Option<u64>) -> Self {
+        let (experts, bytes) = (DashMap::new(), AtomicU64::new(0));
+        Self { experts, bytes, limit, changes: watch::Sender::new(0) }
+    }
+
     /// Maps the shard's experts of every MoE layer and checks their tensors.
     /// `progress` hears, layer by layer, how many of all are mapped.
+    ///
+    /// # Errors
+    /// One is not there, or they do not fit into `limit`.
     pub fn load(
         checkpoint: &Arc<Checkpoint>,
         shard: Shard,
+        limit: Option<u64>,
         progress: impl Fn(usize, usize),
-    ) -> Result<Self, LoadError> {
+    ) -> Result<Self, StoreError> {
         let config = checkpoint.config();
         let owned = plan::shard(shard.index, shard.count, shard.replicas, config.experts as u32);
-        let experts = DashMap::new();
-        let mut bytes = 0;
+        let store = Self::new(limit);
+        let mut mapped = Vec::new();
         let all = owned.len() * config.moe_layers().len();
         for layer in config.moe_layers() {
-            progress(experts.len(), all);
-            for &expert in &owned {
-                let weights = Expert::load(checkpoint, layer, expert as usize)?;
-                bytes += weights.bytes() as u64;
-                let resident =
-                    Resident { weights: Some(weights), version: 0, rows: AtomicU64::new(0) };
-                experts.insert((LayerId(layer as u32), ExpertId(expert)), Arc::new(resident));
-            }
+            progress(mapped.len(), all);
+            let layer = LayerId(layer as u32);
+            let keys: Vec<Key> = owned.iter().map(|&expert| (layer, ExpertId(expert))).collect();
+            mapped.extend(map(checkpoint, &keys)?);
         }
-        Ok(Self { experts, bytes })
+        store.check_room(&mapped)?;
+        store.adopt(mapped);
+        Ok(store)
     }
 
     /// The experts `owned` of layer `layer`, without weights.
     pub fn stub(layer: LayerId, owned: impl IntoIterator<Item = u32>) -> Self {
-        let stub = |expert| {
-            let resident = Resident { weights: None, version: 0, rows: AtomicU64::new(0) };
-            ((layer, ExpertId(expert)), Arc::new(resident))
-        };
-        Self { experts: owned.into_iter().map(stub).collect(), bytes: 0 }
+        let store = Self::new(None);
+        let stub = |expert| ((layer, ExpertId(expert)), Resident::new(None));
+        store.adopt(owned.into_iter().map(stub).collect());
+        store
     }
 
     pub fn len(&self) -> usize {
@@ -74,11 +117,44 @@ impl Store {
 
     /// Bytes of all resident experts' tensors.
     pub fn bytes(&self) -> u64 {
-        self.bytes
+        self.bytes.load(Ordering::Acquire)
     }
 
-    /// The expert, if it is resident in the version asked for.
+    /// Most bytes that may be resident; `None` is no bound.
+    pub fn limit(&self) -> Option<u64> {
+        self.limit
+    }
+
+    /// Wakes when a description of the node is out of date.
+    pub fn changes(&self) -> watch::Receiver<u64> {
+        self.changes.subscribe()
+    }
+
+    /// Says that a description of the node is out of date.
+    pub fn changed(&self) {
+        self.changes.send_modify(|count| *count += 1);
+    }
+
+    /// The expert, if new frames are taken for it in the version asked for.
     pub fn get(
+        &self,
+        layer: LayerId,
+        expert: ExpertId,
+        version: u32,
+    ) -> Result<Arc<Resident>, (ErrorCode, String)> {
+        let found = self.held(layer, expert, version)?;
+        match found.leaving.load(Ordering::Acquire) {
+            false => Ok(found),
+            true => {
+                let message = format!("layer {layer} expert {expert} is leaving this node");
+                Err((ErrorCode::NotResident, message))
+            }
+        }
+    }
+
+    /// The expert, if it is resident in the version asked for, for frames that
+    /// were taken already.
+    pub fn held(
         &self,
         layer: LayerId,
         expert: ExpertId,
@@ -98,10 +174,79 @@ impl Store {
         Ok(resident.clone())
     }
 
+    /// Takes in those of `keys` that are not resident, all or none, and reads
+    /// their weights in; says how many. Blocks: not for a thread that computes.
+    ///
+    /// # Errors
+    /// One cannot be mapped, or they do not fit; then nothing has changed.
+    pub fn take_in(&self, checkpoint: &Arc<Checkpoint>, keys: &[Key]) -> Result<usize, StoreError> {
+        let (here, missing): (Vec<Key>, Vec<Key>) =
+            keys.iter().partition(|key| self.experts.contains_key(key));
+        let mapped = map(checkpoint, &missing)?;
+        self.check_room(&mapped)?;
+        for weights in mapped.iter().filter_map(|(_, resident)| resident.weights.as_ref()) {
+            weights.warm();
+        }
+        let stayed = |key: &&Key| {
+            let found = self.experts.get(*key);
+            found.is_some_and(|resident| resident.leaving.swap(false, Ordering::AcqRel))
+        };
+        let stayed = here.iter().filter(stayed).count();
+        Ok(stayed + self.adopt(mapped))
+    }
+
+    /// Refuses new frames for `keys` from now on; returns which were resident.
+    pub fn retire(&self, keys: &[Key]) -> Vec<Key> {
+        let retired: Vec<Key> = keys
+            .iter()
+            .copied()
+            .filter(|key| {
+                let found = self.experts.get(key);
+                found.is_some_and(|resident| !resident.leaving.swap(true, Ordering::AcqRel))
+            })
+            .collect();
+        if !retired.is_empty() {
+            self.changed();
+        }
+        retired
+    }
+
+    /// Forgets those of `keys` that were retired.
+    pub fn forget(&self, keys: &[Key]) {
+        for key in keys {
+            let leaving =
+                |_: &Key, resident: &Arc<Resident>| resident.leaving.load(Ordering::Acquire);
+            if let Some((_, resident)) = self.experts.remove_if(key, leaving) {
+                self.bytes.fetch_sub(resident.bytes(), Ordering::AcqRel);
+            }
+        }
+        self.changed();
+    }
+
+    fn check_room(&self, mapped: &[(Key, Arc<Resident>)]) -> Result<(), StoreError> {
+        let Some(limit) = self.limit else { return Ok(()) };
+        let need: u64 = mapped.iter().map(|(_, resident)| resident.bytes()).sum();
+        let free = limit.saturating_sub(self.bytes());
+        match need > free {
+            true => Err(StoreError::Full { experts: mapped.len(), need, free, limit }),
+            false => Ok(()),
+        }
+    }
+
+    fn adopt(&self, mapped: Vec<(Key, Arc<Resident>)>) -> usize {
+        let count = mapped.len();
+        for (key, resident) in mapped {
+            self.bytes.fetch_add(resident.bytes(), Ordering::AcqRel);
+            self.experts.insert(key, resident);
+        }
+        self.changed();
+        count
+    }
+
     /// What is owned, by layer, ascending.
     pub fn owned(&self) -> Vec<LayerExperts> {
         let mut layers: BTreeMap<u32, Vec<u32>> = BTreeMap::new();
-        for entry in &self.experts {
+        for entry in self.experts.iter().filter(|entry| !entry.leaving.load(Ordering::Acquire)) {
             let (layer, expert) = entry.key();
             layers.entry(layer.0).or_default().push(expert.0);
         }
@@ -128,4 +273,13 @@ impl Store {
         loads.sort_unstable_by_key(|load| (load.layer, load.expert));
         loads
     }
+}
+
+/// Looks the experts up in the checkpoint; reads no weights.
+fn map(checkpoint: &Arc<Checkpoint>, keys: &[Key]) -> Result<Vec<(Key, Arc<Resident>)>, LoadError> {
+    let one = |&(layer, expert): &Key| {
+        let weights = Expert::load(checkpoint, layer.0 as usize, expert.0 as usize)?;
+        Ok(((layer, expert), Resident::new(Some(weights))))
+    };
+    keys.iter().map(one).collect()
 }

@@ -12,6 +12,7 @@ use proto::LayerId;
 use proto::frame::Shape;
 
 use crate::admission::Admission;
+use crate::control::Control;
 use crate::metrics::NodeMetrics;
 use crate::service::Facts;
 use crate::store::Store;
@@ -40,6 +41,7 @@ pub async fn serve(
         facts: Facts { id: "stub".to_owned(), digest: DIGEST, numerics: NUMERICS, isa, shape },
         compute: kernels::Compute::new(isa, 1),
         store: Arc::new(Store::stub(LAYER, owned)),
+        control: Control::new(None),
         admission: Arc::new(Admission::new(usize::MAX >> 1)),
         node: Metrics::default().register(NodeMetrics::new),
         offer: Offer::default(),

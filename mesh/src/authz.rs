@@ -14,13 +14,21 @@ use crate::tls::Role::{self, ExpertNode, Gateway, Operator, Router};
 use crate::tls::{Caller, Principal, TlsMetrics};
 
 /// Every gRPC method of the mesh and its callers.
-pub const METHODS: [(&str, &[Role]); 10] = [
+pub const METHODS: [(&str, &[Role]); 18] = [
     ("/moemesh.v1.ExpertData/Dispatch", &[Router]),
     ("/moemesh.v1.ExpertControl/Describe", &[Router, Operator]),
     ("/moemesh.v1.ExpertControl/Status", &[Router, Operator]),
     ("/moemesh.v1.ExpertControl/Drain", &[Router, Operator]),
+    ("/moemesh.v1.ExpertControl/Watch", &[Router, Operator]),
+    ("/moemesh.v1.ExpertControl/Load", &[Router]),
+    ("/moemesh.v1.ExpertControl/Drop", &[Router]),
     ("/moemesh.v1.Inference/Generate", &[Gateway, Operator]),
     ("/moemesh.v1.Inference/Status", &[Gateway, Operator]),
+    ("/moemesh.v1.Operations/Join", &[ExpertNode, Operator]),
+    ("/moemesh.v1.Operations/Leave", &[Operator]),
+    ("/moemesh.v1.Operations/Placement", &[Operator]),
+    ("/moemesh.v1.Operations/Drain", &[Operator]),
+    ("/moemesh.v1.Operations/Rebalance", &[Operator]),
     ("/grpc.health.v1.Health/Check", &[Gateway, Router, ExpertNode, Operator]),
     ("/grpc.health.v1.Health/List", &[Gateway, Router, ExpertNode, Operator]),
     ("/grpc.health.v1.Health/Watch", &[Gateway, Router, ExpertNode, Operator]),
@@ -142,7 +150,7 @@ mod tests {
                 .map(|name| name.strip_prefix("/moemesh.v1.").unwrap())
                 .collect()
         };
-        assert_eq!(may(Role::ExpertNode), Vec::<&str>::new());
+        assert_eq!(may(Role::ExpertNode), ["Operations/Join"]);
         assert_eq!(may(Role::Gateway), ["Inference/Generate", "Inference/Status"]);
         assert_eq!(
             may(Role::Router),
@@ -150,7 +158,10 @@ mod tests {
                 "ExpertData/Dispatch",
                 "ExpertControl/Describe",
                 "ExpertControl/Status",
-                "ExpertControl/Drain"
+                "ExpertControl/Drain",
+                "ExpertControl/Watch",
+                "ExpertControl/Load",
+                "ExpertControl/Drop"
             ]
         );
         assert_eq!(
@@ -159,8 +170,14 @@ mod tests {
                 "ExpertControl/Describe",
                 "ExpertControl/Status",
                 "ExpertControl/Drain",
+                "ExpertControl/Watch",
                 "Inference/Generate",
-                "Inference/Status"
+                "Inference/Status",
+                "Operations/Join",
+                "Operations/Leave",
+                "Operations/Placement",
+                "Operations/Drain",
+                "Operations/Rebalance"
             ]
         );
     }

@@ -4,6 +4,7 @@
 //! - [`tls`]: identities, handshakes, certificates that are replaced while running
 //! - [`authz`]: which role may call which method
 //! - [`link`]: the actor that keeps one data stream to one expert node
+//! - [`membership`]: the list of nodes, which grows and shrinks
 //! - [`pump`]: the runtime that a computing thread drives itself
 //! - [`near`]: Unix sockets between processes of one host that are known by host:port
 //! - [`placement`]: which live node owns which expert, and the pure planner
@@ -22,6 +23,7 @@ pub mod authz;
 pub mod failpoint;
 pub mod lifecycle;
 pub mod link;
+pub mod membership;
 pub mod metrics;
 pub mod near;
 pub mod placement;

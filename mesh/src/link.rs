@@ -8,12 +8,16 @@
 //! writes to it through a [`LinkHandle`].
 
 pub mod stream;
+mod watch;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use actix::{Actor, ActorFutureExt as _, AsyncContext as _, Context, Recipient, WrapFuture as _};
+use actix::{
+    Actor, ActorContext as _, ActorFutureExt as _, AsyncContext as _, Context, Recipient,
+    WrapFuture as _,
+};
 use arc_swap::{ArcSwap, ArcSwapOption};
 use bytes::Bytes;
 use proto::v1::expert_control_client::ExpertControlClient;
@@ -45,7 +49,7 @@ pub enum LinkEvent {
     Down(NodeIndex),
 }
 
-/// Told to the fleet whenever a link comes up or goes down.
+/// Told to the fleet whenever a link comes up or goes down, or its node owns something else.
 #[derive(actix::Message)]
 #[rtype(result = "()")]
 pub struct LinksChanged;
@@ -82,6 +86,8 @@ enum LinkError {
     Stream(#[from] StreamError),
     #[error("the stream ended")]
     Ended,
+    #[error("it left the mesh")]
+    Removed,
 }
 
 /// One node as the engine and operators see it.
@@ -91,6 +97,8 @@ pub struct LinkHandle {
     stream: ArcSwapOption<Writer>,
     description: ArcSwapOption<NodeDescription>,
     detail: ArcSwap<String>,
+    /// Turns true when the node is no longer one of the mesh.
+    removed: tokio::sync::watch::Sender<bool>,
     /// The id that was certified here first: no other one is talked to.
     known: ArcSwapOption<String>,
     pub frames: AtomicU64,
@@ -107,6 +115,7 @@ impl LinkHandle {
             stream: ArcSwapOption::empty(),
             description: ArcSwapOption::empty(),
             detail: ArcSwap::from_pointee("not connected yet".to_owned()),
+            removed: tokio::sync::watch::Sender::new(false),
             known: ArcSwapOption::empty(),
             frames: AtomicU64::new(0),
             retries: AtomicU64::new(0),
@@ -138,6 +147,21 @@ impl LinkHandle {
         let old = self.round_trip_us.load(Ordering::Relaxed);
         let mean = if old == 0 { new } else { (old * 7 + new) / 8 };
         self.round_trip_us.store(mean, Ordering::Relaxed);
+    }
+
+    /// Ends the link for good.
+    pub fn remove(&self) {
+        self.removed.send_replace(true);
+    }
+
+    /// The link is not kept any more.
+    pub fn is_removed(&self) -> bool {
+        *self.removed.borrow()
+    }
+
+    async fn removal(&self) {
+        // The sender lives as long as `self`.
+        let _ = self.removed.subscribe().wait_for(|&removed| removed).await;
     }
 
     fn up(&self, description: NodeDescription, stream: Writer, way: &str) {
@@ -179,14 +203,18 @@ impl Link {
 
     fn connect(&mut self, ctx: &mut Context<Self>) {
         let parts = self.parts.clone();
+        let handle = parts.handle.clone();
         // Ends the session with the actor.
         let mut stream = JoinSet::new();
         stream.spawn_on(session(parts), &self.parts.pump);
         let session = async move {
-            match stream.join_next().await {
-                Some(Ok(ended)) => ended,
-                // It panicked, or the engine is gone.
-                Some(Err(_)) | None => (LinkError::Ended, true),
+            tokio::select! {
+                ended = stream.join_next() => match ended {
+                    Some(Ok(ended)) => ended,
+                    // It panicked, or the engine is gone.
+                    Some(Err(_)) | None => (LinkError::Ended, true),
+                },
+                () = handle.removal() => (LinkError::Removed, true),
             }
         }
         .into_actor(self);
@@ -200,6 +228,10 @@ impl Link {
             tracing::warn!(node = %handle.endpoint, reason = %error, "link is down");
         }
         self.take_down(error);
+        if matches!(error, LinkError::Removed) {
+            ctx.stop();
+            return;
+        }
         if was_up {
             self.pause = FIRST_RECONNECT;
         }
@@ -259,6 +291,8 @@ async fn session(parts: LinkParts) -> (LinkError, bool) {
     tracing::info!(node = description.node_id, endpoint = %handle.endpoint, "link is up");
     handle.up(description, writer, way);
     notify(&parts.fleet);
+    let mut watching = JoinSet::new();
+    watching.spawn(watch::follow(parts.clone()));
     let error = loop {
         match reader.next().await {
             Ok(reply) => deliver(&parts.events, LinkEvent::Reply(handle.node, reply)).await,

@@ -74,6 +74,16 @@ impl Placement {
         self.cell(layer, expert).map_or(&[], |cell| &self.owners[cell])
     }
 
+    /// How many experts there are, over all layers.
+    pub fn experts(&self) -> usize {
+        self.owners.len()
+    }
+
+    /// How many experts have `node` as their only live owner.
+    pub fn owned_only_by(&self, node: NodeIndex) -> usize {
+        self.owners.iter().filter(|owners| owners.as_slice() == [node]).count()
+    }
+
     /// Every expert with its live owners, by layer and index.
     pub fn cells(&self) -> impl Iterator<Item = (LayerId, ExpertId, &[NodeIndex])> {
         let experts = 0..self.grid.experts;
@@ -111,6 +121,8 @@ mod tests {
         assert_eq!(both.missing(), None);
         assert_eq!(both.owners(LayerId(1), ExpertId(2)), [NodeIndex(0), NodeIndex(1)]);
         assert_eq!(both.owners(LayerId(7), ExpertId(0)), []);
+
+        assert_eq!((both.experts(), both.owned_only_by(NodeIndex(0))), (6, 3));
 
         let one = both.next([(NodeIndex(1), LayerId(1), &[0, 1, 2][..])]);
         assert_eq!(one.missing(), Some((3, LayerId(2), ExpertId(0))));

@@ -27,9 +27,13 @@ where
     S: FnMut(Addr<A>),
 {
     let mut pause = FIRST_RESTART;
+    let mut lived = None;
     loop {
         let (beat, mut heart) = mpsc::channel::<()>(1);
         let Some(actor) = build(Pulse(beat)) else { return };
+        if let Some(after) = lived {
+            tracing::warn!(actor = name, ?after, "actor ended, it is rebuilt");
+        }
         let born = tokio::time::Instant::now();
         started(actor.start());
         // Nothing is ever sent: this resolves when the actor's pulse is dropped.
@@ -37,7 +41,7 @@ where
         if born.elapsed() > SLOWEST_RESTART {
             pause = FIRST_RESTART;
         }
-        tracing::warn!(actor = name, after = ?born.elapsed(), "actor ended, rebuilding it");
+        lived = Some(born.elapsed());
         tokio::time::sleep(pause).await;
         pause = (pause * 2).min(SLOWEST_RESTART);
     }

@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use model::local::{Local, pages};
 use model::profile::{PARTS, Part, account, spent};
-use model::sample::{History, Params, Scratch, sample};
+use model::sample::{History, Params, Row, Scratch, sample_all};
 use model::synthetic::{Recipe, TempDir};
 use model::{Checkpoint, Chunk, Compute, Config, Isa, KvPool, LogitRows, Numerics, PageId};
 use serde_json::json;
@@ -199,14 +199,18 @@ impl Bench {
             done.positions += chunk.start + chunk.tokens.len();
         }
         let kernels = self.model.trunk().compute().kernels;
-        let mut scratch = Scratch::new(kernels);
+        let scratch = Scratch::new(kernels);
         let drawn = Params { top_p: 0.9, ..Params::default() };
         for (params, spent) in [(Params::greedy(), &mut done.greedy), (drawn, &mut done.drawn)] {
-            let mut logits = logits.clone();
+            let (mut logits, history) = (logits.clone(), History::default());
             let start = Instant::now();
-            for row in logits.chunks_mut(self.config.vocab) {
-                black_box(sample(row, &params, &History::default(), 0, &mut scratch).ok());
-            }
+            let rows = logits.chunks_mut(self.config.vocab).map(|logits| Row {
+                logits,
+                params: &params,
+                history: &history,
+                position: 0,
+            });
+            black_box(sample_all(&self.model.trunk().compute().pool, rows.collect(), &scratch));
             *spent += start.elapsed();
         }
         done.logits += logits.len() / self.config.vocab;

@@ -31,7 +31,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let mut kv = KvPool::new(config, numerics, total.div_ceil(64), 64)?;
     let pages = pages(&mut kv, total).ok_or("the pool is too small")?;
     let params = sample::Params::greedy();
-    let mut scratch = sample::Scratch::new(compute.kernels);
+    let scratch = sample::Scratch::new(compute.kernels);
 
     let prompt = tokens.len();
     let mut start = 0;
@@ -42,7 +42,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         let chunk = Chunk { tokens: chunk, start, pages: &pages, logits: LogitRows::Last };
         let logits = model.run(&[chunk], &mut kv, |_, _| {})?;
         let history = sample::History::default();
-        let choice = sample::sample(logits, &params, &history, position, &mut scratch)?;
+        let choice = sample::sample(logits, &params, &history, position, &scratch)?;
         if start == 0 {
             prefill = clock.elapsed().as_secs_f64();
             clock = Instant::now();

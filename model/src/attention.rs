@@ -13,7 +13,7 @@ mod weights;
 
 use std::ops::Range;
 
-use kernels::{Acts, Compute, Mat};
+use kernels::{Acts, Compute, Mat, Stack};
 
 use crate::activations::{ClassRows, as_wire, rounded};
 use crate::checkpoint::Checkpoint;
@@ -239,7 +239,8 @@ impl Attention {
                     out.copy_from_slice(&query[first..first + nope]);
                 }
                 let query = rounded(kernels, numerics, gathered, &mut memory.rounded);
-                kernels.matmul_t(query, rows, nope, keys_of(head), false, absorbed, rank);
+                let keys = [keys_of(head)];
+                kernels.matmul_t(query, rows, nope, Stack::new(&keys), absorbed, rank);
             });
         });
         drop(absorb);
@@ -356,7 +357,13 @@ impl Shared<'_> {
                 let pages = pages(tile);
                 self.arena.with(|memory| {
                     tile.pack(self.context, self.queries, &pages, memory);
-                    tile.block(self.context, index, &pages, memory, Block(out));
+                    tile.block(
+                        self.context,
+                        index,
+                        &pages,
+                        memory,
+                        Block::of(out, tile.tokens * config.heads),
+                    );
                 });
             });
             let mut rest = &*blocks;
@@ -370,7 +377,9 @@ impl Shared<'_> {
                 let out = summed[first * rank..(first + rows) * rank].chunks_mut(rank);
                 for_each(pool, rows, merged.zip(out).enumerate(), |(row, (merged, out))| {
                     for block in mine.chunks(len) {
-                        Block::merge(block, row, rows, kernels, merged, out);
+                        let (max, sum) = (block[row], block[rows + row]);
+                        let values = &block[2 * rows + row * rank..][..rank];
+                        merged.add(kernels, max, sum, Some(values), out);
                     }
                 });
             }

@@ -13,7 +13,9 @@ mod tests;
 use std::cmp::Ordering;
 use std::collections::HashMap;
 
-use kernels::Kernels;
+use kernels::{Kernels, Pool};
+
+use crate::parallel::{Arena, for_each};
 
 /// Temperatures below this are greedy.
 const GREEDY: f32 = 1e-5;
@@ -160,6 +162,12 @@ pub struct NonFinite;
 /// Working memory, and the kernels whose exponential is used.
 pub struct Scratch {
     kernels: Kernels,
+    buffers: Arena<Buffers>,
+}
+
+/// Working memory of one row.
+#[derive(Default)]
+struct Buffers {
     /// Weights of all tokens, `[vocab]`.
     weights: Vec<f32>,
     /// Candidates: weight and id.
@@ -171,8 +179,35 @@ type Candidate = (f32, u32);
 impl Scratch {
     /// Empty; grows to the vocabulary on first use.
     pub fn new(kernels: Kernels) -> Self {
-        Scratch { kernels, weights: Vec::new(), kept: Vec::new() }
+        Scratch { kernels, buffers: Arena::default() }
     }
+}
+
+/// A row of logits to choose from: what [`sample`] takes.
+pub struct Row<'a> {
+    /// `[vocab]`; bias and penalties change them.
+    pub logits: &'a mut [f32],
+    /// How to choose.
+    pub params: &'a Params,
+    /// Only read if [`Params::needs_history`].
+    pub history: &'a History,
+    /// Position of the token in its sequence.
+    pub position: u64,
+}
+
+/// [`sample`] for all `rows`, shared out over the pool's threads; the choices are in their order.
+pub fn sample_all(
+    pool: &Pool,
+    rows: Vec<Row<'_>>,
+    scratch: &Scratch,
+) -> Vec<Result<Choice, NonFinite>> {
+    let mut choices: Vec<_> = rows.iter().map(|_| Err(NonFinite)).collect();
+    let count = rows.len();
+    for_each(pool, count, rows.into_iter().zip(&mut choices), |(row, choice)| {
+        let Row { logits, params, history, position } = row;
+        *choice = sample(logits, params, history, position, scratch);
+    });
+    choices
 }
 
 /// Chooses the token at `position` of a sequence from `logits` `[vocab]`, which bias and penalties
@@ -184,10 +219,23 @@ pub fn sample(
     params: &Params,
     history: &History,
     position: u64,
-    scratch: &mut Scratch,
+    scratch: &Scratch,
 ) -> Result<Choice, NonFinite> {
     check_finite(logits)?;
-    let raw = params.logprobs.map(|top| RawScores::new(logits, top as usize, scratch));
+    scratch
+        .buffers
+        .with(|buffers| Ok(choose(logits, params, history, position, scratch.kernels, buffers)))
+}
+
+fn choose(
+    logits: &mut [f32],
+    params: &Params,
+    history: &History,
+    position: u64,
+    kernels: Kernels,
+    buffers: &mut Buffers,
+) -> Choice {
+    let raw = params.logprobs.map(|top| RawScores::new(logits, top as usize, kernels, buffers));
     // Bias and penalties touch few ids: their raw values are kept, not a copy of all.
     let touched = match &raw {
         Some(_) => touched(logits, params, history),
@@ -196,8 +244,8 @@ pub fn sample(
     apply_bias(logits, params);
     apply_penalties(logits, params, history);
     let token = match params.is_greedy() {
-        true => argmax(logits),
-        false => draw(logits, params, position, scratch),
+        true => argmax(kernels, logits),
+        false => draw(logits, params, position, kernels, buffers),
     };
     let (logprob, top) = match raw {
         None => (None, Vec::new()),
@@ -206,7 +254,7 @@ pub fn sample(
             (Some(raw.of(before.unwrap_or(logits[token as usize]))), raw.top)
         }
     };
-    Ok(Choice { token, logprob, top })
+    Choice { token, logprob, top }
 }
 
 /// The log-probability of `token` under `logits` `[vocab]`, and of the `top` most probable ones
@@ -215,15 +263,18 @@ pub fn score(
     logits: &[f32],
     token: u32,
     top: usize,
-    scratch: &mut Scratch,
+    scratch: &Scratch,
 ) -> Result<(f32, Vec<Scored>), NonFinite> {
     check_finite(logits)?;
-    let raw = RawScores::new(logits, top, scratch);
-    Ok((raw.of(logits[token as usize]), raw.top))
+    scratch.buffers.with(|buffers| {
+        let raw = RawScores::new(logits, top, scratch.kernels, buffers);
+        Ok((raw.of(logits[token as usize]), raw.top))
+    })
 }
 
 fn check_finite(logits: &[f32]) -> Result<(), NonFinite> {
-    match !logits.is_empty() && logits.iter().all(|l| l.is_finite()) {
+    // All are looked at, so that the loop becomes vector instructions.
+    match !logits.is_empty() && logits.iter().fold(true, |all, l| all & l.is_finite()) {
         true => Ok(()),
         false => Err(NonFinite),
     }
@@ -237,8 +288,8 @@ struct RawScores {
 }
 
 impl RawScores {
-    fn new(logits: &[f32], top: usize, scratch: &mut Scratch) -> Self {
-        let Scratch { kernels, weights, kept } = scratch;
+    fn new(logits: &[f32], top: usize, kernels: Kernels, buffers: &mut Buffers) -> Self {
+        let Buffers { weights, kept } = buffers;
         weights.clear();
         weights.extend_from_slice(logits);
         let max = kernels.max(logits);
@@ -296,14 +347,14 @@ fn apply_penalties(logits: &mut [f32], params: &Params, history: &History) {
 }
 
 /// The largest logit's id, the lowest of equals.
-fn argmax(logits: &[f32]) -> u32 {
-    let mut best = 0;
-    for (id, logit) in logits.iter().enumerate() {
-        if *logit > logits[best] {
-            best = id;
-        }
-    }
-    best as u32
+fn argmax(kernels: Kernels, logits: &[f32]) -> u32 {
+    /// Logits that are compared before it is asked whether one was the largest.
+    const PIECE: usize = 1024;
+    let max = kernels.max(logits);
+    let here = |piece: &[f32]| piece.iter().fold(false, |any, l| any | (*l == max));
+    let piece = logits.chunks(PIECE).position(here).unwrap_or(0) * PIECE;
+    let within = logits[piece..].iter().position(|l| *l == max).unwrap_or(0);
+    (piece + within) as u32
 }
 
 /// Larger first, then lower id: a total order, as no weight is NaN.
@@ -320,8 +371,14 @@ fn keep_best(kept: &mut Vec<Candidate>, count: usize) {
     kept.sort_unstable_by(by_weight);
 }
 
-fn draw(logits: &[f32], params: &Params, position: u64, scratch: &mut Scratch) -> u32 {
-    let Scratch { kernels, weights, kept } = scratch;
+fn draw(
+    logits: &[f32],
+    params: &Params,
+    position: u64,
+    kernels: Kernels,
+    buffers: &mut Buffers,
+) -> u32 {
+    let Buffers { weights, kept } = buffers;
     weights.clear();
     weights.extend(logits.iter().map(|l| l / params.temperature));
     let max = kernels.max(weights);
@@ -348,7 +405,7 @@ fn draw(logits: &[f32], params: &Params, position: u64, scratch: &mut Scratch) -
         }
     }
     // Rounding can leave a remainder at the very end of the interval.
-    kept.last().map_or_else(|| argmax(logits), |(_, id)| *id)
+    kept.last().map_or_else(|| argmax(kernels, logits), |(_, id)| *id)
 }
 
 /// Keeps the fewest best candidates whose weights sum to `share` of all, at least one, best first.

@@ -91,7 +91,7 @@ impl Runner {
                 Chunk { tokens: &tokens[start..end], start, pages: &pages, logits: LogitRows::All };
             let logits = self.model.run(&[chunk], &mut self.kv, |_, _| {}).unwrap();
             for (row, token) in logits.chunks(vocab).zip(&tokens[start + 1..]) {
-                let (logprob, _) = sample::score(row, *token, 0, &mut self.scratch).unwrap();
+                let (logprob, _) = sample::score(row, *token, 0, &self.scratch).unwrap();
                 found.push(f64::from(logprob));
             }
         }
@@ -111,7 +111,7 @@ impl Runner {
             let new = &tokens[start..];
             let chunk = Chunk { tokens: new, start, pages: &pages, logits: LogitRows::Last };
             let logits = self.model.run(&[chunk], &mut self.kv, |_, _| {}).unwrap();
-            let choice = sample::sample(logits, &params, &history, 0, &mut self.scratch).unwrap();
+            let choice = sample::sample(logits, &params, &history, 0, &self.scratch).unwrap();
             found.push((choice.token, choice.logprob.unwrap().into()));
             start = tokens.len();
             tokens.push(choice.token);

@@ -190,7 +190,7 @@ mod tests {
             };
             [message(1), message(2), message(3)]
         };
-        round();
+        (0..3).for_each(|_| drop(round()));
         let places = |messages: [Bytes; 3]| messages.map(|message| message.as_ptr());
         let first = places(round());
         assert_eq!(first[2] as usize - first[0] as usize, 200_000, "one piece of memory");

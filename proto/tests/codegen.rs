@@ -9,8 +9,8 @@ fn generated_code_is_current() {
     let out = std::env::temp_dir().join(format!("moemesh-codegen-{}", std::process::id()));
     std::fs::create_dir_all(&out).unwrap();
 
-    let files =
-        protox::compile(["mesh/v1/expert.proto", "mesh/v1/inference.proto"], [root]).unwrap();
+    let sources = ["mesh/v1/expert.proto", "mesh/v1/inference.proto", "mesh/v1/operations.proto"];
+    let files = protox::compile(sources, [root]).unwrap();
     tonic_prost_build::configure()
         .out_dir(&out)
         .bytes(".")

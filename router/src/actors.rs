@@ -3,21 +3,30 @@
 //! streams of the links run on the engine's thread.
 
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use actix::Addr;
-use mesh::link::{FleetAddress, Identity, Link, LinkEvent, LinkParts};
+use mesh::link::{FleetAddress, Identity, Link, LinkEvent, LinkHandle, LinkParts};
+use mesh::membership::Links;
 use mesh::supervise;
 use mesh::tls::Tls;
 use tokio::runtime::Handle;
 use tokio::sync::{mpsc, oneshot};
 
+use crate::controller::{Controller, ControllerParts};
 use crate::fleet::{Fleet, FleetParts};
 use crate::intake::{Intake, IntakeParts};
 use crate::service::View;
 
+/// How often nodes that have been away are looked for.
+const LOOK_FOR_SILENT: Duration = Duration::from_secs(1);
+
 /// Who is to play, and with what.
 pub(crate) struct Cast {
-    pub fleet: FleetParts,
+    /// None where experts are inside the router: nobody to talk to, nothing to place.
+    pub fleet: Option<FleetParts>,
+    /// On one router of the mesh.
+    pub controller: Option<ControllerParts>,
     /// None where nobody submits sequences.
     pub intake: Option<(IntakeParts, Arc<View>)>,
     pub identity: Identity,
@@ -53,7 +62,7 @@ pub(crate) fn start(cast: Cast) -> std::io::Result<Actors> {
 }
 
 fn play(cast: Cast) {
-    let Cast { fleet, intake, identity, link_events, pump, tls } = cast;
+    let Cast { fleet, controller, intake, identity, link_events, pump, tls } = cast;
     if let Some((intake, view)) = intake {
         actix::spawn(supervise::keep(
             "intake".to_owned(),
@@ -62,11 +71,19 @@ fn play(cast: Cast) {
         ));
     }
 
-    let links = fleet.links.clone();
-    if links.is_empty() {
-        // Experts inside the router: nobody to talk to, nothing to place.
-        return;
+    let Some(fleet) = fleet else { return };
+    if let Some(parts) = controller {
+        let (door, heard) = (parts.door.clone(), fleet.controller.clone());
+        actix::spawn(supervise::keep(
+            "controller".to_owned(),
+            move |pulse| Some(Controller::new(parts.clone(), pulse)),
+            move |address: Addr<Controller>| {
+                heard.store(Some(Arc::new(address.clone().recipient())));
+                door.address.store(Some(Arc::new(address)));
+            },
+        ));
     }
+    let links = fleet.links.clone();
     let current = FleetAddress::default();
     let publish = current.clone();
     actix::spawn(supervise::keep(
@@ -74,19 +91,39 @@ fn play(cast: Cast) {
         move |pulse| Some(Fleet::new(fleet.clone(), pulse)),
         move |address: Addr<Fleet>| publish.store(Some(Arc::new(address.recipient()))),
     ));
-    for handle in links.iter() {
-        let parts = LinkParts {
-            handle: handle.clone(),
-            identity: identity.clone(),
-            tls: tls.clone(),
-            events: link_events.clone(),
-            pump: pump.clone(),
-            fleet: current.clone(),
-        };
-        actix::spawn(supervise::keep(
-            format!("link {}", handle.endpoint),
-            move |pulse| Some(Link::new(parts.clone(), pulse)),
-            |_| {},
-        ));
+    actix::spawn(keep_links(links, move |handle| LinkParts {
+        handle,
+        identity: identity.clone(),
+        tls: tls.clone(),
+        events: link_events.clone(),
+        pump: pump.clone(),
+        fleet: current.clone(),
+    }));
+}
+
+/// Keeps a link to every node of the list, for as long as it is in the list.
+async fn keep_links(links: Links, parts: impl Fn(Arc<LinkHandle>) -> LinkParts) {
+    let mut changes = links.changes();
+    let mut kept: Vec<Arc<LinkHandle>> = Vec::new();
+    loop {
+        changes.mark_unchanged();
+        for handle in links.members() {
+            if kept.iter().any(|known| Arc::ptr_eq(known, &handle)) {
+                continue;
+            }
+            kept.push(handle.clone());
+            let parts = parts(handle.clone());
+            actix::spawn(supervise::keep(
+                format!("link {}", handle.endpoint),
+                move |pulse| (!parts.handle.is_removed()).then(|| Link::new(parts.clone(), pulse)),
+                |_| {},
+            ));
+        }
+        kept.retain(|link| !link.is_removed());
+        tokio::select! {
+            // The list lives as long as `links`.
+            _ = changes.changed() => {}
+            () = tokio::time::sleep(LOOK_FOR_SILENT) => links.forget_silent(Instant::now()),
+        }
     }
 }

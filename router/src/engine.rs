@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 
 use mesh::failpoint;
 use mesh::pump::Pump;
-use model::sample::Scratch;
+use model::sample::{Scratch, sample_all};
 use model::{Chunk, KvPool, LogitRows, Step, StepError, Trunk};
 use proto::LayerId;
 use tokio::sync::mpsc::Receiver;
@@ -284,7 +284,7 @@ impl Engine {
         let Parts { trunk, scheduler, sampling, gauges, metrics, .. } = &mut self.parts;
         let vocab = trunk.config().vocab;
         let mut logits = trunk.logits(&mut self.steps[lane]);
-        let mut ended = Vec::new();
+        let mut last = Vec::new();
         for &part in plan {
             let Some(stream) = self.streams.get_mut(&part.id) else { continue };
             let wanted = match stream.wanted_logits(&part) {
@@ -292,7 +292,7 @@ impl Engine {
                 LogitRows::Last => 1,
                 LogitRows::All => part.len,
             };
-            let (mine, others) = logits.split_at_mut(wanted * vocab);
+            let (mine, others) = std::mem::take(&mut logits).split_at_mut(wanted * vocab);
             logits = others;
             scheduler.computed(part);
             if stream.is_prefill(&part) {
@@ -303,21 +303,29 @@ impl Engine {
             if wanted == part.len {
                 stream.score_prompt(&part, tokens, mine, sampling);
             }
-            if !part.last {
-                continue;
+            if part.last {
+                last.push((part.id, tokens.len() as u64, &mut mine[(wanted - 1) * vocab..]));
             }
-            let row = &mut mine[(wanted - 1) * vocab..];
-            match stream.next_token(row, tokens, sampling, metrics) {
-                Next::Token { id, finished } => {
+        }
+        let ids: Vec<_> = last.iter().map(|(id, ..)| *id).collect();
+        let rows = last.into_iter().filter_map(|(id, position, logits)| {
+            Some(self.streams.get(&id)?.row(logits, position))
+        });
+        let choices = sample_all(&trunk.compute().pool, rows.collect(), sampling);
+        let mut ended = Vec::new();
+        for (id, choice) in ids.into_iter().zip(choices) {
+            let Some(stream) = self.streams.get_mut(&id) else { continue };
+            match stream.next_token(choice, metrics) {
+                Next::Token { id: token, finished } => {
                     gauges.generated.fetch_add(1, Ordering::Relaxed);
-                    scheduler.append(part.id, id);
+                    scheduler.append(id, token);
                     if finished {
-                        ended.push(part.id);
+                        ended.push(id);
                     }
                 }
                 Next::Failed => {
                     metrics.failed.inc();
-                    ended.push(part.id);
+                    ended.push(id);
                 }
             }
         }

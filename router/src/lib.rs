@@ -9,6 +9,8 @@
 //! - [`exchange`]: one layer's dispatch, retry and gather (sans-IO)
 //! - [`history`]: an event log, for checking a run afterwards
 //! - [`fleet`]: the actor that publishes placements
+//! - [`controller`]: on one router of the mesh, the actor that decides them
+//! - [`operations`]: gRPC for operators, and for nodes that join
 //! - `choice`: which of two ways is measured to be faster here
 //! - [`measure`]: dispatch and gather without an engine, to be timed
 
@@ -16,6 +18,7 @@
 
 mod actors;
 mod choice;
+pub mod controller;
 pub mod engine;
 pub mod exchange;
 pub mod experts;
@@ -24,6 +27,7 @@ pub mod history;
 pub mod intake;
 pub mod measure;
 pub mod metrics;
+pub mod operations;
 pub mod scheduler;
 pub mod service;
 
@@ -35,9 +39,10 @@ use arc_swap::{ArcSwap, ArcSwapOption};
 use kernels::{Compute, Isa};
 use mesh::admin;
 use mesh::lifecycle::{Readiness, Shutdown};
-use mesh::link::{Identity, LinkHandle};
+use mesh::link::{FleetAddress, Identity};
+use mesh::membership::Links;
 use mesh::metrics::Metrics;
-use mesh::placement::{ExpertGrid, NodeIndex, Placement};
+use mesh::placement::{ExpertGrid, Placement};
 use mesh::pump::Pump;
 use mesh::tls::{self, TlsError};
 use mesh::transport::{self, Endpoint, TransportError};
@@ -45,11 +50,14 @@ use model::sample::Scratch;
 use model::{Checkpoint, KvError, KvPool, LoadError, Numerics, Trunk};
 use proto::v1::Dtype;
 use proto::v1::inference_server::InferenceServer;
+use proto::v1::operations_server::OperationsServer;
 use proto::wire::Leaving;
 use proto::{Epoch, LayerId, MAX_MESSAGE_BYTES};
 use tokio::sync::{mpsc, watch};
 use tonic::service::Routes;
 
+use crate::controller::grid::Grid;
+use crate::controller::{ControllerParts, Door};
 pub use crate::engine::Splitting;
 use crate::engine::{Engine, Gauges};
 pub use crate::exchange::{Combine, Wire};
@@ -60,6 +68,7 @@ use crate::experts::remote::Remote;
 use crate::experts::spin::Spin;
 use crate::history::History;
 use crate::metrics::RouterMetrics;
+use crate::operations::OperationsService;
 use crate::scheduler::{Limits, Scheduler};
 use crate::service::{Facts, Service, View};
 
@@ -105,6 +114,14 @@ pub struct Config {
     pub combine: Combine,
     pub max_running: usize,
     pub max_waiting: usize,
+    /// This router decides which node owns which expert: one router of a mesh does.
+    pub controller: bool,
+    /// Owners that the controller gives every expert.
+    pub replicas: usize,
+    /// How long an expert may have fewer before another node loads it.
+    pub replica_grace: Duration,
+    /// How long requests are taken after an expert has lost its last owner.
+    pub loss_grace: Duration,
     /// How long a step waits for an expert without a live owner.
     pub expert_wait: Duration,
     /// How long a frame waits for its reply before another owner is asked.
@@ -168,18 +185,13 @@ pub async fn serve(config: Config, shutdown: Shutdown) -> Result<(), Error> {
     let history = History::open(config.history.as_deref(), &config.id)
         .map_err(|error| Error::History(config.history.clone().unwrap_or_default(), error))?;
 
-    let links: Arc<[Arc<LinkHandle>]> = (0..)
-        .zip(&config.nodes)
-        .map(|(index, endpoint)| LinkHandle::new(NodeIndex(index), endpoint.clone()))
-        .collect();
-    let grid = ExpertGrid {
-        layers: model.moe_layers().map(|layer| LayerId(layer as u32)).collect(),
-        experts: model.experts as u32,
-    };
-    let placement = Arc::new(ArcSwap::from_pointee(Placement::empty(grid)));
+    let alone = config.nodes.is_empty();
+    let links = Links::new(config.nodes.iter().cloned());
+    let grid = grid(&checkpoint)?;
+    let placement = Arc::new(ArcSwap::from_pointee(Placement::empty(grid.experts.clone())));
     let (link_events, events) = mpsc::channel(LINK_EVENTS);
     let pump = Pump::new()?;
-    let experts = if links.is_empty() {
+    let experts = if alone {
         readiness.set(Ok(()));
         Experts::Local(Box::new(Local::load(&checkpoint, config.numerics, compute, config.wire)?))
     } else {
@@ -274,8 +286,34 @@ pub async fn serve(config: Config, shutdown: Shutdown) -> Result<(), Error> {
         shutdown: shutdown.clone(),
         engine_ended: engine_ended.clone(),
     };
+    let controller = (config.controller && !alone).then(|| ControllerParts {
+        settings: controller::core::Settings {
+            grid,
+            replicas: config.replicas,
+            grace: config.replica_grace,
+        },
+        links: links.clone(),
+        tls: tls.clone(),
+        door: Door::new(config.replicas),
+    });
+    let operations = OperationsService {
+        router_id: config.id.clone(),
+        links: links.clone(),
+        placement: placement.clone(),
+        alone,
+        controller: controller.as_ref().map(|parts| parts.door.clone()),
+    };
+    let fleet = fleet::FleetParts {
+        links,
+        placement,
+        readiness: readiness.clone(),
+        history,
+        loss_grace: config.loss_grace,
+        controller: FleetAddress::default(),
+    };
     let actors = actors::start(actors::Cast {
-        fleet: fleet::FleetParts { links, placement, readiness: readiness.clone(), history },
+        fleet: (!alone).then_some(fleet),
+        controller,
         intake: Some((intake_parts, view.clone())),
         identity: Identity {
             model_digest: facts.model_digest.to_vec(),
@@ -294,7 +332,7 @@ pub async fn serve(config: Config, shutdown: Shutdown) -> Result<(), Error> {
     // Draining: the server refuses new connections and calls, and returns when
     // the running ones have ended.
     let stop = shutdown.clone();
-    let routes = Routes::new(service);
+    let routes = Routes::new(service).add_service(OperationsServer::new(operations));
     transport::serve_grpc(listener, routes, tls.as_ref(), async move { stop.wait().await }).await?;
     let died = *engine_ended.borrow();
     actors.stop();
@@ -304,6 +342,19 @@ pub async fn serve(config: Config, shutdown: Shutdown) -> Result<(), Error> {
         served.map_err(Error::Admin)?;
     }
     if died { Err(Error::Engine) } else { Ok(()) }
+}
+
+/// What of the model matters for placing its experts.
+fn grid(checkpoint: &Checkpoint) -> Result<Grid, LoadError> {
+    let model = checkpoint.config();
+    let mut bytes = Vec::new();
+    for layer in model.moe_layers() {
+        let each = checkpoint.expert_bytes(layer)? as u64;
+        bytes.extend(std::iter::repeat_n(each, model.experts));
+    }
+    let layers = model.moe_layers().map(|layer| LayerId(layer as u32)).collect();
+    let experts = ExpertGrid { layers, experts: model.experts as u32 };
+    Ok(Grid { experts, group: model.experts / model.n_group.max(1), bytes })
 }
 
 /// Runs the engine on its own thread; the receiver turns true when it has ended.

@@ -6,9 +6,10 @@ use std::time::{Duration, Instant};
 
 use arc_swap::ArcSwap;
 use mesh::lifecycle::Readiness;
-use mesh::link::{Identity, LinkHandle};
+use mesh::link::{FleetAddress, Identity};
+use mesh::membership::Links;
 use mesh::metrics::Metrics;
-use mesh::placement::{ExpertGrid, NodeIndex, Placement};
+use mesh::placement::{ExpertGrid, Placement};
 use mesh::pump::Pump;
 use mesh::transport::Endpoint;
 use model::{Routed, Share};
@@ -50,23 +51,23 @@ impl Dispatcher {
     /// What is missing when patience ran out.
     pub fn connect(config: Config) -> Result<Self, String> {
         let Config { nodes, identity, shape, layer, experts } = config;
-        let links: Arc<[Arc<LinkHandle>]> = (0..)
-            .zip(nodes)
-            .map(|(index, endpoint)| LinkHandle::new(NodeIndex(index), endpoint))
-            .collect();
+        let links = Links::new(nodes);
         let grid = ExpertGrid { layers: vec![layer], experts };
         let placement = Arc::new(ArcSwap::from_pointee(Placement::empty(grid)));
         let readiness = Readiness::starting("no node has answered yet");
         let (link_events, events) = mpsc::channel(4096);
         let pump = Pump::new().map_err(|error| error.to_string())?;
         let actors = actors::start(Cast {
-            fleet: FleetParts {
+            fleet: Some(FleetParts {
                 links: links.clone(),
                 placement: placement.clone(),
                 readiness: readiness.clone(),
                 history: History::default(),
-            },
+                loss_grace: Duration::ZERO,
+                controller: FleetAddress::default(),
+            }),
             intake: None,
+            controller: None,
             identity,
             link_events,
             pump: pump.handle(),

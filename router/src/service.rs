@@ -11,6 +11,7 @@ use actix::Addr;
 use arc_swap::ArcSwapOption;
 use mesh::lifecycle::{Readiness, Shutdown};
 use mesh::link::LinkHandle;
+use mesh::membership::Links;
 use mesh::placement::Placement;
 use mesh::telemetry::propagate;
 use model::sample::Params;
@@ -51,7 +52,7 @@ pub struct Facts {
 pub struct View {
     pub intake: ArcSwapOption<Addr<Intake>>,
     pub gauges: Arc<Gauges>,
-    pub links: Arc<[Arc<LinkHandle>]>,
+    pub links: Links,
     pub placement: Arc<arc_swap::ArcSwap<Placement>>,
     pub readiness: Readiness,
     pub metrics: RouterMetrics,
@@ -209,7 +210,7 @@ impl Inference for Service {
             kv_page_tokens: facts.page_tokens as u32,
             max_context: facts.max_context as u32,
             vocab_size: facts.vocab as u32,
-            nodes: view.links.iter().map(|link| peer(link)).collect(),
+            nodes: view.links.members().iter().map(|link| peer(link)).collect(),
             epoch: view.placement.load().epoch().0,
             tokens_generated: read(&view.gauges.generated),
             tokens_prefilled: read(&view.gauges.prefilled),

@@ -248,6 +248,30 @@ fn router(reader: &mut Reader<'_>) -> Result<Process, ConfigError> {
             1..=1 << 20,
             "Requests that may wait for a place; more are refused.",
         )?,
+        controller: reader.or(
+            "controller",
+            false,
+            "Whether this router decides which node owns which expert. One router of a mesh does;\n\
+             without one, nodes keep what they start with.",
+        )?,
+        replicas: reader.within(
+            "replicas",
+            1,
+            1..=1024,
+            "Owners that the controller gives every expert, if there are as many nodes.",
+        )?,
+        replica_grace: reader.or(
+            "replica_grace",
+            Duration::from_secs(10),
+            "How long an expert may have fewer owners before another node loads it. One that has\n\
+             lost its last is loaded at once.",
+        )?,
+        loss_grace: reader.or(
+            "loss_grace",
+            Duration::from_secs(2),
+            "How long requests are still taken when an expert has lost its last owner; they wait\n\
+             for it to be loaded elsewhere.",
+        )?,
         expert_wait: reader.or(
             "expert_wait",
             Duration::from_secs(30),
@@ -273,6 +297,7 @@ fn router(reader: &mut Reader<'_>) -> Result<Process, ConfigError> {
 fn expert_node(reader: &mut Reader<'_>) -> Result<Process, ConfigError> {
     let id = id(reader, "expert-node-0")?;
     let listen = listen(reader, "127.0.0.1:7100")?;
+    let (join, advertise) = join(reader, &listen)?;
     let config = expert_node::Config {
         id,
         admin: admin(reader)?,
@@ -283,7 +308,10 @@ fn expert_node(reader: &mut Reader<'_>) -> Result<Process, ConfigError> {
             "Directory of the checkpoint. Only the bytes of the node's own experts are read.",
         )?,
         numerics: numerics(reader)?,
-        shard: shard(reader)?,
+        shard: shard(reader, !join.is_empty())?,
+        memory_limit: memory_limit(reader)?,
+        join,
+        advertise,
         threads: threads(reader)?,
         first_cpu: first_cpu(reader)?,
         isa: isa(reader)?,
@@ -304,13 +332,47 @@ fn expert_node(reader: &mut Reader<'_>) -> Result<Process, ConfigError> {
     Ok(Process { telemetry, role: RoleConfig::ExpertNode(config) })
 }
 
-fn shard(reader: &mut Reader<'_>) -> Result<expert_node::Shard, ConfigError> {
+/// Whom the node announces itself to, and as what.
+fn join(
+    reader: &mut Reader<'_>,
+    listen: &Endpoint,
+) -> Result<(Vec<Endpoint>, Option<Endpoint>), ConfigError> {
+    let join = reader.or(
+        "join",
+        Vec::new(),
+        "Routers of a running mesh that the node joins, host:port or unix:/path: all of them.",
+    )?;
+    let advertise = reader.optional(
+        "advertise",
+        "\"node-7:7100\"",
+        "Where routers reach a node that joins them. Unset: at `listen`.",
+    )?;
+    let listen = listen.to_string();
+    let everywhere = listen.starts_with("0.0.0.0:") || listen.starts_with("[::]:");
+    if everywhere && !join.is_empty() && advertise.is_none() {
+        let problem = format!("has to be set, as routers cannot reach a node at {listen}");
+        return Err(reader.refuse("advertise", problem));
+    }
+    Ok((join, advertise))
+}
+
+fn memory_limit(reader: &mut Reader<'_>) -> Result<Option<u64>, ConfigError> {
+    let limit: Option<usize> = reader.optional(
+        "memory_limit",
+        "68719476736",
+        "Most bytes of experts that the node may own. Unset: no bound.",
+    )?;
+    Ok(limit.map(|bytes| bytes as u64))
+}
+
+fn shard(reader: &mut Reader<'_>, joins: bool) -> Result<expert_node::Shard, ConfigError> {
     const MOST: usize = u16::MAX as usize;
     let count = reader.within(
         "shard_count",
-        1,
-        1..=MOST,
-        "Nodes that each layer's experts are shared out over.",
+        usize::from(!joins),
+        0..=MOST,
+        "Nodes that each layer's experts are shared out over when they start; 0 starts with none,\n\
+         which is the default of a node that joins. The mesh's controller moves them later.",
     )?;
     let index = reader.within("shard_index", 0, 0..=MOST, "Which share is this node's, from 0.")?;
     let replicas = reader.within(
@@ -319,11 +381,11 @@ fn shard(reader: &mut Reader<'_>) -> Result<expert_node::Shard, ConfigError> {
         1..=MOST,
         "Owners of each expert: the node also owns the shares before its own.",
     )?;
-    if index >= count {
+    if index >= count.max(1) {
         let problem = format!("{index} is not below shard_count = {count}");
         return Err(reader.refuse("shard_index", problem));
     }
-    if replicas > count {
+    if replicas > count.max(1) {
         let problem = format!("{replicas} is more than shard_count = {count}");
         return Err(reader.refuse("shard_replicas", problem));
     }

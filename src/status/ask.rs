@@ -7,11 +7,16 @@ use mesh::tls::{self, Expected, Role, Tls};
 use mesh::transport::{Endpoint, channel};
 use proto::v1::expert_control_client::ExpertControlClient;
 use proto::v1::inference_client::InferenceClient;
-use proto::v1::{NodeStatus, NodeStatusRequest, RouterStatus, RouterStatusRequest};
+use proto::v1::operations_client::OperationsClient;
+use proto::v1::{
+    NodeStatus, NodeStatusRequest, PlacementReply, PlacementRequest, RouterStatus,
+    RouterStatusRequest,
+};
 use serde_json::{Value, json};
 
 use crate::client::http::Server;
 use crate::client::openai::first_model;
+use crate::status::placement;
 use crate::up::runtime_dir::{Member, State};
 
 const TIMEOUT: Duration = Duration::from_secs(3);
@@ -38,6 +43,8 @@ pub struct Mesh {
     pub gateways: Vec<Seen<GatewayStatus>>,
     pub routers: Vec<Seen<RouterStatus>>,
     pub nodes: Vec<Seen<NodeStatus>>,
+    /// Who owns what: as the controller says, or else any router.
+    pub placement: Option<PlacementReply>,
 }
 
 /// A gateway alone: it does not say what is behind it.
@@ -48,14 +55,15 @@ pub async fn gateway_only(server: Server) -> Mesh {
 
 /// A router and the nodes that it knows.
 pub async fn router_and_nodes(endpoint: Endpoint, tls: Option<&Tls>) -> Mesh {
-    let seen = router("router".to_owned(), endpoint, tls).await;
+    let seen = router("router".to_owned(), endpoint.clone(), tls).await;
+    let placement = placement_of([endpoint], tls).await;
     let mut nodes = Vec::new();
     if let Ok(status) = &seen.answer {
         for peer in &status.nodes {
             nodes.push(node(peer.node_id.clone(), &peer.endpoint, tls).await);
         }
     }
-    Mesh { routers: vec![seen], nodes, ..Mesh::default() }
+    Mesh { routers: vec![seen], nodes, placement, ..Mesh::default() }
 }
 
 /// Every process of a mesh that `moemesh up` runs.
@@ -77,7 +85,41 @@ pub async fn all(state: &State, tls: Option<&Tls>) -> Mesh {
     for Member { id, endpoint, .. } in &state.expert_nodes {
         mesh.nodes.push(node(id.clone(), endpoint, tls).await);
     }
+    let routers = state.routers.iter().filter_map(|router| router.endpoint.parse().ok());
+    mesh.placement = placement_of(routers, tls).await;
+    // Nodes that joined later are known to the routers only.
+    let joined = mesh.placement.iter().flat_map(|known| &known.nodes);
+    let started = |endpoint: &str| state.expert_nodes.iter().any(|node| node.endpoint == endpoint);
+    let joined: Vec<_> = joined
+        .filter(|node| !started(&node.endpoint))
+        .map(|node| (node.node_id.clone(), node.endpoint.clone()))
+        .collect();
+    for (id, endpoint) in joined {
+        mesh.nodes.push(node(id, &endpoint, tls).await);
+    }
     mesh
+}
+
+/// Who owns what: as the controller says, or else the last router that answers.
+async fn placement_of(
+    routers: impl IntoIterator<Item = Endpoint>,
+    tls: Option<&Tls>,
+) -> Option<PlacementReply> {
+    let mut known = None;
+    for router in routers {
+        let asked = async {
+            let expected = Expected::any(Role::Router);
+            let channel = channel(&router, tls, expected).map_err(|error| error.to_string())?;
+            let answer = OperationsClient::new(channel).placement(PlacementRequest {}).await;
+            answer.map(tonic::Response::into_inner).map_err(|status| explain(&status))
+        };
+        known = in_time(asked).await.ok().or(known);
+        if known.as_ref().is_some_and(|known: &PlacementReply| known.controller.is_some()) {
+            break;
+        }
+    }
+    // With experts inside the router there is nothing to tell.
+    known.filter(|known| !known.nodes.is_empty())
 }
 
 impl Mesh {
@@ -132,6 +174,7 @@ impl Mesh {
             })),
             "routers": list(&self.routers, router_json),
             "expert_nodes": list(&self.nodes, node_json),
+            "placement": self.placement.as_ref().map(placement::json),
         });
         format!("{mesh:#}\n")
     }
@@ -200,6 +243,7 @@ fn node_json(status: &NodeStatus) -> Value {
         "refused": status.refused,
         "queued_rows": status.queued_rows,
         "resident_bytes": status.resident_bytes,
+        "capacity_bytes": described.capacity_bytes,
         "loads": loads,
     })
 }

@@ -5,6 +5,7 @@ use std::fmt::Write as _;
 use proto::v1::{NodeStatus, RouterStatus};
 
 use crate::status::ask::{GatewayStatus, Mesh, Seen};
+use crate::status::placement;
 
 /// All tables of a mesh.
 pub fn render(mesh: &Mesh) -> String {
@@ -48,6 +49,9 @@ pub fn render(mesh: &Mesh) -> String {
         ];
         text += &table(&head, &rows(&mesh.nodes, node));
     }
+    if let Some(known) = &mesh.placement {
+        text += &placement::render(known);
+    }
     text.truncate(text.trim_end().len());
     text.push('\n');
     text
@@ -90,7 +94,10 @@ fn node(status: &NodeStatus) -> Vec<String> {
         status.rows.to_string(),
         status.queued_rows.to_string(),
         status.refused.to_string(),
-        bytes(status.resident_bytes),
+        match described.capacity_bytes {
+            0 => bytes(status.resident_bytes),
+            most => format!("{} of {}", bytes(status.resident_bytes), bytes(most)),
+        },
         described.numerics,
         described.device,
     ]
@@ -138,7 +145,8 @@ fn table(head: &[&str], rows: &[Vec<String>]) -> String {
     text
 }
 
-fn bytes(count: u64) -> String {
+/// A size for people.
+pub fn bytes(count: u64) -> String {
     match count {
         0..1024 => format!("{count} B"),
         1024..1_048_576 => format!("{:.1} KiB", count as f64 / 1024.0),

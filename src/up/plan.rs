@@ -96,6 +96,9 @@ impl Planner<'_> {
     fn router(&self, index: usize, nodes: &[Planned]) -> Result<Planned, ConfigError> {
         let mut fixed = Given::default();
         fixed.derive("nodes", endpoints(nodes));
+        // One decides who owns what; the others follow what nodes own.
+        fixed.derive("controller", index == 0);
+        fixed.derive("replicas", self.local.replicas as i64);
         let threads = (self.local.threads / self.local.routers).max(1);
         self.grpc(Role::Router, index, (threads, index * threads), fixed)
     }
@@ -229,6 +232,7 @@ mod tests {
         let RoleConfig::Router(router) = config(&plan[2]) else { panic!("no router") };
         assert_eq!(router.nodes, [plan[0].endpoint.clone(), plan[1].endpoint.clone()]);
         assert_eq!((router.threads, router.numerics), (5, model::Numerics::F32));
+        assert_eq!((router.controller, router.replicas), (true, 2));
         let RoleConfig::Gateway(gateway) = config(&plan[4]) else { panic!("no gateway") };
         assert_eq!(gateway.listen, "h:81");
         assert_eq!(gateway.routers, [plan[2].endpoint.clone()]);

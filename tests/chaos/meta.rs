@@ -129,7 +129,8 @@ fn a_history_with_one_wrong_in_it_is_refused() {
         .collect();
     let seen = history::check(&text).unwrap();
     println!("recorded: {seen}");
-    assert!(seen.again > 0 && seen.steps > 50, "{seen}");
+    // A kill between two frames has nothing to send again.
+    assert!(seen.steps > 50, "{seen}");
     let seed = seed();
     let mut dice = Dice(seed);
     for (name, mutate) in MUTATIONS {

@@ -103,7 +103,7 @@ fn r3_no_replica() {
         mesh: Sandbox::of(tiny()).expert_nodes(3),
         load: Load { streams: 8, tokens: TOKENS, time: seconds(6, 180) },
         faults: Faulting {
-            when: When::Every(Duration::from_secs(if is_long() { 10 } else { 1 })),
+            when: When::Every(Duration::from_secs(if is_long() { 3 } else { 1 })),
             what: vec![Fault::Kill { role: Role::Node, which: Which::Next, down: DOWN }],
         },
         checks: [

@@ -11,7 +11,7 @@ use crate::packed::{Out, Packed};
 use crate::product::product;
 use crate::rowwise as row;
 use crate::tile::Defined;
-use crate::transposed::Transposed;
+use crate::transposed::{Stack, Transposed};
 #[cfg(target_arch = "x86_64")]
 use crate::x86::{Amx, Avx2, Avx512, HardwarePairs};
 use half::bf16;
@@ -42,14 +42,14 @@ pub trait Device: Sync {
         PACKED.set(packed);
     }
 
-    /// `y[r * ldy + l] = sum over n of x[r * ldx + n] w[n, l]`, added to what `y` holds if `accumulate`.
+    /// `y[r * ldy + l] = sum over n of x[r * ldx + n] w[n, l]`, for those n that row r sees. In a class of tiles the sign of
+    /// a zero is unspecified where another row sees more.
     fn matmul_t(
         &self,
         x: Acts<'_>,
         rows: usize,
         ldx: usize,
-        w: Mat<'_>,
-        accumulate: bool,
+        w: Stack<'_>,
         y: &mut [f32],
         ldy: usize,
     );
@@ -72,7 +72,10 @@ pub trait Device: Sync {
     /// `y = a * x + y`, fused.
     fn axpy(&self, a: f32, x: Acts<'_>, y: &mut [f32]);
 
-    /// `y = a * y`.
+    /// `y = a * x + b * y`, the second product rounded by itself.
+    fn blend(&self, a: f32, x: &[f32], b: f32, y: &mut [f32]);
+
+    /// `y = a * y`; a zero has no sign.
     fn scale(&self, a: f32, y: &mut [f32]);
 
     /// `y = x` rounded to nearest even.
@@ -94,6 +97,21 @@ pub(crate) trait Multiply: Send + Sync + 'static {
     /// # Safety
     /// The CPU has the instructions that this is made of.
     unsafe fn product(x: &Packed, w: &Mat<'_>, y: &mut Out<'_>);
+
+    /// [`Device::matmul_t`] in an order of the class's own; false if there is none for such a weight.
+    ///
+    /// # Safety
+    /// As for [`Multiply::product`]; rows of `x` and `y` are there, `ldx` and `ldy` apart, without overlap.
+    unsafe fn transposed(
+        _x: &[bf16],
+        _rows: usize,
+        _ldx: usize,
+        _w: Stack<'_>,
+        _y: &mut [f32],
+        _ldy: usize,
+    ) -> bool {
+        false
+    }
 }
 
 impl<D: Dot> Multiply for D {
@@ -141,12 +159,28 @@ impl<S: Simd + Registers, B: Multiply> Device for Unit<S, B> {
         x: Acts<'_>,
         rows: usize,
         ldx: usize,
-        w: Mat<'_>,
-        accumulate: bool,
+        w: Stack<'_>,
         y: &mut [f32],
         ldy: usize,
     ) {
-        run::<S, _>(Transposed { x, rows, ldx, w, accumulate, y, ldy });
+        w.check(x, rows, ldx, y, ldy);
+        if rows == 0 {
+            return;
+        }
+        if let Acts::Bf16(x) = x {
+            // SAFETY: a unit is handed out only where its instruction set is available; shapes were checked.
+            if unsafe { B::transposed(x, rows, ldx, w, y, ldy) } {
+                return;
+            }
+        }
+        if w.seen(0) == 0 {
+            (0..rows).for_each(|r| y[r * ldy..][..w.k()].fill(0.0));
+        }
+        w.each(rows, |rows, at, w| {
+            let x = x.slice(rows.start * ldx + at..x.len());
+            let y = &mut y[rows.start * ldy..];
+            run::<S, _>(Transposed { x, rows: rows.len(), ldx, w, accumulate: at > 0, y, ldy });
+        });
     }
 
     fn rms_norm(&self, x: &[f32], weight: &[f32], eps: f32, y: &mut [f32]) {
@@ -174,6 +208,11 @@ impl<S: Simd + Registers, B: Multiply> Device for Unit<S, B> {
     fn axpy(&self, a: f32, x: Acts<'_>, y: &mut [f32]) {
         assert_eq!(x.len(), y.len(), "axpy of equal lengths");
         run::<S, _>(row::Axpy { a, x, y });
+    }
+
+    fn blend(&self, a: f32, x: &[f32], b: f32, y: &mut [f32]) {
+        assert_eq!(x.len(), y.len(), "blend of equal lengths");
+        run::<S, _>(row::Blend { a, x, b, y });
     }
 
     fn scale(&self, a: f32, y: &mut [f32]) {

@@ -16,7 +16,8 @@
 //!   rounded and flushed as above; the two are added to each other, and that to the output. FP8 blocks start from zero
 //!   and are scaled as above.
 //! - **Transposed product.** One f32 fused multiply-add per row of the weight, in order; an FP8 element is its code
-//!   times its scale, rounded once.
+//!   times its scale, rounded once. In the class of AMX tiles, bf16 activations and a weight stored as bf16 are taken
+//!   as in its other products, in steps of 32 rows, zeros after the last one seen.
 //!
 //! NaNs compare as NaN: their payload is unspecified. The crate refuses to know about models, files or queues.
 
@@ -44,6 +45,7 @@ pub use isa::{Isa, UnknownIsa};
 pub use mat::{Acts, DType, Mat, ShapeError, f32_to_fp8, fp8_to_f32, round_bf16};
 pub use packed::{Out, Packed};
 pub use pool::Pool;
+pub use transposed::Stack;
 
 #[cfg(test)]
 mod tests;

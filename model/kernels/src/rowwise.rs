@@ -160,9 +160,15 @@ task!(Axpy { a: f32, x: Acts<'a>, y: &'a mut [f32] } -> () {
     }
 });
 
+task!(Blend { a: f32, x: &'a [f32], b: f32, y: &'a mut [f32] } -> () {
+    for (y, x) in y.iter_mut().zip(x) {
+        *y = a.mul_add(*x, b * *y);
+    }
+});
+
 task!(Scale { a: f32, y: &'a mut [f32] } -> () {
     for y in y.iter_mut() {
-        *y *= a;
+        *y = a.mul_add(*y, 0.0);
     }
 });
 

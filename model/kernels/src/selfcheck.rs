@@ -7,6 +7,7 @@ use half::bf16;
 use crate::device::Kernels;
 use crate::isa::Isa;
 use crate::mat::{Acts, Mat};
+use crate::transposed::Stack;
 
 /// Rows and columns that reach the one-row paths, the blocks and their remainders.
 const ROWS: [usize; 4] = [1, 3, 8, 13];
@@ -78,8 +79,11 @@ impl Inputs {
                     kernels.matmul(x, rows, w, &mut y, N);
                     keep(&y);
                     let mut y = vec![0.5; rows * K];
-                    kernels.matmul_t(x, rows, K, w, true, &mut y, K);
-                    keep(&y);
+                    let parts = [w.rows(0..5), w.rows(5..N)];
+                    for stack in [Stack::new(&parts), Stack::new(&parts).causal(N - 3, 2)] {
+                        kernels.matmul_t(x, rows, K, stack, &mut y, K);
+                        keep(&y);
+                    }
                 }
             }
         }

@@ -9,6 +9,7 @@ use crate::device::Multiply;
 use crate::lanes::{STEP, flush, fma_flush};
 use crate::mat::{Acts, DType, Mat, fp8_to_f32, round_bf16};
 use crate::packed::{Out, Packed};
+use crate::transposed::Stack;
 use half::bf16;
 
 /// `acc` plus the products of 32 elements, as a tile adds them.
@@ -55,6 +56,36 @@ impl Multiply for Defined {
                 (0..rows).for_each(|r| unsafe { *y.at(r, n) = 0.0 });
             }
         }
+    }
+
+    unsafe fn transposed(
+        x: &[bf16],
+        rows: usize,
+        ldx: usize,
+        w: Stack<'_>,
+        y: &mut [f32],
+        ldy: usize,
+    ) -> bool {
+        if !w.is_bf16() {
+            return false;
+        }
+        let weights: Vec<_> = w.rows().flat_map(|row| row.as_chunks::<2>().0).collect();
+        for r in 0..rows {
+            let seen = w.seen(r);
+            for l in 0..w.k() {
+                let mut acc = 0.0;
+                for at in (0..seen).step_by(STEP) {
+                    let (mut a, mut b) = ([0.0; STEP], [0.0; STEP]);
+                    for (i, n) in (at..seen.min(at + STEP)).enumerate() {
+                        a[i] = bf16::from_le_bytes(*weights[n * w.k() + l]).to_f32();
+                        b[i] = x[r * ldx + n].to_f32();
+                    }
+                    acc = step(acc, &a, &b);
+                }
+                y[r * ldy + l] = acc;
+            }
+        }
+        true
     }
 }
 

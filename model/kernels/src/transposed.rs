@@ -22,6 +22,91 @@ thread_local! {
     static SCRATCH: RefCell<(Vec<Line>, Vec<Line>)> = const { RefCell::new((Vec::new(), Vec::new())) };
 }
 
+/// The weight of a transposed product: matrices of the same width, one below the other. Row `r` of the activations sees
+/// the first `first + r / group` of their rows, at most all.
+#[derive(Clone, Copy, Debug)]
+pub struct Stack<'a> {
+    mats: &'a [Mat<'a>],
+    first: usize,
+    group: usize,
+}
+
+impl<'a> Stack<'a> {
+    /// All of `mats` for every row. Panics if they differ in width.
+    pub fn new(mats: &'a [Mat<'a>]) -> Stack<'a> {
+        assert!(mats.iter().all(|m| m.k() == mats[0].k()), "a stack of one width");
+        Stack { mats, first: usize::MAX, group: 1 }
+    }
+
+    /// Each `group` rows see one more than those before them, the first `first`. Panics on groups of none.
+    pub fn causal(self, first: usize, group: usize) -> Stack<'a> {
+        assert!(group > 0, "groups of rows");
+        Stack { first, group, ..self }
+    }
+
+    /// Columns.
+    pub(crate) fn k(&self) -> usize {
+        self.mats.first().map_or(0, Mat::k)
+    }
+
+    /// How many rows row `r` of the activations sees.
+    pub(crate) fn seen(&self, r: usize) -> usize {
+        let n = self.mats.iter().map(Mat::n).sum();
+        self.first.saturating_add(r / self.group).min(n)
+    }
+
+    /// The first row of the activations after `r` that is of another group.
+    pub(crate) fn alike(&self, r: usize) -> usize {
+        (r / self.group + 1) * self.group
+    }
+
+    /// Whether the elements are stored as bf16.
+    pub(crate) fn is_bf16(&self) -> bool {
+        self.mats.iter().all(|m| m.dtype() == DType::Bf16)
+    }
+
+    /// The rows' bytes.
+    pub(crate) fn rows(&self) -> impl Iterator<Item = &'a [u8]> + use<'a> {
+        let rows = |m: &'a Mat<'a>| (0..m.n()).map(|n| m.row_bytes(n));
+        self.mats.iter().flat_map(rows)
+    }
+
+    /// Whether all elements of bf16 rows `range` are finite.
+    pub(crate) fn finite(&self, range: Range<usize>) -> bool {
+        let infinite = |b: &[u8; 2]| u16::from_le_bytes(*b) & 0x7f80 == 0x7f80;
+        let any = |row: &[u8]| row.as_chunks().0.iter().fold(false, |any, b| any | infinite(b));
+        !self.rows().take(range.end).skip(range.start).any(any)
+    }
+
+    /// Panics unless the rows of `x` and `y` are there.
+    pub(crate) fn check(&self, x: Acts<'_>, rows: usize, ldx: usize, y: &[f32], ldy: usize) {
+        check("x", rows, self.seen(rows.saturating_sub(1)), ldx, x.len());
+        check("y", rows, self.k(), ldy, y.len());
+    }
+
+    /// Calls `f` for the matrices one by one, with the activations' rows that see them and what lies above.
+    pub(crate) fn each(&self, rows: usize, mut f: impl FnMut(Range<usize>, usize, Mat<'a>)) {
+        let mut part = |rows: Range<usize>, positions: Range<usize>| {
+            let mut at = 0;
+            for mat in self.mats {
+                let (from, to) = (positions.start.max(at), positions.end.min(at + mat.n()));
+                if from < to {
+                    f(rows.clone(), from, mat.rows(from - at..to - at));
+                }
+                at += mat.n();
+            }
+        };
+        let common = self.seen(0);
+        part(0..rows, 0..common);
+        let mut row = 0;
+        while row < rows && common < self.seen(rows - 1) {
+            let end = self.alike(row).min(rows);
+            part(row..end, common..self.seen(row));
+            row = end;
+        }
+    }
+}
+
 /// `y[r, l] (+)= sum over n of x[r, n] w[n, l]`, in ascending n.
 pub(crate) struct Transposed<'a> {
     pub(crate) x: Acts<'a>,

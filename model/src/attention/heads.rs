@@ -11,7 +11,7 @@
 use std::ops::Range;
 
 use half::bf16;
-use kernels::{Acts, Kernels, Out, Packed};
+use kernels::{Acts, Kernels, Out, Packed, Stack};
 
 use super::{Context, Pages, Queries};
 use crate::activations::rounded;
@@ -79,51 +79,55 @@ pub(super) struct Merged {
 }
 
 impl Merged {
-    /// Adds a block to `out`, the weighted sum by the largest score so far.
-    fn add(&mut self, kernels: Kernels, max: f32, sum: f32, values: &[f32], out: &mut [f32]) {
+    /// Adds a block to `out`, the weighted sum by the largest score so far. Without `values`, that sum is there already.
+    pub fn add(
+        &mut self,
+        kernels: Kernels,
+        max: f32,
+        sum: f32,
+        values: Option<&[f32]>,
+        out: &mut [f32],
+    ) {
         if !std::mem::replace(&mut self.any, true) {
             (self.max, self.sum) = (max, sum);
-            return out.copy_from_slice(values);
+            values.into_iter().for_each(|values| out.copy_from_slice(values));
+            return;
         }
         let top = if max > self.max { max } else { self.max };
         let mut factors = [self.max, max];
         kernels.softmax_weights(&mut factors, top);
         let [old, new] = factors;
-        if old != 1.0 {
-            kernels.scale(old, out);
-        }
-        kernels.axpy(new, Acts::F32(values), out);
+        values.into_iter().for_each(|values| kernels.blend(new, values, old, out));
         (self.max, self.sum) = (top, new.mul_add(sum, old * self.sum));
     }
 
-    /// Makes a weighted sum by the largest score one by the softmax.
+    /// Makes a weighted sum by the largest score one by the softmax. A zero gets no sign, which kernels leave open.
     pub fn finish(&self, kernels: Kernels, out: &mut [f32]) {
         kernels.scale(1.0 / self.sum, out);
     }
 }
 
-/// One block's results for all rows of a tile: `[rows]` largest scores, `[rows]` sums, `[rows,
-/// kv_lora]`.
-pub(super) struct Block<'a>(pub &'a mut [f32]);
+/// One block's results for all rows of a tile.
+pub(super) struct Block<'a> {
+    /// Largest scores, `[rows]`.
+    maxima: &'a mut [f32],
+    /// Sums of weights, `[rows]`.
+    sums: &'a mut [f32],
+    /// Weighted sums of values, `[rows, kv_lora]`.
+    values: &'a mut [f32],
+}
 
-impl Block<'_> {
+impl<'a> Block<'a> {
     /// Values of a block for `rows` rows.
     pub fn len(rows: usize, rank: usize) -> usize {
         rows * (rank + 2)
     }
 
-    /// Adds row `index` of `rows` to what earlier blocks came to.
-    pub fn merge(
-        values: &[f32],
-        index: usize,
-        rows: usize,
-        kernels: Kernels,
-        merged: &mut Merged,
-        out: &mut [f32],
-    ) {
-        let rank = out.len();
-        let sums = &values[2 * rows + index * rank..][..rank];
-        merged.add(kernels, values[index], values[rows + index], sums, out);
+    /// A block in `memory`: maxima, sums and values in this order.
+    pub fn of(memory: &'a mut [f32], rows: usize) -> Block<'a> {
+        let (maxima, rest) = memory.split_at_mut(rows);
+        let (sums, values) = rest.split_at_mut(rows);
+        Block { maxima, sums, values }
     }
 }
 
@@ -155,10 +159,17 @@ impl Tile {
             _ => grown_merged(&mut more, rows),
         };
         for index in 0..self.blocks() {
-            self.block(context, index, pages, memory, Block(values));
-            let rows_out = merged.iter_mut().zip(summed.chunks_mut(rank)).enumerate();
-            for (row, (merged, out)) in rows_out {
-                Block::merge(values, row, rows, kernels, merged, out);
+            let mut block = Block::of(values, rows);
+            if index == 0 {
+                // The first one's sums go where they are wanted.
+                block.values = summed;
+            }
+            self.block(context, index, pages, memory, block);
+            for (row, merged) in merged.iter_mut().enumerate() {
+                let (max, sum) = (values[row], values[rows + row]);
+                let mine = &values[2 * rows + row * rank..][..rank];
+                let mine = (index > 0).then_some(mine);
+                merged.add(kernels, max, sum, mine, &mut summed[row * rank..][..rank]);
             }
         }
         for (merged, out) in merged.iter().zip(summed.chunks_mut(rank)) {
@@ -197,7 +208,7 @@ impl Tile {
         index: usize,
         pages: &Pages<'_>,
         memory: &mut HeadScratch,
-        Block(out): Block<'_>,
+        out: Block<'_>,
     ) {
         let Context { config, compute, numerics, .. } = context;
         let (kernels, rank, heads) = (compute.kernels, config.kv_lora, config.heads);
@@ -207,8 +218,7 @@ impl Tile {
         // Positions that all tokens see, and those that one does.
         let common = BLOCK.min(self.position + 1 - first);
         let seen = |token: usize| BLOCK.min(common + token);
-        let (maxima, out) = out.split_at_mut(rows);
-        let (sums, out) = out.split_at_mut(rows);
+        let Block { maxima, sums, values } = out;
 
         let time = span(Part::Scores);
         let scores = grown(&mut memory.scores, rows * BLOCK);
@@ -238,19 +248,12 @@ impl Tile {
         drop(time);
 
         let _span = span(Part::Sum);
-        let mut sum = |rows: Range<usize>, positions: Range<usize>| {
-            pages.each(first + positions.start..first + positions.end, |at, page, slots| {
-                let at = at - first;
-                let values = pages.rows(page, slots).cols(0..rank);
-                let weights = weights.slice(rows.start * BLOCK + at..weights.len());
-                let out = &mut out[rows.start * rank..rows.end * rank];
-                kernels.matmul_t(weights, rows.len(), BLOCK, values, at > 0, out, rank);
-            });
-        };
-        sum(0..rows, 0..common);
-        for token in (1..self.tokens).filter(|_| count > common) {
-            sum(token * heads..(token + 1) * heads, common..seen(token));
-        }
+        let mut rows_of = Vec::with_capacity(BLOCK);
+        pages.each(first..first + count, |_, page, slots| {
+            rows_of.push(pages.rows(page, slots).cols(0..rank));
+        });
+        let stack = Stack::new(&rows_of).causal(common, heads);
+        kernels.matmul_t(weights, rows, BLOCK, stack, values, rank);
     }
 }
 

@@ -8,17 +8,17 @@ fn scratch() -> Scratch {
 
 fn chosen(logits: &[f32], params: &Params, history: &History, position: u64) -> u32 {
     let mut logits = logits.to_vec();
-    sample(&mut logits, params, history, position, &mut scratch()).unwrap().token
+    sample(&mut logits, params, history, position, &scratch()).unwrap().token
 }
 
 /// How often each token is drawn at 4000 positions.
 fn histogram(logits: &[f32], params: &Params) -> Vec<u32> {
     let mut counts = vec![0; logits.len()];
-    let mut scratch = scratch();
+    let scratch = scratch();
     for position in 0..4000 {
         let mut logits = logits.to_vec();
         let history = History::default();
-        let choice = sample(&mut logits, params, &history, position, &mut scratch).unwrap();
+        let choice = sample(&mut logits, params, &history, position, &scratch).unwrap();
         counts[choice.token as usize] += 1;
     }
     counts
@@ -64,10 +64,10 @@ fn every_instruction_set_draws_the_same() {
     let logits: Vec<f32> = (0..1000).map(|i| ((i * 7919) % 1000) as f32 * 0.01).collect();
     let params = Params { temperature: 0.8, top_p: 0.95, ..Params::default() };
     let run = |isa| -> Vec<u32> {
-        let mut scratch = Scratch::new(Kernels::new(isa));
+        let scratch = Scratch::new(Kernels::new(isa));
         let mut one = |position| {
             let mut logits = logits.clone();
-            sample(&mut logits, &params, &History::default(), position, &mut scratch).unwrap().token
+            sample(&mut logits, &params, &History::default(), position, &scratch).unwrap().token
         };
         (0..50).map(&mut one).collect()
     };
@@ -131,14 +131,14 @@ fn log_probabilities_are_of_the_raw_logits() {
         logprobs: Some(3),
         ..Params::default()
     };
-    let choice = sample(&mut raw.to_vec(), &params, &history, 0, &mut scratch()).unwrap();
+    let choice = sample(&mut raw.to_vec(), &params, &history, 0, &scratch()).unwrap();
     assert_eq!(choice.token, 1);
     assert!((choice.logprob.unwrap() - 0.25f32.ln()).abs() < 1e-6);
     let ids: Vec<u32> = choice.top.iter().map(|(id, _)| *id).collect();
     assert_eq!(ids, [0, 1, 2]);
     assert!((choice.top[0].1 - 0.5f32.ln()).abs() < 1e-6);
 
-    let (logprob, top) = score(&raw, 3, 9, &mut scratch()).unwrap();
+    let (logprob, top) = score(&raw, 3, 9, &scratch()).unwrap();
     assert!((logprob - 0.125f32.ln()).abs() < 1e-6);
     assert_eq!(top.len(), 4);
 }
@@ -148,10 +148,10 @@ fn logits_that_are_not_finite_are_refused() {
     for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
         let mut logits = [0.0, bad, 1.0];
         let history = History::default();
-        let result = sample(&mut logits, &Params::default(), &history, 0, &mut scratch());
+        let result = sample(&mut logits, &Params::default(), &history, 0, &scratch());
         assert_eq!(result, Err(NonFinite));
     }
-    assert!(score(&[f32::NAN], 0, 0, &mut scratch()).is_err());
+    assert!(score(&[f32::NAN], 0, 0, &scratch()).is_err());
 }
 
 #[test]
@@ -181,5 +181,41 @@ fn settings_are_checked_by_name() {
         (Params { logit_bias: vec![(1, 101.0)], ..Params::default() }, "logit_bias"),
     ] {
         assert_eq!(params.check().unwrap_err().field, field);
+    }
+}
+
+/// A row's choice does not depend on the rows beside it, nor on the threads.
+#[test]
+fn rows_together_are_as_rows_alone() {
+    let row = |r: usize| -> Vec<f32> {
+        (0..3000).map(|i| ((i * 7919 + r * 104_729) % 2003) as f32 / 251.0).collect()
+    };
+    let params = |r: usize| match r % 3 {
+        0 => Params::greedy(),
+        1 => Params { top_p: 0.9, seed: r as u64, ..Params::default() },
+        _ => Params { top_k: 40, logprobs: Some(3), repetition: 1.3, ..Params::default() },
+    };
+    let history = History::new(&[5, 9]);
+    let alone: Vec<_> =
+        (0..20).map(|r| sample(&mut row(r), &params(r), &history, r as u64, &scratch())).collect();
+    for threads in [1, 3] {
+        let mut logits: Vec<_> = (0..20).map(row).collect();
+        let params: Vec<_> = (0..20).map(params).collect();
+        let rows = logits.iter_mut().zip(&params).zip(0..).map(|((logits, params), position)| {
+            Row { logits, params, history: &history, position }
+        });
+        assert_eq!(sample_all(&Pool::new(threads), rows.collect(), &scratch()), alone);
+    }
+}
+
+/// The first of equal logits, wherever it lies; a zero's sign makes no difference.
+#[test]
+fn the_first_largest_is_found() {
+    for (len, at) in [(1, 0), (3000, 0), (3000, 1023), (3000, 1024), (3000, 2999)] {
+        let mut logits = vec![-1.0; len];
+        logits[at..].fill(0.0);
+        logits[at] = -0.0;
+        let choice = sample(&mut logits, &Params::greedy(), &History::default(), 0, &scratch());
+        assert_eq!(choice.unwrap().token, at as u32);
     }
 }

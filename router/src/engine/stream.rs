@@ -5,7 +5,7 @@
 use std::time::Instant;
 
 use model::LogitRows;
-use model::sample::{self, History, Scored, Scratch};
+use model::sample::{self, Choice, History, NonFinite, Row, Scored, Scratch};
 use proto::v1::generate_event::Event;
 use proto::v1::{
     Alternative, FinishReason, Finished, GenerateEvent, PromptScores, TokenEvent, TokenScore,
@@ -99,13 +99,7 @@ impl Stream {
 
     /// Sends the scores of the prompt tokens that this part's rows predict.
     /// `logits` holds one row per token of the part.
-    pub fn score_prompt(
-        &mut self,
-        part: &Part,
-        tokens: &[u32],
-        logits: &[f32],
-        scratch: &mut Scratch,
-    ) {
+    pub fn score_prompt(&mut self, part: &Part, tokens: &[u32], logits: &[f32], scratch: &Scratch) {
         let Some(top) = self.job.prompt_logprobs else { return };
         let vocab = logits.len() / part.len;
         let mut scores = Vec::new();
@@ -125,18 +119,19 @@ impl Stream {
         }
     }
 
-    /// Samples from `logits`, sends the token, and the end if it ends here.
-    /// `tokens` is the sequence so far.
+    /// What to choose the token at `position` from and by.
+    pub fn row<'a>(&'a self, logits: &'a mut [f32], position: u64) -> Row<'a> {
+        Row { logits, params: &self.job.params, history: &self.history, position }
+    }
+
+    /// Sends the chosen token, and the end if it ends here.
     pub fn next_token(
         &mut self,
-        logits: &mut [f32],
-        tokens: &[u32],
-        scratch: &mut Scratch,
+        choice: Result<Choice, NonFinite>,
         metrics: &RouterMetrics,
     ) -> Next {
-        let position = tokens.len() as u64;
         let params = &self.job.params;
-        let Ok(choice) = sample::sample(logits, params, &self.history, position, scratch) else {
+        let Ok(choice) = choice else {
             self.fail(Status::internal("the model's logits are not finite"));
             return Next::Failed;
         };

@@ -5,8 +5,9 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use arc_swap::ArcSwap;
-use mesh::link::{LinkEvent, LinkHandle};
-use mesh::placement::Placement;
+use mesh::link::LinkEvent;
+use mesh::membership::Links;
+use mesh::placement::{NodeIndex, Placement};
 use mesh::pump::{AWAKE, Pump, Turn};
 use mesh::telemetry::propagate;
 use model::rows::encode_fp8;
@@ -28,7 +29,7 @@ const LOOK_AROUND: Duration = Duration::from_millis(20);
 pub struct Remote {
     /// Each with the time its rows were sent.
     pub lanes: [(Exchange, Instant); LANES],
-    pub links: Arc<[Arc<LinkHandle>]>,
+    pub links: Links,
     pub events: Receiver<LinkEvent>,
     /// Where the streams live; driven here and nowhere else.
     pub pump: Pump,
@@ -109,10 +110,12 @@ impl Remote {
                     );
                     match taken {
                         Taken::Result(took) => {
-                            self.links[node.0 as usize].observe(took);
+                            if let Some(link) = self.links.get(node) {
+                                link.observe(took);
+                            }
                             self.metrics.round_trip.observe(took.as_secs_f64());
                         }
-                        Taken::Retried => self.count_retry(node.0),
+                        Taken::Retried => self.count_retry(node),
                         Taken::Stale => _ = self.metrics.stale_replies.inc(),
                     }
                 }
@@ -122,7 +125,7 @@ impl Remote {
                         exchange.on_down(node, &placement, now);
                     }
                     if self.retries() > before {
-                        self.count_retry(node.0);
+                        self.count_retry(node);
                     }
                 }
                 None => {
@@ -171,10 +174,11 @@ impl Remote {
         }
     }
 
-    fn count_retry(&self, node: u16) {
+    fn count_retry(&self, node: NodeIndex) {
         self.metrics.retries.inc();
-        let retries = &self.links[node as usize].retries;
-        retries.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+        if let Some(link) = self.links.get(node) {
+            link.retries.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+        }
     }
 
     /// Writes what the exchange wants sent. What cannot be written is routed
@@ -194,7 +198,8 @@ impl Remote {
         self.pump.run(async {
             while let Some(Outgoing { node, ticket }) = exchange.outbox.pop() {
                 exchange.encode(ticket, rows, routed.weights, self.wire.buffer());
-                if !self.links[node.0 as usize].send(self.wire.take()) {
+                let frame = self.wire.take();
+                if !self.links.get(node).is_some_and(|link| link.send(frame)) {
                     exchange.on_unsent(ticket, placement, now);
                 } else if history.is_on() {
                     record_sent(history, exchange, lane, ticket);

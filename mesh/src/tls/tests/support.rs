@@ -8,7 +8,8 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use proto::v1::expert_control_server::{ExpertControl, ExpertControlServer};
 use proto::v1::{
-    DescribeRequest, DrainReply, DrainRequest, NodeDescription, NodeStatus, NodeStatusRequest,
+    DescribeRequest, DrainReply, DrainRequest, DropReply, DropRequest, LoadReply, LoadRequest,
+    NodeDescription, NodeStatus, NodeStatusRequest, WatchRequest,
 };
 use rcgen::{
     BasicConstraints, CertificateParams, DnType, IsCa, Issuer, KeyPair, KeyUsagePurpose, SanType,
@@ -231,5 +232,19 @@ impl ExpertControl for Fake {
 
     async fn drain(&self, _: Request<DrainRequest>) -> Result<Response<DrainReply>, Status> {
         Ok(Response::new(DrainReply::default()))
+    }
+
+    type WatchStream = tokio_stream::Empty<Result<NodeDescription, Status>>;
+
+    async fn watch(&self, _: Request<WatchRequest>) -> Result<Response<Self::WatchStream>, Status> {
+        Ok(Response::new(tokio_stream::empty()))
+    }
+
+    async fn load(&self, _: Request<LoadRequest>) -> Result<Response<LoadReply>, Status> {
+        Ok(Response::new(LoadReply::default()))
+    }
+
+    async fn drop(&self, _: Request<DropRequest>) -> Result<Response<DropReply>, Status> {
+        Ok(Response::new(DropReply::default()))
     }
 }

@@ -2,7 +2,7 @@
 
 use super::{Kind, Random, bits, matmul, others, scalar};
 use crate::lanes::{flush, fma_flush, tree};
-use crate::{Acts, Compute, DType, Isa, Kernels, Mat, fp8_to_f32, round_bf16};
+use crate::{Acts, Compute, DType, Isa, Kernels, Mat, Stack, fp8_to_f32, round_bf16};
 use half::bf16;
 use proptest::prelude::*;
 
@@ -244,34 +244,84 @@ proptest! {
     }
 
     #[test]
-    fn transposed_products_agree(case in cases(), accumulate in any::<bool>(), seed in any::<u64>()) {
+    fn transposed_products_agree(
+        case in cases(),
+        (cut, first, group) in (0usize..40, 0usize..80, 1usize..9),
+        causal in any::<bool>(),
+        seed in any::<u64>(),
+    ) {
         let (n, k, rows) = (case.w.rows, case.w.cols, case.rows);
         let (ldx, ldy) = (n + case.gap, k + case.gap);
         let mut random = Random(seed);
         let x32 = random.f32s(rows * ldx, Kind::Plain);
         let x16 = random.bf16s(rows * ldx, Kind::Plain);
         let y0 = random.f32s(rows * ldy, Kind::Plain);
+        let mats = [case.w.mat().rows(0..cut.min(n)), case.w.mat().rows(cut.min(n)..n)];
+        let stack = Stack::new(&mats);
+        let stack = if causal { stack.causal(first, group) } else { stack };
         for x in [Acts::F32(&x32), Acts::Bf16(&x16)] {
-            let mut want = y0.clone();
-            for r in 0..rows {
-                for l in 0..k {
-                    let y = &mut want[r * ldy + l];
-                    if !accumulate { *y = 0.0; }
-                    for i in 0..n {
-                        let x = match x {
-                            Acts::F32(x) => x[r * ldx + i],
-                            Acts::Bf16(x) => x[r * ldx + i].to_f32(),
+            let want = |tiles: bool| {
+                let mut want = y0.clone();
+                for r in 0..rows {
+                    let seen = if causal { n.min(first + r / group) } else { n };
+                    for l in 0..k {
+                        let pair = |i: usize| {
+                            let x = match x {
+                                Acts::F32(x) => x[r * ldx + i],
+                                Acts::Bf16(x) => x[r * ldx + i].to_f32(),
+                            };
+                            let (code, scale) = case.w.at(i, l);
+                            (if case.w.dtype == DType::Fp8 { code * scale } else { code }, x)
                         };
-                        let (code, scale) = case.w.at(i, l);
-                        let w = if case.w.dtype == DType::Fp8 { code * scale } else { code };
-                        *y = x.mul_add(w, *y);
+                        want[r * ldy + l] = match tiles {
+                            false => (0..seen).map(pair).fold(0.0, |y, (w, x)| x.mul_add(w, y)),
+                            true => (0..seen).step_by(32).fold(0.0, |y, at| {
+                                let pair = |i| if i < seen { pair(i) } else { (0.0, 0.0) };
+                                in_tiles(y, std::array::from_fn(|i| pair(at + i)))
+                            }),
+                        };
                     }
                 }
-            }
-            for device in std::iter::once(scalar()).chain(others()) {
+                want
+            };
+            let reference = Kernels::reference(Isa::Amx);
+            for device in [scalar(), reference].into_iter().chain(others()) {
+                let tiles = Class::of(&device, matches!(x, Acts::Bf16(_))) == Class::Tiles
+                    && case.w.dtype == DType::Bf16;
                 let mut y = y0.clone();
-                device.matmul_t(x, rows, ldx, case.w.mat(), accumulate, &mut y, ldy);
-                prop_assert_eq!(bits(&y), bits(&want), "{}", device.isa());
+                device.matmul_t(x, rows, ldx, stack, &mut y, ldy);
+                // Without a zero's sign.
+                let unsigned = |y: &[f32]| bits(&y.iter().map(|y| y + 0.0).collect::<Vec<_>>());
+                prop_assert_eq!(unsigned(&y), unsigned(&want(tiles)), "{}", device.isa());
+            }
+        }
+    }
+
+    /// What a row does not see cannot be told from its result, though it be no number.
+    #[test]
+    fn a_row_does_not_see_what_comes_later(
+        (rows, group, first) in (1usize..40, 1usize..9, 0usize..70),
+        bad in prop_oneof![Just(f32::NAN), Just(f32::INFINITY), Just(1.0)],
+        seed in any::<u64>(),
+    ) {
+        let (n, k) = (first + (rows - 1) / group + 1, 40);
+        let mut random = Random(seed);
+        let x = random.bf16s(rows * n, Kind::Plain);
+        let w = random.bf16s(n * k, Kind::Plain);
+        let mut other = w.clone();
+        let last = first + random.below(n - first);
+        other[last * k + 3] = round_bf16(bad);
+        for device in [scalar(), Kernels::reference(Isa::Amx)].into_iter().chain(others()) {
+            let product = |w: &[bf16]| {
+                let mut y = vec![0.0; rows * k];
+                let mats = [Mat::from_bf16(w, n, k).unwrap()];
+                let stack = Stack::new(&mats).causal(first, group);
+                device.matmul_t(Acts::Bf16(&x), rows, n, stack, &mut y, k);
+                y
+            };
+            let (y, changed) = (product(&w), product(&other));
+            for r in (0..rows).filter(|r| first + r / group <= last) {
+                prop_assert_eq!(bits(&y[r * k..][..k]), bits(&changed[r * k..][..k]), "{}", device.isa());
             }
         }
     }

@@ -33,6 +33,7 @@ fn everything(k: &dyn Device, x: &[f32], w: &[f32], h: &[bf16]) -> Vec<u32> {
     k.axpy(0.3, Acts::F32(x), &mut y);
     k.axpy(-0.7, Acts::Bf16(h), &mut y);
     k.scale(1.7, &mut y);
+    k.blend(0.9, x, -0.2, &mut y);
     out.extend(bits(&y));
     let mut z = vec![bf16::ZERO; x.len()];
     k.to_bf16(x, &mut z);

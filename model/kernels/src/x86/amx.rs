@@ -2,11 +2,12 @@
 //!
 //! A weight's rows are the left operand as they are stored, sixteen outputs by 32 elements of k; activations are the right
 //! one, packed once as pairs of k by rows; sums are [outputs][rows]. Up to two tiles of rows stream the weight
-//! (`strip.rs`); more pass blocks of it over tiles of rows (`block.rs`). The permission that Linux wants is asked for
-//! once, with a trial of the instruction against the definition: a CPU that differs in a bit does not get to use it.
+//! (`strip.rs`; `coded.rs` where it is FP8), more pass blocks of it over tiles of rows (`block.rs`). Sums over a weight's
+//! rows are `columns.rs`. The permission that Linux wants is asked for once, with a trial of the instruction against the definition: a CPU that differs in a bit does not get to use it.
 
 mod block;
 mod coded;
+mod columns;
 mod panel;
 mod strip;
 #[cfg(test)]
@@ -20,6 +21,7 @@ use crate::device::Multiply;
 use crate::lanes::STEP;
 use crate::mat::{Acts, DType, Mat, round_bf16};
 use crate::packed::{Out, Packed};
+use crate::transposed::Stack;
 use half::bf16;
 use std::arch::asm;
 use std::arch::x86_64::*;
@@ -60,6 +62,22 @@ impl Multiply for Amx {
                 _ => block::product(x, w, y),
             }
         }
+    }
+
+    unsafe fn transposed(
+        x: &[bf16],
+        rows: usize,
+        ldx: usize,
+        w: Stack<'_>,
+        y: &mut [f32],
+        ldy: usize,
+    ) -> bool {
+        if !w.is_bf16() {
+            return false;
+        }
+        // SAFETY: the CPU has tiles and they are permitted, by the caller's word, with the shapes.
+        unsafe { columns::Columns { x, rows, ldx, w, y, ldy }.compute() };
+        true
     }
 }
 

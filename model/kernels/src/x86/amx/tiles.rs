@@ -51,8 +51,37 @@ impl Tiles {
             *row_bytes = if left { ROW as u16 } else { narrow };
         }
         config.rows[..8].fill(EDGE as u8);
-        // SAFETY: a valid configuration of palette 1, by the caller's word.
-        unsafe { asm!("ldtilecfg [{}]", in(reg) &raw const config, options(readonly, nostack)) };
+        // SAFETY: the caller's.
+        unsafe { Tiles::apply(&config) }
+    }
+
+    /// Full right operands, sums and left operands of `rows` rows.
+    ///
+    /// # Safety
+    /// The CPU has AMX-TILE and the process the system's permission; `rows` is 1 to 16.
+    pub(super) unsafe fn configure_rows(rows: usize) -> Tiles {
+        debug_assert!((1..=EDGE).contains(&rows), "{rows} rows");
+        let mut config = Config {
+            palette: 1,
+            start_row: 0,
+            reserved: [0; 14],
+            row_bytes: [0; 16],
+            rows: [0; 16],
+        };
+        config.row_bytes[..8].fill(ROW as u16);
+        config.rows[..usize::from(RIGHT)].fill(rows as u8);
+        config.rows[usize::from(RIGHT)..8].fill(EDGE as u8);
+        // SAFETY: the caller's.
+        unsafe { Tiles::apply(&config) }
+    }
+
+    /// # Safety
+    /// A valid configuration of palette 1, on a CPU and in a process that may use it.
+    unsafe fn apply(config: &Config) -> Tiles {
+        // SAFETY: the caller's.
+        unsafe {
+            asm!("ldtilecfg [{}]", in(reg) std::ptr::from_ref(config), options(readonly, nostack));
+        }
         Tiles(())
     }
 }

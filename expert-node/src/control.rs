@@ -1,0 +1,208 @@
+//! The node's control service: who it is, what it owns, and the orders that
+//! change what it owns. Orders are fenced: one that is older than one that was
+//! obeyed is refused, so that a controller which has been replaced cannot undo
+//! what its successor did.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use model::Checkpoint;
+use parking_lot::Mutex;
+use proto::v1::expert_control_server::ExpertControl;
+use proto::v1::{
+    DescribeRequest, DrainReply, DrainRequest, DropReply, DropRequest, LayerExperts, LoadReply,
+    LoadRequest, NodeDescription, NodeStatus, NodeStatusRequest, Order, WatchRequest,
+};
+use proto::{ExpertId, LayerId};
+use tokio::sync::mpsc;
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::{Request, Response, Status};
+
+use crate::service::Service;
+use crate::store::{Key, StoreError};
+
+/// How often a drop looks whether the frames before it have been computed.
+const LOOK_AGAIN: Duration = Duration::from_millis(1);
+
+/// What the control service keeps.
+pub struct Control {
+    /// Where experts come from; a stub has none.
+    checkpoint: Option<Arc<Checkpoint>>,
+    obeyed: Mutex<Order>,
+    /// Held by the order that is being carried out.
+    turn: Arc<tokio::sync::Mutex<()>>,
+}
+
+impl Control {
+    pub fn new(checkpoint: Option<Arc<Checkpoint>>) -> Self {
+        let obeyed = Mutex::new(Order::default());
+        Self { checkpoint, obeyed, turn: Arc::default() }
+    }
+
+    pub fn obeyed(&self) -> Order {
+        *self.obeyed.lock()
+    }
+
+    /// Obeys the order from now on, unless a newer one was obeyed.
+    fn obey(&self, order: Order) -> Result<(), Status> {
+        let mut obeyed = self.obeyed.lock();
+        if (order.term, order.epoch) < (obeyed.term, obeyed.epoch) {
+            return Err(Status::failed_precondition(format!(
+                "this order is of term {} epoch {}, but term {} epoch {} was obeyed",
+                order.term, order.epoch, obeyed.term, obeyed.epoch
+            )));
+        }
+        *obeyed = order;
+        Ok(())
+    }
+}
+
+impl Service {
+    /// The experts an order names, if the model has them all.
+    fn keys(&self, layers: &[LayerExperts]) -> Result<Vec<Key>, Status> {
+        let control = &self.0.control;
+        let Some(checkpoint) = &control.checkpoint else {
+            return Err(Status::unimplemented("a stub's experts do not change"));
+        };
+        let model = checkpoint.config();
+        let named = |&LayerExperts { layer, ref experts }: &LayerExperts| {
+            let mut keys = Vec::with_capacity(experts.len());
+            for &expert in experts {
+                if !model.is_moe(layer as usize) || expert as usize >= model.experts {
+                    let why = format!("the model has no expert {expert} in layer {layer}");
+                    return Err(Status::invalid_argument(why));
+                }
+                keys.push((LayerId(layer), ExpertId(expert)));
+            }
+            Ok(keys)
+        };
+        let mut keys = layers.iter().map(named).collect::<Result<Vec<_>, _>>()?.concat();
+        keys.sort_unstable();
+        keys.dedup();
+        Ok(keys)
+    }
+}
+
+fn of(order: Option<Order>) -> Result<Order, Status> {
+    order.ok_or_else(|| Status::invalid_argument("order: it has to say when it was given"))
+}
+
+fn refused(error: &StoreError) -> Status {
+    match error {
+        StoreError::Full { .. } => Status::resource_exhausted(error.to_string()),
+        StoreError::Load(_) => Status::not_found(error.to_string()),
+    }
+}
+
+#[tonic::async_trait]
+impl ExpertControl for Service {
+    async fn describe(
+        &self,
+        _: Request<DescribeRequest>,
+    ) -> Result<Response<NodeDescription>, Status> {
+        Ok(Response::new(self.0.describe()))
+    }
+
+    async fn status(&self, _: Request<NodeStatusRequest>) -> Result<Response<NodeStatus>, Status> {
+        let inner = &self.0;
+        Ok(Response::new(NodeStatus {
+            description: Some(inner.describe()),
+            frames: inner.parts.metrics.frames.get(),
+            rows: inner.parts.metrics.rows.get(),
+            refused: inner.parts.admission.refused.load(Ordering::Relaxed),
+            queued_rows: inner.parts.admission.queued() as u64,
+            resident_bytes: inner.parts.store.bytes(),
+            loads: inner.parts.store.loads(),
+        }))
+    }
+
+    async fn drain(&self, _: Request<DrainRequest>) -> Result<Response<DrainReply>, Status> {
+        self.0.draining.store(true, Ordering::Release);
+        self.0.parts.store.changed();
+        Ok(Response::new(DrainReply {}))
+    }
+
+    type WatchStream = ReceiverStream<Result<NodeDescription, Status>>;
+
+    async fn watch(&self, _: Request<WatchRequest>) -> Result<Response<Self::WatchStream>, Status> {
+        let (send, stream) = mpsc::channel(1);
+        let service = self.clone();
+        tokio::spawn(async move {
+            let mut changes = service.0.parts.store.changes();
+            loop {
+                // Marked as seen first: a change while it is described is described again.
+                changes.mark_unchanged();
+                let about = service.0.describe();
+                let last = about.draining;
+                // A server that stops waits for its calls, so this one ends.
+                if send.send(Ok(about)).await.is_err() || last {
+                    return;
+                }
+                tokio::select! {
+                    changed = changes.changed() => if changed.is_err() { return },
+                    () = send.closed() => return,
+                    () = service.stopped() => {}
+                }
+            }
+        });
+        Ok(Response::new(ReceiverStream::new(stream)))
+    }
+
+    async fn load(&self, request: Request<LoadRequest>) -> Result<Response<LoadReply>, Status> {
+        let LoadRequest { order, experts } = request.into_inner();
+        let (order, keys) = (of(order)?, self.keys(&experts)?);
+        let control = &self.0.control;
+        let Some(checkpoint) = control.checkpoint.clone() else {
+            return Err(Status::unimplemented("a stub has no checkpoint"));
+        };
+        let turn = control.turn.clone().lock_owned().await;
+        if self.0.draining() {
+            return Err(Status::unavailable(format!("node {} is draining", self.0.id)));
+        }
+        control.obey(order)?;
+        let store = self.0.parts.store.clone();
+        // Mapping and reading happen beside the thread that computes. The turn ends
+        // with them, also when nobody waits for the reply any more.
+        let loading = tokio::task::spawn_blocking(move || {
+            let _turn = turn;
+            let loaded = store.take_in(&checkpoint, &keys);
+            loaded.map(|loaded| (loaded as u32, store.bytes()))
+        });
+        match loading.await {
+            Ok(Ok((loaded, resident_bytes))) => {
+                tracing::info!(term = order.term, epoch = order.epoch, loaded, "experts loaded");
+                Ok(Response::new(LoadReply { loaded, resident_bytes }))
+            }
+            Ok(Err(error)) => Err(refused(&error)),
+            Err(panic) => Err(Status::internal(format!("loading failed: {panic}"))),
+        }
+    }
+
+    async fn drop(&self, request: Request<DropRequest>) -> Result<Response<DropReply>, Status> {
+        let DropRequest { order, experts } = request.into_inner();
+        let (order, keys) = (of(order)?, self.keys(&experts)?);
+        let control = &self.0.control;
+        let turn = control.turn.clone().lock_owned().await;
+        control.obey(order)?;
+        let inner = self.0.clone();
+        // Carried to its end also when nobody waits for the reply any more.
+        let dropping = tokio::spawn(async move {
+            let _turn = turn;
+            let retired = inner.parts.store.retire(&keys);
+            let before = inner.parts.admission.entered();
+            while inner.parts.admission.left() < before {
+                tokio::time::sleep(LOOK_AGAIN).await;
+            }
+            inner.parts.store.forget(&retired);
+            (retired.len() as u32, inner.parts.store.bytes())
+        });
+        match dropping.await {
+            Ok((dropped, resident_bytes)) => {
+                tracing::info!(term = order.term, epoch = order.epoch, dropped, "experts dropped");
+                Ok(Response::new(DropReply { dropped, resident_bytes }))
+            }
+            Err(panic) => Err(Status::internal(format!("dropping failed: {panic}"))),
+        }
+    }
+}
