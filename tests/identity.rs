@@ -9,7 +9,7 @@ use crate::support::sandbox::Plan;
 use crate::support::{Fixture, Sandbox, block_on};
 
 /// The scores of every prompt token and of 12 generated ones, 20 alternatives each.
-async fn scores(mesh: &Sandbox, tokens: &[u32]) -> Value {
+pub async fn scores(mesh: &Sandbox, tokens: &[u32]) -> Value {
     let extra = json!({
         "max_tokens": 12, "ignore_eos": true, "logprobs": 20, "prompt_logprobs": 20,
         "return_token_ids": true,

@@ -7,6 +7,7 @@ mod bad_input;
 mod clients;
 mod command_line;
 mod docs;
+mod forms;
 mod health;
 mod identity;
 mod lifecycle;

@@ -13,6 +13,8 @@ pub struct Place {
     pub frame: u32,
     pub row: u32,
     pub slot: u32,
+    /// Whether it is its row's first slot.
+    pub first: bool,
 }
 
 /// The rows of one expert in one version.
@@ -41,10 +43,15 @@ impl Batch {
         for (frame, content) in frames.into_iter().enumerate() {
             let mut slot = 0;
             for (row, &count) in content.slot_counts.iter().enumerate() {
-                for _ in 0..count {
+                for place in 0..count {
                     let expert = content.experts[slot];
                     let version = content.versions.get(slot).copied().unwrap_or(0);
-                    let place = Place { frame: frame as u32, row: row as u32, slot: slot as u32 };
+                    let place = Place {
+                        frame: frame as u32,
+                        row: row as u32,
+                        slot: slot as u32,
+                        first: place == 0,
+                    };
                     keyed.push(((content.layer, expert, version), place));
                     slot += 1;
                 }
@@ -96,9 +103,9 @@ mod tests {
         assert_eq!(
             batch.places().collect::<Vec<_>>()[batch.groups[3].places.clone()],
             [
-                Place { frame: 0, row: 0, slot: 1 },
-                Place { frame: 0, row: 1, slot: 2 },
-                Place { frame: 1, row: 0, slot: 1 },
+                Place { frame: 0, row: 0, slot: 1, first: false },
+                Place { frame: 0, row: 1, slot: 2, first: true },
+                Place { frame: 1, row: 0, slot: 1, first: false },
             ]
         );
     }

@@ -8,13 +8,15 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use bytes::{BufMut as _, Bytes, BytesMut};
+use bytes::{Bytes, BytesMut};
 use mesh::telemetry::propagate;
 use mesh::{failpoint, pump};
+use model::rows::decode_fp8;
 use model::{ExpertGroup, ExpertScratch, Numerics, forward_experts};
 use proto::frame::all_finite;
 use proto::v1::{DispatchError, DispatchFrame, DispatchReply, Dtype, ErrorCode};
-use proto::{ExpertId, LayerId, wire};
+use proto::wire::{self, Leaving};
+use proto::{ExpertId, LayerId};
 use tokio::sync::mpsc::error::TryRecvError;
 use tokio::sync::mpsc::{OwnedPermit, UnboundedReceiver};
 use tonic::Status;
@@ -22,6 +24,7 @@ use tonic::Status;
 use crate::admission::Admission;
 use crate::batcher::Batch;
 use crate::metrics::NodeMetrics;
+use crate::results::Results;
 use crate::store::{Resident, Store};
 use crate::stream::Spare;
 
@@ -34,6 +37,8 @@ pub struct Job {
     pub slots: usize,
     /// Where its slots begin among those of its batch.
     pub first: usize,
+    /// Whether an input row of it was found not to be finite.
+    pub tainted: bool,
     pub arrived: Instant,
     pub reply: OwnedPermit<Result<Bytes, Status>>,
 }
@@ -57,11 +62,14 @@ pub struct Executor {
     /// Per slot of all frames, in their order: which result row is its.
     rows: Vec<u32>,
     /// What replies are written into; its memory comes back when they have left.
-    wire: BytesMut,
+    wire: Leaving,
     /// Input and result rows of a batch, in wire form, grouped by expert.
     x: Vec<u8>,
     out: Vec<u8>,
     scratch: ExpertScratch,
+    /// A frame's rows after decoding, on their way into a buffer of its own.
+    decoded: Vec<u8>,
+    results: Results,
 }
 
 impl Executor {
@@ -71,10 +79,12 @@ impl Executor {
             batch: Batch::default(),
             experts: Vec::new(),
             rows: Vec::new(),
-            wire: BytesMut::new(),
+            wire: Leaving::default(),
             x: Vec::new(),
             out: Vec::new(),
             scratch: ExpertScratch::default(),
+            decoded: Vec::new(),
+            results: Results::default(),
         }
     }
 
@@ -117,6 +127,8 @@ impl Executor {
         }
         let _in_span = span.enter();
 
+        self.wire.begin();
+        self.decode(jobs);
         self.batch.group(jobs.iter().map(|job| &job.frame));
         if !self.find_experts() {
             // Residency was checked at admission; it changed since.
@@ -139,7 +151,7 @@ impl Executor {
             .collect();
         if work.is_empty() {
             // A stub: all its experts answer with what they are given.
-            self.out.clone_from(&self.x);
+            std::mem::swap(&mut self.out, &mut self.x);
         } else {
             forward_experts(
                 &self.parts.compute,
@@ -173,19 +185,36 @@ impl Executor {
         self.experts.len() == self.batch.groups.len()
     }
 
-    /// Copies every group's input rows next to each other.
-    fn gather(&mut self, jobs: &[Job]) {
-        let width = self.row_bytes();
+    /// Puts FP8 rows into the form that is computed with.
+    fn decode(&mut self, jobs: &mut [Job]) {
+        let hidden = self.parts.hidden;
+        for job in jobs.iter_mut().filter(|job| job.frame.dtype == Dtype::Fp8 as i32) {
+            self.decoded.clear();
+            for row in job.frame.rows.chunks_exact(Dtype::Fp8.row_bytes(hidden)) {
+                decode_fp8(self.parts.numerics, row, hidden, &mut self.decoded);
+            }
+            self.wire.buffer().extend_from_slice(&self.decoded);
+            job.frame.rows = self.wire.take();
+        }
+    }
+
+    /// Copies every group's input rows next to each other. Whether they are finite is
+    /// looked at on the way, while they are in the cache: a row that is not spoils no
+    /// other, and its frame is refused in the end.
+    fn gather(&mut self, jobs: &mut [Job]) {
+        let (width, dtype) = (self.row_bytes(), self.dtype());
         self.x.clear();
         for place in self.batch.places() {
-            let from = place.row as usize * width;
-            self.x.extend_from_slice(&jobs[place.frame as usize].frame.rows[from..from + width]);
+            let job = &mut jobs[place.frame as usize];
+            let row = &job.frame.rows[place.row as usize * width..][..width];
+            self.x.extend_from_slice(row);
+            job.tainted |= place.first && !all_finite(row, dtype);
         }
     }
 
     /// Writes one reply per frame, its results in its slot order.
     fn answer(&mut self, jobs: &mut Vec<Job>, start: Instant, took: Duration) {
-        let (width, dtype) = (self.row_bytes(), self.dtype());
+        let width = self.row_bytes();
         // Where each frame's slots begin among all, found by walking the frames
         // in order; `first` is kept in the job it belongs to.
         let slots: usize = jobs.iter().map(|job| job.slots).sum();
@@ -200,28 +229,33 @@ impl Executor {
             self.rows[jobs[place.frame as usize].first + place.slot as usize] = row as u32;
         }
         for job in jobs.drain(..) {
+            if job.tainted {
+                let message = format!("layer {}: an input row is not finite", job.frame.layer);
+                self.refuse(job, (ErrorCode::NonFinite, message));
+                continue;
+            }
             let rows = &self.rows[job.first..job.first + job.slots];
             let queued = start.duration_since(job.arrived);
+            let form = self.results.form(&job.frame, self.parts.numerics);
             let head = DispatchReply {
                 ticket: job.frame.ticket,
                 attempt: job.frame.attempt,
-                dtype: dtype as i32,
+                dtype: form.dtype() as i32,
                 hidden: self.parts.hidden as u32,
                 queue_us: micros(queued),
                 compute_us: micros(took),
                 error: None,
                 rows: Bytes::new(),
             };
-            // Checked while it is copied, which reads it once.
             let mut finite = true;
-            wire::put(&mut self.wire, &head, rows.len() * width, |buffer| {
-                for &row in rows {
-                    let result = &self.out[row as usize * width..][..width];
-                    finite &= all_finite(result, dtype);
-                    buffer.put_slice(result);
-                }
+            let bytes = form.rows(&job.frame) * form.dtype().row_bytes(self.parts.hidden);
+            wire::put(self.wire.buffer(), &head, bytes, |buffer| {
+                let result = |&row: &u32| &self.out[row as usize * width..][..width];
+                let kernels = self.parts.compute.kernels;
+                let results = rows.iter().map(result);
+                finite = self.results.write(kernels, form, &job.frame, results, buffer);
             });
-            let reply = self.wire.split();
+            let reply = self.wire.take();
             if !finite {
                 let message = format!("layer {}: a result is not finite", job.frame.layer);
                 self.refuse(job, (ErrorCode::NonFinite, message));
@@ -229,7 +263,7 @@ impl Executor {
             }
             self.parts.metrics.frames.inc();
             self.parts.metrics.queue_seconds.observe(queued.as_secs_f64());
-            job.reply.send(Ok(reply.freeze()));
+            job.reply.send(Ok(reply));
             self.parts.spare.put(job.frame);
         }
     }
@@ -244,7 +278,7 @@ impl Executor {
     }
 
     fn row_bytes(&self) -> usize {
-        self.parts.hidden * self.dtype().size()
+        self.dtype().row_bytes(self.parts.hidden)
     }
 }
 

@@ -8,6 +8,7 @@
 //! - [`admission`]: the bound on queued rows
 //! - [`batcher`]: regroups queued rows by expert, across frames and routers
 //! - [`executor`]: computes, on the thread that serves the streams
+//! - [`results`]: what a reply is made of
 //! - [`store`]: which experts are resident, and how much each has worked
 //! - [`control`]: the control service: which experts are to be resident, fenced
 //! - [`announce`]: tells routers of a running mesh that the node is there
@@ -21,6 +22,7 @@ pub mod batcher;
 pub mod control;
 pub mod executor;
 pub mod metrics;
+pub mod results;
 pub mod service;
 pub mod store;
 pub mod stream;
@@ -33,6 +35,7 @@ use std::sync::atomic::Ordering;
 use mesh::admin;
 use mesh::lifecycle::{Readiness, Shutdown};
 use mesh::metrics::Metrics;
+use mesh::near::{self, LocalSocket, Offer};
 use mesh::pump::Pump;
 use mesh::tls::{self, Tls, TlsError};
 use mesh::transport::{self, Endpoint, Listener, TransportError};
@@ -87,6 +90,8 @@ pub struct Config {
     pub isa: Option<kernels::Isa>,
     /// Rows × slots that may wait for the executor; more is refused as `BUSY`.
     pub max_queued_rows: usize,
+    /// Whether it also listens on a Unix socket for routers on its host.
+    pub local_socket: LocalSocket,
 }
 
 /// Why a node did not start or had to stop.
@@ -176,8 +181,12 @@ pub async fn serve(config: Config, shutdown: Shutdown) -> Result<(), Error> {
         readiness.clone(),
         shutdown.clone(),
     ));
-    let run = Run { facts, compute, store, control, admission: admission.clone(), node, tls };
-    run.until(listener, shutdown, readiness).await?;
+    // What is encrypted and authenticated stays so.
+    let wanted = if tls.is_some() { LocalSocket::Off } else { config.local_socket };
+    let (offer, near) = near::beside(&listener, wanted).await;
+    let run =
+        Run { facts, compute, store, control, admission: admission.clone(), node, tls, offer };
+    run.until((listener, near), shutdown, readiness).await?;
     // It ends with the shutdown that ended the serving.
     announcing.abort();
     if let Some(Ok(served)) = match side {
@@ -190,6 +199,9 @@ pub async fn serve(config: Config, shutdown: Shutdown) -> Result<(), Error> {
     Ok(())
 }
 
+/// Where a node is reached, and where from its own host.
+type Listeners = (Listener, Option<Listener>);
+
 /// A node that has all it needs to answer.
 struct Run {
     facts: Facts,
@@ -198,6 +210,7 @@ struct Run {
     control: Control,
     admission: Arc<Admission>,
     node: NodeMetrics,
+    offer: Offer,
     tls: Option<Tls>,
 }
 
@@ -205,11 +218,11 @@ impl Run {
     /// Serves until told to drain and the streams have ended.
     async fn until(
         self,
-        listener: Listener,
+        listeners: Listeners,
         shutdown: Shutdown,
         readiness: Readiness,
     ) -> Result<(), Error> {
-        let Self { facts, compute, store, control, admission, node, tls } = self;
+        let Self { facts, compute, store, control, admission, node, tls, offer } = self;
         let spare = Spare::default();
         let executor = Executor::new(executor::Parts {
             compute,
@@ -223,17 +236,23 @@ impl Run {
         // Jobs are bounded by admission, which counts rows; a job has at least one.
         let (queue, jobs) = mpsc::unbounded_channel();
         let parts = service::Parts { store, queue, admission, spare, metrics: node };
-        let service = Service::new(facts, parts, control, &shutdown);
+        let service = Service::new(facts, parts, (control, offer), &shutdown);
         let routes =
             Routes::new(ExpertData(service.clone())).add_service(ExpertControlServer::new(service));
 
         readiness.set(Ok(()));
-        let drained = async move {
-            shutdown.wait().await;
-            readiness.set(Err("draining".to_owned()));
-        };
-        let serving = compute_and_serve(listener, executor, jobs, async move |listener| {
-            transport::serve_grpc(listener, routes, tls.as_ref(), drained).await
+        let serving = compute_and_serve(listeners, executor, jobs, async move |listeners| {
+            let serve = async |listener: Option<Listener>| {
+                let Some(listener) = listener else { return Ok(()) };
+                let (stop, readiness) = (shutdown.clone(), readiness.clone());
+                let drained = async move {
+                    stop.wait().await;
+                    readiness.set(Err("draining".to_owned()));
+                };
+                transport::serve_grpc(listener, routes.clone(), tls.as_ref(), drained).await
+            };
+            let (listener, near) = listeners;
+            tokio::try_join!(serve(Some(listener)), serve(near)).map(drop)
         })?;
         // Nothing is said by a thread that panicked.
         serving.await.unwrap_or(Err(Error::Executor))
@@ -243,10 +262,10 @@ impl Run {
 /// Starts the thread that serves and computes: a frame's way through the node
 /// wakes no other. The receiver hears why it ended.
 fn compute_and_serve(
-    listener: Listener,
+    (listener, near): Listeners,
     executor: Executor,
     jobs: UnboundedReceiver<Job>,
-    serve: impl AsyncFnOnce(Listener) -> Result<(), TransportError> + Send + 'static,
+    serve: impl AsyncFnOnce(Listeners) -> Result<(), TransportError> + Send + 'static,
 ) -> Result<oneshot::Receiver<Result<(), Error>>, Error> {
     let pump = Pump::new().map_err(Error::Thread)?;
     let (said, ended) = oneshot::channel();
@@ -255,9 +274,10 @@ fn compute_and_serve(
         .spawn(move || {
             let outcome = pump.run(async move {
                 let computing = tokio::spawn(executor.run(jobs));
-                let listener = listener.adopt().map_err(Error::Thread)?;
+                let near = near.map(Listener::adopt).transpose().map_err(Error::Thread)?;
+                let listeners = (listener.adopt().map_err(Error::Thread)?, near);
                 tokio::select! {
-                    served = serve(listener) => served.map_err(Error::Transport),
+                    served = serve(listeners) => served.map_err(Error::Transport),
                     // It ends only when the service's queue is dropped, or by a panic.
                     _ = computing => Err(Error::Executor),
                 }

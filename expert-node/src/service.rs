@@ -8,9 +8,10 @@ use std::time::{Instant, SystemTime};
 
 use bytes::Bytes;
 use mesh::lifecycle::Shutdown;
+use mesh::near::Offer;
 use mesh::transport::Endpoint;
 use model::Numerics;
-use proto::frame::{self, Shape, all_finite};
+use proto::frame::{self, Shape};
 use proto::v1::{DispatchFrame, Dtype, ErrorCode, NodeDescription};
 use proto::{ExpertId, LayerId, MAX_MESSAGE_BYTES};
 use tokio::sync::mpsc::{OwnedPermit, UnboundedSender};
@@ -59,6 +60,7 @@ pub(crate) struct Inner {
     alive_at: String,
     pub(crate) parts: Parts,
     pub(crate) control: Control,
+    offer: Offer,
     shutdown: Shutdown,
     pub(crate) draining: AtomicBool,
 }
@@ -68,7 +70,12 @@ pub(crate) struct Inner {
 pub struct Seen(Vec<bool>);
 
 impl Service {
-    pub fn new(facts: Facts, parts: Parts, control: Control, shutdown: &Shutdown) -> Self {
+    pub fn new(
+        facts: Facts,
+        parts: Parts,
+        (control, offer): (Control, Offer),
+        shutdown: &Shutdown,
+    ) -> Self {
         let started = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
         Self(Arc::new(Inner {
             id: facts.id,
@@ -80,6 +87,7 @@ impl Service {
             incarnation: started.map_or(0, |since| since.as_nanos() as u64),
             alive_at: facts.alive_at.map(|at| at.to_string()).unwrap_or_default(),
             parts,
+            offer,
             control,
             shutdown: shutdown.clone(),
             draining: AtomicBool::new(false),
@@ -104,7 +112,7 @@ impl Inner {
         let invalid = |why: String| (ErrorCode::Invalid, why);
         let (dtype, slots) =
             frame::check(frame, self.shape).map_err(|error| invalid(error.to_string()))?;
-        if dtype != self.dtype {
+        if dtype != self.dtype && dtype != Dtype::Fp8 {
             let (got, want) = (dtype.as_str_name(), self.dtype.as_str_name());
             return Err(invalid(format!("rows are {got}, this node computes {want}")));
         }
@@ -116,10 +124,6 @@ impl Inner {
                 continue;
             }
             self.parts.store.get(LayerId(frame.layer), ExpertId(expert), version)?;
-        }
-        if !all_finite(&frame.rows, dtype) {
-            let message = format!("layer {}: an input row is not finite", frame.layer);
-            return Err((ErrorCode::NonFinite, message));
         }
         if !self.parts.admission.enter(slots) {
             return Err((
@@ -140,6 +144,8 @@ impl Inner {
             owned: self.parts.store.owned(),
             max_frame_bytes: MAX_MESSAGE_BYTES as u64,
             draining: self.draining(),
+            local_endpoint: self.offer.endpoint.clone(),
+            instance: self.offer.instance.clone().into(),
             capacity_bytes: self.parts.store.limit().unwrap_or(0),
             resident_bytes: self.parts.store.bytes(),
             obeyed: Some(self.control.obeyed()),
@@ -162,7 +168,14 @@ impl Service {
         match inner.admit(&frame, seen) {
             Ok(slots) => {
                 // Fails only after the executor is gone, and then the node goes down.
-                let _ = inner.parts.queue.send(Job { frame, slots, first: 0, arrived, reply });
+                let _ = inner.parts.queue.send(Job {
+                    frame,
+                    slots,
+                    first: 0,
+                    tainted: false,
+                    arrived,
+                    reply,
+                });
             }
             Err((code, message)) => {
                 inner.parts.metrics.refuse(code);

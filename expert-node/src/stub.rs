@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use mesh::lifecycle::{Readiness, Shutdown};
 use mesh::metrics::Metrics;
+use mesh::near::Offer;
 use mesh::transport::{self, Endpoint};
 use model::Numerics;
 use proto::LayerId;
@@ -50,7 +51,8 @@ pub async fn serve(
         control: Control::new(None),
         admission: Arc::new(Admission::new(usize::MAX >> 1)),
         node: Metrics::default().register(NodeMetrics::new),
+        offer: Offer::default(),
         tls: None,
     };
-    run.until(listener, shutdown, Readiness::starting("a stub")).await
+    run.until((listener, None), shutdown, Readiness::starting("a stub")).await
 }

@@ -6,6 +6,7 @@
 //! - [`link`]: the actor that keeps one data stream to one expert node
 //! - [`membership`]: the list of nodes, which grows and shrinks
 //! - [`pump`]: the runtime that a computing thread drives itself
+//! - [`near`]: Unix sockets between processes of one host that are known by host:port
 //! - [`placement`]: which live node owns which expert, and the pure planner
 //! - [`supervise`]: actors rebuilt from a factory when they stop or panic
 //! - [`lifecycle`]: shutdown and readiness
@@ -24,6 +25,7 @@ pub mod lifecycle;
 pub mod link;
 pub mod membership;
 pub mod metrics;
+pub mod near;
 pub mod placement;
 pub mod pump;
 pub mod supervise;

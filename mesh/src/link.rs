@@ -27,13 +27,15 @@ use tokio::runtime::Handle;
 use tokio::sync::mpsc::error::TrySendError;
 use tokio::sync::{Notify, mpsc};
 use tokio::task::JoinSet;
+use tonic::transport::Channel;
 
 use crate::failpoint;
 use crate::link::stream::{Reader, StreamError, Writer};
+use crate::near::Offer;
 use crate::placement::NodeIndex;
 use crate::supervise::Pulse;
 use crate::tls::{Expected, Role, Tls};
-use crate::transport::{self, Endpoint, channel_and_peer};
+use crate::transport::{self, CONNECT_TIMEOUT, Endpoint, channel_and_peer};
 
 const FIRST_RECONNECT: Duration = Duration::from_millis(50);
 const SLOWEST_RECONNECT: Duration = Duration::from_secs(2);
@@ -150,7 +152,7 @@ impl LinkHandle {
         self.description.load_full()
     }
 
-    /// `up`, or why the link is down.
+    /// That the link is up, or why it is down.
     pub fn detail(&self) -> String {
         self.detail.load().to_string()
     }
@@ -182,11 +184,11 @@ impl LinkHandle {
         self.description.store(Some(Arc::new(description)));
     }
 
-    fn up(&self, description: NodeDescription, stream: Writer) {
+    fn up(&self, description: NodeDescription, stream: Writer, way: &str) {
         self.hung.store(false, Ordering::Relaxed);
         self.describe_as(description);
         self.stream.store(Some(Arc::new(stream)));
-        self.detail.store(Arc::new("up".to_owned()));
+        self.detail.store(Arc::new(way.to_owned()));
     }
 
     fn down(&self, reason: &LinkError) {
@@ -314,9 +316,9 @@ async fn session(parts: LinkParts) -> (LinkError, bool) {
         Ok(opened) => opened,
         Err(error) => return (error, false),
     };
-    let (description, writer, mut reader) = opened;
+    let (description, (writer, mut reader), way) = opened;
     tracing::info!(node = description.node_id, endpoint = %handle.endpoint, "link is up");
-    handle.up(description, writer);
+    handle.up(description, writer, way);
     notify(&parts.fleet);
     let mut watching = JoinSet::new();
     watching.spawn(watch::follow(parts.clone()));
@@ -332,16 +334,16 @@ async fn session(parts: LinkParts) -> (LinkError, bool) {
     (error, true)
 }
 
-async fn open(parts: &LinkParts) -> Result<(NodeDescription, Writer, Reader), LinkError> {
+/// Who is there, the stream to it, and which way that goes.
+async fn open(
+    parts: &LinkParts,
+) -> Result<(NodeDescription, (Writer, Reader), &'static str), LinkError> {
     let LinkParts { handle, tls, .. } = parts;
     let endpoint = &handle.endpoint;
     let known = handle.known.load_full().map(|id| (*id).clone());
     let mut expected = Expected { role: Role::ExpertNode, id: known };
     let (channel, peer) = channel_and_peer(endpoint, tls.as_ref(), expected.clone())?;
-    let mut request = tonic::Request::new(DescribeRequest {});
-    request.set_timeout(CALL_TIMEOUT);
-    let description =
-        ExpertControlClient::new(channel).describe(request).await.map_err(Box::new)?.into_inner();
+    let description = describe(channel, CALL_TIMEOUT).await?;
     if let Some(principal) = peer.principal() {
         if principal.id != description.node_id {
             let (certificate, says) = (principal.short(), description.node_id);
@@ -351,10 +353,52 @@ async fn open(parts: &LinkParts) -> Result<(NodeDescription, Writer, Reader), Li
     }
     parts.identity.check(&description)?;
     let tls = tls.as_ref().map(|tls| (tls, &expected));
-    let (writer, reader) = stream::open(endpoint, tls).await?;
+    // What is encrypted and authenticated stays so.
+    let near = if tls.is_none() { near(endpoint, &description).await } else { None };
+    let (stream, way) = match near {
+        Some(opened) => (opened, "up, over its Unix socket"),
+        None => (stream::open(endpoint, tls).await?, "up"),
+    };
     // Certified, of our model, and it took the stream: from now on it is known.
     handle.known.store(expected.id.map(Arc::new));
-    Ok((description, writer, reader))
+    Ok((description, stream, way))
+}
+
+async fn describe(channel: Channel, limit: Duration) -> Result<NodeDescription, LinkError> {
+    let mut request = tonic::Request::new(DescribeRequest {});
+    request.set_timeout(limit);
+    let mut node = ExpertControlClient::new(channel);
+    Ok(node.describe(request).await.map_err(Box::new)?.into_inner())
+}
+
+/// The stream over the node's Unix socket, if the node is on this host: whoever
+/// answers there has to be the process that answered over TCP.
+async fn near(endpoint: &Endpoint, node: &NodeDescription) -> Option<(Writer, Reader)> {
+    let socket = Offer::socket(&node.local_endpoint, &node.instance)?;
+    if endpoint.is_local() {
+        return None;
+    }
+    let opened = async {
+        let there = describe(
+            channel_and_peer(&socket, None, Expected { role: Role::ExpertNode, id: None })?.0,
+            CONNECT_TIMEOUT,
+        )
+        .await?;
+        match there.instance == node.instance {
+            true => Ok(stream::open(&socket, None).await?),
+            false => Err(LinkError::Ended),
+        }
+    };
+    match opened.await {
+        Ok(opened) => {
+            tracing::info!(node = node.node_id, %endpoint, %socket, "same host: over a Unix socket");
+            Some(opened)
+        }
+        Err(_) => {
+            tracing::debug!(node = node.node_id, %endpoint, %socket, "not on this host");
+            None
+        }
+    }
 }
 
 /// Waits for room; a flood stalls only its own link.

@@ -10,7 +10,9 @@
 //! yields meanwhile, so whatever has work for the CPU has it.
 
 use std::future::Future;
+use std::pin::Pin;
 use std::sync::Arc;
+use std::task::{Context, Poll};
 use std::time::Duration;
 
 use tokio::runtime::{Builder, Handle, Runtime};
@@ -23,6 +25,24 @@ pub const AWAKE: Duration = Duration::from_millis(2);
 pub async fn pass() {
     std::thread::yield_now();
     tokio::task::yield_now().await;
+}
+
+/// Leaves the runtime to the tasks that can run and to its sockets, once. Only for the
+/// future that drives the runtime ([`Pump::run`]): a task that wakes itself runs before
+/// the sockets are looked at. Unlike tokio's own yield it allocates nothing.
+#[derive(Default)]
+pub struct Turn(bool);
+
+impl Future for Turn {
+    type Output = ();
+
+    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<()> {
+        if std::mem::replace(&mut self.0, true) {
+            return Poll::Ready(());
+        }
+        cx.waker().wake_by_ref();
+        Poll::Pending
+    }
 }
 
 /// Shared by what its one owner drives; clones are the same runtime.
@@ -56,7 +76,7 @@ impl Pump {
 
     /// Runs the tasks that can run and those that they wake, then returns.
     pub fn turn(&self) {
-        self.runtime().block_on(tokio::task::yield_now());
+        self.runtime().block_on(Turn::default());
     }
 
     /// Drives the tasks until `future` is done.

@@ -9,7 +9,7 @@
 
 use std::fmt;
 use std::future::Future;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::sync::Arc;
 use std::time::Duration;
@@ -17,6 +17,7 @@ use std::time::Duration;
 use arc_swap::ArcSwapOption;
 use hyper_util::rt::TokioIo;
 use tokio::net::{TcpListener, UnixListener, UnixStream};
+use tokio_stream::StreamExt as _;
 use tokio_stream::wrappers::UnixListenerStream;
 use tonic::service::Routes;
 use tonic::transport::server::TcpIncoming;
@@ -33,13 +34,16 @@ pub(crate) const STREAM_WINDOW: u32 = 8 << 20;
 pub(crate) const CONNECTION_WINDOW: u32 = 32 << 20;
 /// The longest HTTP/2 frame, the most there can be: rows arrive in one piece.
 pub(crate) const MAX_DATA: u32 = (1 << 24) - 1;
+/// What a Unix socket may hold that the peer has not read.
+const UNIX_SEND_BUFFER: usize = 1 << 20;
 pub(crate) const MAX_HEADER_BYTES: u32 = 16 << 10;
 pub(crate) const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
 pub(crate) const KEEP_ALIVE_EVERY: Duration = Duration::from_secs(10);
 /// Longer than any step of an engine, which answers no ping while it computes.
 pub(crate) const KEEP_ALIVE_TIMEOUT: Duration = Duration::from_secs(20);
 
-/// Where a process listens or is reached: `host:port`, `http://host:port` or `unix:/path`.
+/// Where a process listens or is reached: `host:port`, `http://host:port`, `unix:/path`
+/// or `unix:@name` (abstract, on Linux).
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum Endpoint {
     Tcp(String),
@@ -133,6 +137,19 @@ impl Listener {
     }
 }
 
+/// Whether `@name` names an abstract socket, which is no file and ends with its owner.
+fn is_abstract(path: &Path) -> bool {
+    path.as_os_str().as_encoded_bytes().starts_with(b"@")
+}
+
+/// A Unix socket's name as the system takes it.
+pub(crate) fn unix_name(path: &Path) -> PathBuf {
+    match path.to_str().and_then(|name| name.strip_prefix('@')) {
+        Some(name) => format!("\0{name}").into(),
+        None => path.to_owned(),
+    }
+}
+
 /// Binds `endpoint`. A Unix socket file that nobody answers on is replaced.
 ///
 /// # Errors
@@ -143,6 +160,9 @@ pub async fn bind(endpoint: &Endpoint) -> Result<Listener, TransportError> {
         _ => TransportError::Bind { endpoint: endpoint.clone(), source },
     };
     match endpoint {
+        Endpoint::Unix(path) if is_abstract(path) => UnixListener::bind(unix_name(path))
+            .map(|l| Listener::Unix(l, path.clone()))
+            .map_err(failed),
         Endpoint::Tcp(address) => {
             TcpListener::bind(address).await.map(Listener::Tcp).map_err(failed)
         }
@@ -205,7 +225,7 @@ pub fn channel_and_peer(
     let channel = match (tls, endpoint) {
         (None, Endpoint::Tcp(_)) => builder.connect_lazy(),
         (None, Endpoint::Unix(path)) => {
-            let path = path.clone();
+            let path = unix_name(path);
             builder.connect_with_connector_lazy(tower::service_fn(move |_: Uri| {
                 let path = path.clone();
                 async move { UnixStream::connect(path).await.map(TokioIo::new) }
@@ -242,6 +262,13 @@ pub fn explain(status: &tonic::Status) -> String {
         true => format!("{}: {}", status.code(), status.message()),
         false => cause.to_string(),
     }
+}
+
+/// Lets a layer's largest frames be written in one go. A Unix socket holds 200 KB
+/// unless it is told, and each time it is full both ends sleep. Best effort: the
+/// system grants at most `net.core.wmem_max`.
+pub(crate) fn widen(socket: &UnixStream) {
+    let _ = rustix::net::sockopt::set_socket_send_buffer_size(socket, UNIX_SEND_BUFFER);
 }
 
 /// Serves `routes`, plus health and reflection, until `shutdown` resolves and
@@ -287,11 +314,14 @@ pub async fn serve_grpc(
             server.add_routes(routes).serve_with_incoming_shutdown(incoming, shutdown).await
         }
         (None, Listener::Unix(listener, _)) => {
-            let incoming = UnixListenerStream::new(listener);
+            let incoming =
+                UnixListenerStream::new(listener).map(|accepted| accepted.inspect(widen));
             server.add_routes(routes).serve_with_incoming_shutdown(incoming, shutdown).await
         }
     };
-    if let Endpoint::Unix(path) = &endpoint {
+    if let Endpoint::Unix(path) = &endpoint
+        && !is_abstract(path)
+    {
         // Best effort: a stale socket file is also replaced by the next bind.
         let _ = std::fs::remove_file(path);
     }
@@ -309,6 +339,7 @@ mod tests {
             ("http://node-1:7000/", "node-1:7000"),
             ("[::1]:7000", "[::1]:7000"),
             ("unix:/run/moemesh/n0.sock", "unix:/run/moemesh/n0.sock"),
+            ("unix:@n0", "unix:@n0"),
         ] {
             assert_eq!(text.parse::<Endpoint>().unwrap().to_string(), shown);
         }

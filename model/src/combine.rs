@@ -17,13 +17,12 @@ pub(crate) struct CombineScratch {
     wire: WireScratch,
 }
 
-/// Adds to `residual` `[hidden]` the results of one row: `results` gives the wire row of each slot,
-/// `weights` its weight; `shared` is empty if there are no shared experts.
+/// Adds to `residual` `[hidden]` the results of one row: `results` gives the wire row of each slot
+/// and its weight; `shared` is empty if there are no shared experts.
 pub(crate) fn combine<'a>(
     kernels: Kernels,
     numerics: Numerics,
-    results: impl Iterator<Item = &'a [u8]>,
-    weights: &[f32],
+    results: impl Iterator<Item = (&'a [u8], f32)>,
     shared: &[f32],
     residual: &mut [f32],
     scratch: &mut CombineScratch,
@@ -31,8 +30,8 @@ pub(crate) fn combine<'a>(
     let CombineScratch { sum, wire } = scratch;
     let sum = grown(sum, residual.len());
     sum.fill(0.0);
-    for (result, weight) in results.zip(weights) {
-        kernels.axpy(*weight, from_wire(numerics, result, wire), sum);
+    for (result, weight) in results {
+        kernels.axpy(weight, from_wire(numerics, result, wire), sum);
     }
     sum.iter_mut().zip(shared).for_each(|(sum, shared)| *sum += shared);
     residual.iter_mut().zip(sum).for_each(|(x, sum)| *x += *sum);

@@ -5,6 +5,7 @@
 //! - [`Trunk`], [`Step`], [`KvPool`]: embedding, attention over the paged latent cache, gate,
 //!   shared experts, head;
 //! - [`Expert`], [`forward_experts`]: routed experts, wherever they run;
+//! - [`rows`]: rows in other forms than the class's, and sums where the experts are;
 //! - [`sample`]: logits to a token;
 //! - [`Numerics`]: what activations are rounded to.
 //!
@@ -34,6 +35,7 @@ pub mod profile;
 #[doc(hidden)]
 pub mod reference;
 mod rotary;
+pub mod rows;
 pub mod sample;
 mod step;
 #[doc(hidden)]
@@ -49,4 +51,4 @@ pub use kernels::{Compute, Isa, Kernels};
 pub use kv::{KvError, KvPool, PageId};
 pub use numerics::{Numerics, UnknownNumerics};
 pub use step::{Chunk, LogitRows, Routed, Step};
-pub use trunk::Trunk;
+pub use trunk::{Share, Trunk};

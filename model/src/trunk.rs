@@ -75,6 +75,17 @@ impl TrunkWeights {
     }
 }
 
+/// What a slot brings to its row's sum.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Share<'r> {
+    /// Its expert's result, to be weighted.
+    Result(&'r [u8]),
+    /// The weighted sum of its own and later slots' results.
+    Sum(&'r [u8]),
+    /// It is in an earlier slot's sum.
+    Elsewhere,
+}
+
 impl Trunk {
     /// Looks up the trunk's tensors and copies its norms; matrices are read when first used.
     pub fn load(
@@ -260,6 +271,16 @@ impl Trunk {
         step: &mut Step,
         result: &(dyn Fn(usize) -> &'r [u8] + Sync),
     ) {
+        self.absorb_shares(layer, step, &|slot| Share::Result(result(slot)));
+    }
+
+    /// As [`Trunk::absorb`], of results that may have been summed where they were computed.
+    pub fn absorb_shares<'r>(
+        &self,
+        layer: usize,
+        step: &mut Step,
+        share: &(dyn Fn(usize) -> Share<'r> + Sync),
+    ) {
         assert_eq!(step.routed_layer.take(), Some(layer), "the layer that waits for its experts");
         if step.shared_layer.take() != Some(layer) {
             self.shared(layer, step);
@@ -276,14 +297,19 @@ impl Trunk {
         let (kernels, arena) = (self.compute.kernels, &step.combine);
         let pieces = residual.zip(weights).enumerate();
         for_each(&self.compute.pool, rows, pieces, |(row, (residual, weights))| {
-            let results = (row * top_k..(row + 1) * top_k).map(|slot| {
-                let bytes = result(slot);
+            let shares = (row * top_k..(row + 1) * top_k).zip(weights);
+            let results = shares.filter_map(|(slot, &weight)| {
+                let (bytes, weight) = match share(slot) {
+                    Share::Result(bytes) => (bytes, weight),
+                    Share::Sum(bytes) => (bytes, 1.0),
+                    Share::Elsewhere => return None,
+                };
                 assert_eq!(bytes.len(), row_bytes, "an expert's result is one row");
-                bytes
+                Some((bytes, weight))
             });
             let shared = if has_shared { &shared[row * hidden..(row + 1) * hidden] } else { &[] };
             arena.with(|memory| {
-                combine(kernels, self.numerics, results, weights, shared, residual, memory);
+                combine(kernels, self.numerics, results, shared, residual, memory);
             });
         });
     }

@@ -9,8 +9,10 @@ use crate::v1::{DispatchFrame, DispatchReply, Dtype};
 
 /// Room kept for a frame's header fields beside its rows.
 const HEADER_BYTES: usize = 64 << 10;
-/// Worst case of one slot's packed integers on the wire (expert + version + share of counts).
-const SLOT_BYTES: usize = 15;
+/// Worst case of one slot's numbers on the wire (expert, version, weight, share of counts).
+const SLOT_BYTES: usize = 19;
+/// Values that one scale of an FP8 row is for.
+pub const FP8_BLOCK: usize = 128;
 
 /// Why a frame or reply was refused.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -19,6 +21,10 @@ pub enum FrameError {
     DType(i32),
     #[error("hidden is {got}, the model's is {want}")]
     Hidden { got: u32, want: u32 },
+    #[error("results cannot be had as dtype {0}")]
+    ReplyDtype(i32),
+    #[error("the weight of slot {slot} is not finite")]
+    Weight { slot: usize },
     #[error("a frame carries at least one row")]
     Empty,
     #[error("{what} holds {got} entries, {want} expected")]
@@ -44,11 +50,12 @@ pub struct Shape {
 }
 
 impl Dtype {
-    /// Bytes of one value.
-    pub fn size(self) -> usize {
+    /// Bytes of a row of `hidden` values.
+    pub fn row_bytes(self, hidden: usize) -> usize {
         match self {
-            Dtype::Bf16 => 2,
-            Dtype::F32 | Dtype::Unspecified => 4,
+            Dtype::Bf16 => hidden.saturating_mul(2),
+            Dtype::F32 | Dtype::Unspecified => hidden.saturating_mul(4),
+            Dtype::Fp8 => hidden.saturating_add(hidden.div_ceil(FP8_BLOCK) * 4),
         }
     }
 }
@@ -61,9 +68,9 @@ fn dtype(raw: i32) -> Result<Dtype, FrameError> {
 }
 
 /// How many rows fit one message when every row and every one of its `slots`
-/// results must travel: at least one.
+/// results must travel, the larger of both in `dtype`: at least one.
 pub fn max_rows(hidden: u32, dtype: Dtype, slots: u32) -> usize {
-    let row = hidden as usize * dtype.size();
+    let row = dtype.row_bytes(hidden as usize);
     let out = row * slots.max(1) as usize + SLOT_BYTES * slots as usize;
     ((MAX_MESSAGE_BYTES - HEADER_BYTES) / row.max(out).max(1)).max(1)
 }
@@ -94,7 +101,17 @@ pub fn check(frame: &DispatchFrame, shape: Shape) -> Result<(Dtype, usize), Fram
     if !frame.versions.is_empty() && frame.versions.len() != slots {
         return Err(FrameError::Count { what: "versions", got: frame.versions.len(), want: slots });
     }
-    let want = rows.saturating_mul(shape.hidden as usize).saturating_mul(dtype.size());
+    if !frame.weights.is_empty() && frame.weights.len() != slots {
+        return Err(FrameError::Count { what: "weights", got: frame.weights.len(), want: slots });
+    }
+    if let Some(slot) = frame.weights.iter().position(|weight| !weight.is_finite()) {
+        return Err(FrameError::Weight { slot });
+    }
+    match Dtype::try_from(frame.reply_dtype) {
+        Ok(Dtype::Unspecified | Dtype::F32 | Dtype::Bf16) => {}
+        Ok(Dtype::Fp8) | Err(_) => return Err(FrameError::ReplyDtype(frame.reply_dtype)),
+    }
+    let want = rows.saturating_mul(dtype.row_bytes(shape.hidden as usize));
     if frame.rows.len() != want {
         return Err(FrameError::Bytes { got: frame.rows.len(), want });
     }
@@ -114,12 +131,12 @@ pub fn check(frame: &DispatchFrame, shape: Shape) -> Result<(Dtype, usize), Fram
     Ok((dtype, slots))
 }
 
-/// Checks a reply that carries results: `slots` rows of `hidden` values.
+/// Checks a reply that carries results: `rows` rows of `hidden` values.
 pub fn check_reply(
     reply: &DispatchReply,
     hidden: u32,
     want_dtype: Dtype,
-    slots: usize,
+    rows: usize,
 ) -> Result<(), FrameError> {
     if dtype(reply.dtype)? != want_dtype {
         return Err(FrameError::DType(reply.dtype));
@@ -127,14 +144,14 @@ pub fn check_reply(
     if reply.hidden != hidden {
         return Err(FrameError::Hidden { got: reply.hidden, want: hidden });
     }
-    let want = slots * hidden as usize * want_dtype.size();
+    let want = rows * want_dtype.row_bytes(hidden as usize);
     if reply.rows.len() != want {
         return Err(FrameError::Bytes { got: reply.rows.len(), want });
     }
     Ok(())
 }
 
-/// True when every value of `rows` is finite.
+/// True when every value of `rows` is finite. Rows in FP8 are looked at once decoded.
 pub fn all_finite(rows: &[u8], dtype: Dtype) -> bool {
     // A value is NaN or infinite exactly when its exponent bits are all ones.
     match dtype {
@@ -142,7 +159,7 @@ pub fn all_finite(rows: &[u8], dtype: Dtype) -> bool {
             let bad = |b: &[u8]| u16::from_le_bytes([b[0], b[1]]) & 0x7f80 == 0x7f80;
             block.chunks_exact(2).fold(0u16, |any, b| any | u16::from(bad(b))) == 0
         }),
-        Dtype::F32 | Dtype::Unspecified => every_block(rows, |block| {
+        Dtype::F32 | Dtype::Unspecified | Dtype::Fp8 => every_block(rows, |block| {
             let bits = |b: &[u8]| u32::from_le_bytes([b[0], b[1], b[2], b[3]]);
             let bad = |b: &[u8]| bits(b) & 0x7f80_0000 == 0x7f80_0000;
             block.chunks_exact(4).fold(0u32, |any, b| any | u32::from(bad(b))) == 0
@@ -192,6 +209,14 @@ mod tests {
             (|f| f.rows = vec![0; 15].into(), FrameError::Bytes { got: 15, want: 16 }),
             (|f| f.experts[2] = 8, FrameError::Expert { row: 1, expert: 8, experts: 8 }),
             (|f| f.experts[1] = 1, FrameError::Order { row: 0, expert: 1 }),
+            (|f| f.weights = vec![1.0], FrameError::Count { what: "weights", got: 1, want: 3 }),
+            (|f| f.weights = vec![1.0, f32::NAN, 1.0], FrameError::Weight { slot: 1 }),
+            (|f| f.reply_dtype = 3, FrameError::ReplyDtype(3)),
+            (|f| f.reply_dtype = 9, FrameError::ReplyDtype(9)),
+            (
+                |f| (f.dtype, f.rows) = (Dtype::Fp8 as i32, vec![0; 8].into()),
+                FrameError::Bytes { got: 8, want: 16 },
+            ),
         ];
         for (edit, want) in cases {
             let mut bad = frame();

@@ -61,6 +61,37 @@ pub fn put<M: Message>(
     debug_assert_eq!(buffer.len(), end, "the rows are as long as was said");
 }
 
+/// What messages that leave together are written into: one piece of memory, which is used again
+/// once all of them have left.
+#[derive(Default)]
+pub struct Leaving {
+    buffer: BytesMut,
+    /// Bytes taken since [`Self::begin`], and the most there ever were.
+    taken: usize,
+    most: usize,
+}
+
+impl Leaving {
+    /// Makes room for as much as ever left together, so that the first message does not
+    /// leave the others without.
+    pub fn begin(&mut self) {
+        self.taken = 0;
+        self.buffer.reserve(self.most);
+    }
+
+    /// To write a message into.
+    pub fn buffer(&mut self) -> &mut BytesMut {
+        &mut self.buffer
+    }
+
+    /// What was written since the last call.
+    pub fn take(&mut self) -> Bytes {
+        self.taken += self.buffer.len();
+        self.most = self.most.max(self.taken);
+        self.buffer.split().freeze()
+    }
+}
+
 /// Cuts messages out of DATA as it arrives. A message that came in one piece is
 /// a view of it; one in pieces is put together.
 pub struct Messages {
@@ -148,6 +179,26 @@ pub fn read<M: Message>(message: Bytes, into: &mut M) -> Result<(), WireError> {
 mod tests {
     use proptest::prelude::*;
 
+    #[test]
+    fn messages_that_left_together_give_their_memory_back() {
+        let mut leaving = Leaving::default();
+        let mut round = || {
+            leaving.begin();
+            let mut message = |byte| {
+                leaving.buffer().extend_from_slice(&[byte; 100_000][..]);
+                leaving.take()
+            };
+            [message(1), message(2), message(3)]
+        };
+        (0..3).for_each(|_| drop(round()));
+        let places = |messages: [Bytes; 3]| messages.map(|message| message.as_ptr());
+        let first = places(round());
+        assert_eq!(first[2] as usize - first[0] as usize, 200_000, "one piece of memory");
+        assert_eq!(places(round()), first);
+        let held = round();
+        assert!(round() != [const { Bytes::new() }; 3] && held[2][..] == [3; 100_000]);
+    }
+
     use super::*;
     use crate::v1::DispatchFrame;
 
@@ -167,6 +218,8 @@ mod tests {
                 experts,
                 versions,
                 traceparent,
+                reply_dtype: n.1 as i32 & 3,
+                weights: vec![0.5; n.2 as usize & 3],
                 rows: rows.into(),
             })
     }

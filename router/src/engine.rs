@@ -257,7 +257,7 @@ impl Engine {
                         experts.abandon();
                         return Ok(());
                     }
-                    trunk.absorb(layer, step, &|slot| experts.row(lane, slot));
+                    trunk.absorb_shares(layer, step, &|slot| experts.share(lane, slot));
                     short.silence(step);
                 }
                 if layer == layers {

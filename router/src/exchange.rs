@@ -15,6 +15,8 @@
 //! without, as its sequence wants it, and the other rows go on.
 
 mod again;
+mod form;
+mod gather;
 mod route;
 
 use std::time::{Duration, Instant};
@@ -22,11 +24,13 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use mesh::placement::{NodeIndex, Placement};
 use proto::frame::{self, FrameError};
-use proto::v1::{DispatchFrame, DispatchReply, Dtype, ErrorCode};
+use proto::v1::{DispatchFrame, DispatchReply, ErrorCode};
 use proto::{Attempt, Epoch, ExpertId, LayerId, Ticket};
 
 use crate::health::{Failure, SharedHealth};
 pub use again::{Gap, Lack};
+pub use form::{Combine, Shape, Wire, class};
+use gather::Location;
 
 /// Failures of the same slots after which sending them again is paced.
 const PROMPT_RESENDS: u32 = 2;
@@ -48,20 +52,6 @@ pub struct Patience {
     pub expert_wait: Duration,
     /// Before a frame is offered again to a node that was busy; longer each time.
     pub busy: Duration,
-}
-
-/// What does not change from layer to layer.
-#[derive(Clone, Copy, Debug)]
-pub struct Shape {
-    pub hidden: u32,
-    pub dtype: Dtype,
-    pub top_k: u32,
-}
-
-impl Shape {
-    pub fn row_bytes(self) -> usize {
-        self.hidden as usize * self.dtype.size()
-    }
 }
 
 /// A frame to be encoded for a node's stream.
@@ -115,24 +105,6 @@ struct Parked {
     slots: Vec<u32>,
     attempt: Attempt,
     retry_at: Instant,
-}
-
-/// Where a slot's result lies.
-#[derive(Clone, Copy)]
-struct Location {
-    /// [`Location::NOWHERE`] or [`Location::GAP`] if it is in no reply.
-    reply: u32,
-    row: u32,
-}
-
-impl Location {
-    const NOWHERE: u32 = u32::MAX;
-    const GAP: u32 = u32::MAX - 1;
-    const AWAITED: Self = Self { reply: Self::NOWHERE, row: 0 };
-
-    fn is_awaited(self) -> bool {
-        self.reply == Self::NOWHERE
-    }
 }
 
 /// See the module's text. Reused from layer to layer.
@@ -235,15 +207,8 @@ impl Exchange {
         &self.gaps
     }
 
-    /// The result row of a slot, in wire form; zeros for a gap. Only after [`Self::is_done`].
-    pub fn row(&self, slot: usize) -> &[u8] {
-        let Location { reply, row } = self.located[slot];
-        if reply == Location::GAP {
-            return &self.zeros;
-        }
-        let width = self.shape.row_bytes();
-        let from = row as usize * width;
-        &self.replies[reply as usize][from..from + width]
+    pub fn shape(&self) -> Shape {
+        self.shape
     }
 
     /// Slots that have no result yet.
@@ -302,24 +267,24 @@ impl Exchange {
             let code = ErrorCode::try_from(error.code).unwrap_or(ErrorCode::Unspecified);
             return self.refused(open, code, &error.message, placement, now);
         }
-        match frame::check_reply(&reply, self.shape.hidden, self.shape.dtype, open.slots.len()) {
-            Ok(()) if frame::all_finite(&reply.rows, self.shape.dtype) => {
+        let Shape { hidden, top_k, combine, .. } = self.shape;
+        let dtype = self.shape.replied();
+        let rows = match combine {
+            Combine::Router => open.slots.len(),
+            Combine::Node => open.slots.chunk_by(|a, b| a / top_k == b / top_k).count(),
+        };
+        match frame::check_reply(&reply, hidden, dtype, rows) {
+            Ok(()) if frame::all_finite(&reply.rows, dtype) => {
                 let took = now.saturating_duration_since(open.sent);
                 self.health.lock().answered(node, open.slots.len(), took, now);
-                let (at, before) = (self.replies.len() as u32, self.missing);
-                for (row, &slot) in open.slots.iter().enumerate() {
-                    let location = &mut self.located[slot as usize];
-                    if location.is_awaited() {
-                        *location = Location { reply: at, row: row as u32 };
-                        self.missing -= 1;
-                    } else {
-                        self.doubled.push(slot);
-                    }
-                }
+                let before = self.missing;
+                self.locate(&open.slots);
                 let used = self.missing < before;
                 if used {
-                    self.replies.push(reply.rows);
+                    let rows = self.in_class(reply.rows);
+                    self.replies.push(rows);
                 }
+                self.ask_for_the_rest(open.attempt, placement, now);
                 self.work.recycle(open.slots);
                 if self.missing == 0 {
                     self.settle(now);

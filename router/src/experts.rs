@@ -7,7 +7,7 @@ pub mod local;
 pub mod remote;
 pub mod spin;
 
-use model::Routed;
+use model::{Routed, Share};
 use proto::{ExpertId, LayerId};
 use tracing::Span;
 
@@ -70,11 +70,11 @@ impl Experts {
         }
     }
 
-    /// The result of the lane's slot `row * top_k + slot`, in wire form; zeros for a gap.
-    pub fn row(&self, lane: usize, slot: usize) -> &[u8] {
+    /// What the lane's slot `row * top_k + slot` brings to its row's sum.
+    pub fn share(&self, lane: usize, slot: usize) -> Share<'_> {
         match self {
-            Self::Local(local) => local.row(slot),
-            Self::Remote(remote) => remote.row(lane, slot),
+            Self::Local(local) => Share::Result(local.row(slot)),
+            Self::Remote(remote) => remote.share(lane, slot),
         }
     }
 

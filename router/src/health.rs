@@ -26,6 +26,8 @@ use latency::{Pattern, Sizes};
 
 /// No answer is late before this.
 const LEAST_DEADLINE: Duration = Duration::from_millis(50);
+/// However slow nodes are: what is lost without a trace is to be missed within a step's patience.
+const MOST_DEADLINE: Duration = Duration::from_secs(5);
 /// An answer is late after so many times the node's 99th percentile.
 const DEADLINE_P99: f64 = 4.0;
 /// Before anything was measured, times the configured limit: weights may have to
@@ -323,7 +325,9 @@ impl Health {
     /// from 0; the next ones get twice and four times as long.
     pub fn deadline(&self, index: NodeIndex, slots: usize, attempt: u32) -> Duration {
         let limit = self.policy.attempt;
-        let grown = |time: Duration| time.saturating_mul(1 << attempt.min(MOST_DOUBLINGS));
+        let bound = limit.max(MOST_DEADLINE);
+        let grown =
+            |time: Duration| time.saturating_mul(1 << attempt.min(MOST_DOUBLINGS)).min(bound);
         if !self.policy.enabled {
             return grown(limit);
         }

@@ -38,7 +38,6 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use arc_swap::{ArcSwap, ArcSwapOption};
-use bytes::BytesMut;
 use kernels::{Compute, Isa};
 use mesh::admin;
 use mesh::lifecycle::{Readiness, Shutdown};
@@ -54,6 +53,7 @@ use model::{Checkpoint, KvError, KvPool, LoadError, Numerics, Trunk};
 use proto::v1::Dtype;
 use proto::v1::inference_server::InferenceServer;
 use proto::v1::operations_server::OperationsServer;
+use proto::wire::Leaving;
 use proto::{Epoch, LayerId, MAX_MESSAGE_BYTES};
 use tokio::sync::{mpsc, watch};
 use tonic::service::Routes;
@@ -62,6 +62,7 @@ use crate::controller::grid::Grid;
 use crate::controller::{ControllerParts, Door};
 pub use crate::engine::Splitting;
 use crate::engine::{Engine, Gauges};
+pub use crate::exchange::{Combine, Wire};
 use crate::exchange::{Exchange, Patience, Shape};
 use crate::experts::Experts;
 use crate::experts::local::Local;
@@ -111,6 +112,10 @@ pub struct Config {
     pub tpot_target: Option<Duration>,
     /// Whether steps run as two micro-batches.
     pub micro_batches: Splitting,
+    /// How rows travel to expert nodes and back.
+    pub wire: Wire,
+    /// Who sums a token's results.
+    pub combine: Combine,
     pub max_running: usize,
     pub max_waiting: usize,
     /// This router decides which node owns which expert: one router of a mesh does.
@@ -193,7 +198,7 @@ pub async fn serve(config: Config, shutdown: Shutdown) -> Result<(), Error> {
     let health = SharedHealth::new(config.policy, seed(&config.id), Instant::now());
     let experts = if alone {
         readiness.set(Ok(()));
-        Experts::Local(Box::new(Local::load(&checkpoint, config.numerics, compute)?))
+        Experts::Local(Box::new(Local::load(&checkpoint, config.numerics, compute, config.wire)?))
     } else {
         readiness.set(Err("no expert node has answered yet".to_owned()));
         let shape = Shape {
@@ -203,6 +208,8 @@ pub async fn serve(config: Config, shutdown: Shutdown) -> Result<(), Error> {
                 Numerics::Bf16 => Dtype::Bf16,
             },
             top_k: model.top_k as u32,
+            wire: config.wire,
+            combine: config.combine,
         };
         let patience = Patience { expert_wait: config.expert_wait, busy: BUSY_PAUSE };
         Experts::Remote(Box::new(Remote {
@@ -213,7 +220,8 @@ pub async fn serve(config: Config, shutdown: Shutdown) -> Result<(), Error> {
             links: links.clone(),
             events,
             pump: pump.clone(),
-            wire: BytesMut::new(),
+            coded: Default::default(),
+            wire: Leaving::default(),
             placement: placement.clone(),
             metrics: metrics.clone(),
             epoch: Epoch(0),
@@ -263,10 +271,12 @@ pub async fn serve(config: Config, shutdown: Shutdown) -> Result<(), Error> {
         metrics,
         shutdown: shutdown.clone(),
     });
+    let class = config.numerics.class(isa);
+    let combine = if config.nodes.is_empty() { Combine::Router } else { config.combine };
     let facts = Facts {
         router_id: config.id.clone(),
         model_digest: checkpoint.digest(),
-        numerics: config.numerics.class(isa),
+        numerics: exchange::class(class.clone(), config.wire, combine),
         device: format!("cpu/{isa}"),
         vocab: model.vocab,
         max_context: model.max_positions,
@@ -313,7 +323,7 @@ pub async fn serve(config: Config, shutdown: Shutdown) -> Result<(), Error> {
         intake: Some((intake_parts, view.clone())),
         identity: Identity {
             model_digest: facts.model_digest.to_vec(),
-            numerics: facts.numerics.clone(),
+            numerics: class,
             hidden: model.hidden as u32,
         },
         link_events,

@@ -5,7 +5,6 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use arc_swap::ArcSwap;
-use bytes::BytesMut;
 use mesh::lifecycle::Readiness;
 use mesh::link::{FleetAddress, Identity};
 use mesh::membership::Links;
@@ -13,7 +12,8 @@ use mesh::metrics::Metrics;
 use mesh::placement::{ExpertGrid, Placement};
 use mesh::pump::Pump;
 use mesh::transport::Endpoint;
-use model::Routed;
+use model::{Routed, Share};
+use proto::wire::Leaving;
 use proto::{Epoch, LayerId};
 use tokio::sync::mpsc;
 use tracing::Span;
@@ -85,7 +85,8 @@ impl Dispatcher {
             links,
             events,
             pump: pump.clone(),
-            wire: BytesMut::new(),
+            coded: Default::default(),
+            wire: Leaving::default(),
             placement,
             metrics: Metrics::default().register(RouterMetrics::new),
             epoch: Epoch(0),
@@ -116,6 +117,11 @@ impl Dispatcher {
             Some(gap) => Err(Lack::clone(&gap.lack)),
             None => Ok(()),
         }
+    }
+
+    /// What a slot brings to its row's sum.
+    pub fn share(&self, slot: usize) -> Share<'_> {
+        self.remote.share(0, slot)
     }
 
     /// The result of a slot.

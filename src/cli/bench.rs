@@ -104,6 +104,9 @@ pub struct BenchDispatchArgs {
     /// Over TCP on loopback instead of Unix sockets
     #[arg(long)]
     pub tcp: bool,
+    /// Bytes each way of the round trips
+    #[arg(long, value_name = "N,…", value_delimiter = ',')]
+    pub bytes: Vec<usize>,
     /// Instead of round trips: what a token costs with its experts on so many nodes
     #[arg(long, value_name = "N,…", value_delimiter = ',')]
     pub nodes: Vec<usize>,

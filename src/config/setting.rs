@@ -169,15 +169,22 @@ impl Setting for Vec<Endpoint> {
     }
 }
 
-impl Setting for router::Splitting {
-    fn from_text(text: &str) -> Result<Self, String> {
-        text.parse()
-    }
+/// Types that are written as they are shown.
+macro_rules! as_shown {
+    ($($kind:ty),*) => {$(
+        impl Setting for $kind {
+            fn from_text(text: &str) -> Result<Self, String> {
+                text.parse()
+            }
 
-    fn to_toml(&self) -> String {
-        quoted(self.to_string())
-    }
+            fn to_toml(&self) -> String {
+                quoted(self.to_string())
+            }
+        }
+    )*};
 }
+
+as_shown!(router::Splitting, router::Wire, router::Combine, mesh::near::LocalSocket);
 
 /// What the weights of a local mesh are stored as.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

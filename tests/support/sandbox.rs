@@ -39,6 +39,7 @@ pub struct Plan {
     history: bool,
     fail: bool,
     logged: bool,
+    tcp: bool,
 }
 
 pub struct Sandbox {
@@ -75,6 +76,7 @@ impl Sandbox {
             history: false,
             fail: false,
             logged: false,
+            tcp: false,
         }
     }
 }
@@ -113,6 +115,17 @@ impl Plan {
     /// A setting of a role's configuration files, as TOML.
     pub fn set(mut self, role: &'static str, key: &str, value: impl ToString) -> Self {
         self.settings.push((role, key.to_owned(), value.to_string()));
+        self
+    }
+
+    /// A setting of every expert node's configuration file, as TOML.
+    pub fn node(self, key: &str, value: impl ToString) -> Self {
+        self.set("expert-node", key, value)
+    }
+
+    /// Expert nodes listen on host:port.
+    pub fn tcp(mut self) -> Self {
+        self.tcp = true;
         self
     }
 
@@ -174,6 +187,9 @@ impl Plan {
         std::fs::create_dir_all(&dir).unwrap();
         let socket = |name: &str| format!("unix:{}", dir.join(format!("{name}.sock")).display());
         let model = format!("model_dir = {:?}\nlog_filter = \"warn\"\n", self.model);
+        // Where nodes listen that are known by host:port.
+        let ports: Vec<u16> =
+            (0..if self.tcp { self.expert_nodes } else { 0 }).map(|_| free_port()).collect();
         let mut class = format!("numerics = \"{}\"\n", self.numerics);
         for (key, value) in &self.compute {
             writeln!(class, "{key} = {value}").unwrap();
@@ -183,7 +199,11 @@ impl Plan {
             let name = format!("{role}-{index}");
             let mut config = format!("id = \"{name}\"\n{model}{own}");
             if role != "gateway" {
-                let (listen, admin) = (socket(&name), socket(&format!("{name}-admin")));
+                let admin = socket(&format!("{name}-admin"));
+                let listen = match (role, ports.get(index)) {
+                    ("expert-node", Some(port)) => format!("127.0.0.1:{port}"),
+                    _ => socket(&name),
+                };
                 write!(config, "listen = \"{listen}\"\nadmin = \"{admin}\"\n{class}").unwrap();
             }
             if let Some(dir) = certificates {
@@ -215,6 +235,9 @@ impl Plan {
             nodes.push(start("expert-node", index, own));
         }
         let mut endpoints: Vec<String> = nodes.iter().map(|node| socket(&node.name)).collect();
+        if self.tcp {
+            endpoints = ports.iter().map(|port| format!("127.0.0.1:{port}")).collect();
+        }
         let mut proxies = Vec::new();
         if self.proxied {
             let target = |node: &Process| dir.join(format!("{}.sock", node.name));

@@ -22,7 +22,7 @@ use tokio::task::JoinSet;
 use crate::tls::{self, Expected, Socket, Tls};
 use crate::transport::{
     CONNECT_TIMEOUT, CONNECTION_WINDOW, Endpoint, KEEP_ALIVE_EVERY, KEEP_ALIVE_TIMEOUT, MAX_DATA,
-    MAX_HEADER_BYTES, STREAM_WINDOW,
+    MAX_HEADER_BYTES, STREAM_WINDOW, unix_name, widen,
 };
 
 /// Frames that may be unanswered on one stream; a node that answers none gets no more.
@@ -112,7 +112,11 @@ pub async fn open(
                 socket.set_nodelay(true)?;
                 handshake(socket, address).await
             }
-            Endpoint::Unix(path) => handshake(UnixStream::connect(path).await?, "localhost").await,
+            Endpoint::Unix(path) => {
+                let socket = UnixStream::connect(unix_name(path)).await?;
+                widen(&socket);
+                handshake(socket, "localhost").await
+            }
         }
     };
     tokio::time::timeout(CONNECT_TIMEOUT, connecting).await.map_err(|_| StreamError::Slow)?

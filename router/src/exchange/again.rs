@@ -139,7 +139,7 @@ impl Exchange {
     }
 
     /// Nobody but the frame at `but` is to bring the slot's result in time.
-    fn is_uncovered(&self, slot: u32, but: usize) -> bool {
+    pub(super) fn is_uncovered(&self, slot: u32, but: usize) -> bool {
         let carries = |open: &Open| open.slots.binary_search(&slot).is_ok();
         let parked = |slots: &[u32]| slots.binary_search(&slot).is_ok();
         self.located[slot as usize].is_awaited()

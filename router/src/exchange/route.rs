@@ -9,7 +9,7 @@ use proto::frame;
 use proto::wire;
 use proto::{Attempt, ExpertId, Ticket};
 
-use super::{Exchange, LANES, Open, Outgoing, Shape};
+use super::{Combine, Exchange, LANES, Open, Outgoing, Shape, Wire};
 
 /// Vectors that routing uses again.
 #[derive(Default)]
@@ -102,7 +102,7 @@ impl Exchange {
         placement: &Placement,
         now: Instant,
     ) {
-        let Shape { hidden, dtype, top_k } = self.shape;
+        let Shape { hidden, dtype, top_k, .. } = self.shape;
         let most = frame::max_rows(hidden, dtype, top_k);
         while !slots.is_empty() {
             let mut rows = 0;
@@ -134,10 +134,12 @@ impl Exchange {
     }
 
     /// Appends the frame of an open ticket to `buffer`, as it goes to the
-    /// stream. `rows` are the layer's, in wire form. Nothing if it is not open.
-    pub fn encode(&mut self, ticket: Ticket, rows: &[u8], buffer: &mut BytesMut) {
+    /// stream. `rows` are the layer's as they are sent ([`Shape::sent`]), `weights` its
+    /// slots', which only a node that sums needs. Nothing if it is not open.
+    pub fn encode(&mut self, ticket: Ticket, rows: &[u8], weights: &[f32], buffer: &mut BytesMut) {
         let Some(open) = self.open.iter().find(|open| open.ticket == ticket) else { return };
-        let Shape { hidden, dtype, top_k } = self.shape;
+        let Shape { hidden, top_k, wire, combine, .. } = self.shape;
+        let dtype = self.shape.sent();
         let end = self.started + self.patience.expert_wait;
         let timeout = end.saturating_duration_since(open.sent).as_micros().max(1);
         let head = &mut self.head;
@@ -153,7 +155,15 @@ impl Exchange {
         head.slot_counts.clear();
         let each_row = open.slots.chunk_by(|a, b| a / top_k == b / top_k);
         head.slot_counts.extend(each_row.clone().map(|slots| slots.len() as u32));
-        let width = self.shape.row_bytes();
+        head.reply_dtype = match wire {
+            Wire::Exact => 0,
+            Wire::Fp8 => self.shape.replied() as i32,
+        };
+        head.weights.clear();
+        if combine == Combine::Node {
+            head.weights.extend(open.slots.iter().map(|&slot| weights[slot as usize]));
+        }
+        let width = dtype.row_bytes(hidden as usize);
         wire::put(buffer, head, head.slot_counts.len() * width, |buffer| {
             for slots in each_row {
                 let from = (slots[0] / top_k) as usize * width;

@@ -2,7 +2,7 @@
 //! doubled or refused, every slot gets exactly its own result or an error.
 
 use mesh::placement::ExpertGrid;
-use proto::v1::DispatchError;
+use proto::v1::{DispatchError, Dtype};
 use proto::wire::{self, Messages};
 
 use super::*;
@@ -11,7 +11,8 @@ use crate::health::{Policy, SharedHealth};
 mod random;
 
 const LAYER: LayerId = LayerId(3);
-const SHAPE: Shape = Shape { hidden: 2, dtype: Dtype::F32, top_k: 2 };
+const SHAPE: Shape =
+    Shape { hidden: 2, dtype: Dtype::F32, top_k: 2, wire: Wire::Exact, combine: Combine::Router };
 const PATIENCE: Patience =
     Patience { expert_wait: Duration::from_secs(30), busy: Duration::from_millis(5) };
 const EXPERTS: u32 = 6;
@@ -85,7 +86,7 @@ impl Case {
         let outbox = std::mem::take(&mut self.exchange.outbox);
         let read = |out: Outgoing| {
             let mut wire = bytes::BytesMut::new();
-            self.exchange.encode(out.ticket, &self.rows, &mut wire);
+            self.exchange.encode(out.ticket, &self.rows, &[], &mut wire);
             let mut messages = Messages::new(1 << 20);
             messages.push(wire.freeze());
             let mut frame = DispatchFrame::default();

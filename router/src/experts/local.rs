@@ -3,10 +3,13 @@
 use std::sync::Arc;
 
 use kernels::Compute;
+use model::rows::{convert, through_fp8};
 use model::{
     Checkpoint, Expert, ExpertGroup, ExpertScratch, LoadError, Numerics, Routed, forward_experts,
 };
 use proto::LayerId;
+
+use crate::exchange::Wire;
 
 /// Every routed expert of the model, mapped.
 pub struct Local {
@@ -21,6 +24,9 @@ pub struct Local {
     position: Vec<u32>,
     counts: Vec<usize>,
     layer: usize,
+    wire: Wire,
+    /// The layer's rows after what the wire does to them, and a result before it.
+    passed: Vec<u8>,
     x: Vec<u8>,
     out: Vec<u8>,
     scratch: ExpertScratch,
@@ -31,6 +37,7 @@ impl Local {
         checkpoint: &Arc<Checkpoint>,
         numerics: Numerics,
         compute: Arc<Compute>,
+        wire: Wire,
     ) -> Result<Self, LoadError> {
         let config = checkpoint.config();
         let moe = config.moe_layers();
@@ -52,6 +59,8 @@ impl Local {
             position: Vec::new(),
             counts: vec![0; config.experts],
             layer: 0,
+            wire,
+            passed: Vec::new(),
             x: Vec::new(),
             out: Vec::new(),
             scratch: ExpertScratch::default(),
@@ -69,11 +78,19 @@ impl Local {
         self.order.extend(0..routed.experts.len() as u32);
         self.order.sort_by_key(|&slot| routed.experts[slot as usize]);
         self.position.resize(self.order.len(), 0);
+        let rows = match self.wire {
+            Wire::Exact => routed.rows,
+            Wire::Fp8 => {
+                let hidden = self.row_bytes / self.numerics.bytes();
+                through_fp8(self.numerics, routed.rows, hidden, &mut self.passed);
+                &self.passed
+            }
+        };
         self.x.clear();
         for (at, &slot) in self.order.iter().enumerate() {
             self.position[slot as usize] = at as u32;
             let from = slot as usize / routed.top_k * self.row_bytes;
-            self.x.extend_from_slice(&routed.rows[from..from + self.row_bytes]);
+            self.x.extend_from_slice(&rows[from..from + self.row_bytes]);
         }
     }
 
@@ -93,6 +110,13 @@ impl Local {
             &mut self.out,
             &mut self.scratch,
         );
+        if self.wire == Wire::Fp8 {
+            // Replies are bf16 then.
+            self.passed.clear();
+            convert(self.numerics, Numerics::Bf16, &self.out, &mut self.passed);
+            self.out.clear();
+            convert(Numerics::Bf16, self.numerics, &self.passed, &mut self.out);
+        }
     }
 
     pub fn row(&self, slot: usize) -> &[u8] {

@@ -5,18 +5,19 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use arc_swap::ArcSwap;
-use bytes::BytesMut;
 use mesh::link::LinkEvent;
 use mesh::membership::Links;
 use mesh::placement::{NodeIndex, Placement};
-use mesh::pump::{AWAKE, Pump};
+use mesh::pump::{AWAKE, Pump, Turn};
 use mesh::telemetry::propagate;
-use model::Routed;
+use model::rows::encode_fp8;
+use model::{Routed, Share};
+use proto::wire::Leaving;
 use proto::{Epoch, ExpertId, LayerId, Ticket};
 use tokio::sync::mpsc::Receiver;
 use tracing::Span;
 
-use crate::exchange::{Exchange, LANES, Outgoing, Taken, lane};
+use crate::exchange::{Exchange, LANES, Outgoing, Taken, Wire, lane};
 use crate::experts::spin::Spin;
 use crate::health::{Counts, SharedHealth};
 use crate::history::{History, list};
@@ -33,8 +34,10 @@ pub struct Remote {
     pub events: Receiver<LinkEvent>,
     /// Where the streams live; driven here and nowhere else.
     pub pump: Pump,
+    /// Each lane's rows in the form that frames carry, where it is not the class's.
+    pub coded: [Vec<u8>; LANES],
     /// What frames are written into; its memory comes back when they have left.
-    pub wire: BytesMut,
+    pub wire: Leaving,
     pub placement: Arc<ArcSwap<Placement>>,
     pub metrics: RouterMetrics,
     pub epoch: Epoch,
@@ -55,13 +58,19 @@ impl Remote {
         let parent = propagate::traceparent(span);
         let (exchange, sent) = &mut self.lanes[lane];
         *sent = now;
+        let shape = exchange.shape();
+        self.coded[lane].clear();
+        if shape.wire == Wire::Fp8 {
+            let hidden = shape.hidden as usize;
+            encode_fp8(shape.numerics(), routed.rows, hidden, &mut self.coded[lane]);
+        }
         exchange.begin(layer, routed.experts, parent, &placement, now);
         let (slots, epoch) = (routed.experts.len(), self.epoch.0);
         self.history.record(
             "layer",
             format_args!("\"lane\":{lane},\"layer\":{layer},\"slots\":{slots},\"epoch\":{epoch}"),
         );
-        self.flush(lane, routed.rows, &placement, now);
+        self.flush(lane, routed, &placement, now);
     }
 
     /// Returns when the lane's rows are all there. What comes for another lane is
@@ -70,7 +79,7 @@ impl Remote {
         let start = Instant::now();
         let placement = self.placement.load_full();
         self.lanes.iter_mut().for_each(|(exchange, _)| exchange.on_listen(start));
-        self.flush(waited, routed.rows, &placement, start);
+        self.flush(waited, routed, &placement, start);
         let idle = !self.lanes[waited].0.is_done();
         let awake = idle && self.spin.choose(routed.count);
         while !self.lanes[waited].0.is_done() {
@@ -147,7 +156,7 @@ impl Remote {
                 // The links hold the senders for as long as the process serves.
                 Some(None) => std::thread::sleep(LOOK_AROUND),
             }
-            self.flush(waited, routed.rows, &placement, now);
+            self.flush(waited, routed, &placement, now);
         }
         if self.history.is_on() {
             let gaps = list(self.lanes[waited].0.gaps().iter().map(|gap| gap.slot));
@@ -189,6 +198,10 @@ impl Remote {
         metrics.again.inc_by(now.again - before.again);
         metrics.spared.inc_by(now.spared - before.spared);
         metrics.ejections.inc_by(now.ejections - before.ejections);
+    }
+
+    pub fn share(&self, lane: usize, slot: usize) -> Share<'_> {
+        self.lanes[lane].0.share(slot)
     }
 
     pub fn row(&self, lane: usize, slot: usize) -> &[u8] {
@@ -236,21 +249,26 @@ impl Remote {
 
     /// Writes what the exchange wants sent. What cannot be written is routed
     /// anew, which may put more into the outbox or park it.
-    fn flush(&mut self, lane: usize, rows: &[u8], placement: &Placement, now: Instant) {
+    fn flush(&mut self, lane: usize, routed: &Routed<'_>, placement: &Placement, now: Instant) {
         let exchange = &mut self.lanes[lane].0;
+        let rows = match exchange.shape().wire {
+            Wire::Exact => routed.rows,
+            Wire::Fp8 => &self.coded[lane],
+        };
         if exchange.outbox.is_empty() {
             return;
         }
         let history = &self.history;
+        self.wire.begin();
         // On the pump, where waking the connections costs no system call.
         self.pump.run(async {
             while let Some(Outgoing { node, ticket }) = exchange.outbox.pop() {
-                exchange.encode(ticket, rows, &mut self.wire);
-                if self.wire.is_empty() {
+                exchange.encode(ticket, rows, routed.weights, self.wire.buffer());
+                let frame = self.wire.take();
+                if frame.is_empty() {
                     // Its slots have been given up since.
                     continue;
                 }
-                let frame = self.wire.split().freeze();
                 if !self.links.get(node).is_some_and(|link| link.send(frame)) {
                     exchange.on_unsent(ticket, placement, now);
                 } else if history.is_on() {
@@ -258,7 +276,7 @@ impl Remote {
                 }
             }
             // The bytes leave now, before this thread computes on.
-            tokio::task::yield_now().await;
+            Turn::default().await;
         });
     }
 }

@@ -56,13 +56,15 @@ pub async fn serve(ask: Ask) -> anyhow::Result<()> {
         true => {
             let listener = TcpListener::bind("127.0.0.1:0")?;
             let address = listener.local_addr()?.to_string();
-            std::thread::spawn(move || listener.accept().map(|(socket, _)| answer(socket)));
+            let sockets = move || listener.incoming().flatten().for_each(serve_echo);
+            std::thread::spawn(sockets);
             address
         }
         false => {
             let path = dir.path().join("echo.sock");
             let listener = UnixListener::bind(&path)?;
-            std::thread::spawn(move || listener.accept().map(|(socket, _)| answer(socket)));
+            let sockets = move || listener.incoming().flatten().for_each(serve_echo);
+            std::thread::spawn(sockets);
             Endpoint::Unix(path).to_string()
         }
     };
@@ -71,11 +73,30 @@ pub async fn serve(ask: Ask) -> anyhow::Result<()> {
     Ok(())
 }
 
-trait Socket: Read + Write + Send {}
-impl<T: Read + Write + Send> Socket for T {}
+trait Socket: Read + Write + Send {
+    /// Calls that would block return at once.
+    fn stay_awake(&self) -> io::Result<()>;
+}
+
+impl Socket for TcpStream {
+    fn stay_awake(&self) -> io::Result<()> {
+        self.set_nonblocking(true)
+    }
+}
+
+impl Socket for UnixStream {
+    fn stay_awake(&self) -> io::Result<()> {
+        self.set_nonblocking(true)
+    }
+}
+
+/// On a thread of its own, until the client is gone.
+fn serve_echo(socket: impl Read + Write + Send + 'static) {
+    std::thread::spawn(move || answer(socket));
+}
 
 /// Sends back blocks of the length that the client says first.
-fn answer(mut socket: impl Socket) -> io::Result<()> {
+fn answer(mut socket: impl Read + Write) -> io::Result<()> {
     let mut length = [0; 8];
     socket.read_exact(&mut length)?;
     let mut block = vec![0; u64::from_le_bytes(length) as usize];
@@ -85,14 +106,23 @@ fn answer(mut socket: impl Socket) -> io::Result<()> {
     }
 }
 
-/// The client of the raw echo: blocking calls, nothing else.
+/// How the client of an echo waits.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Waiting {
+    /// In a call that blocks.
+    Asleep,
+    /// Asking again and again.
+    Awake,
+}
+
+/// The client of the raw echo: reads and writes, nothing else.
 pub struct Echo {
     socket: Box<dyn Socket>,
     block: Vec<u8>,
 }
 
 impl Echo {
-    pub fn connect(address: &str, length: usize) -> anyhow::Result<Self> {
+    pub fn connect(address: &str, length: usize, waiting: Waiting) -> anyhow::Result<Self> {
         let mut socket: Box<dyn Socket> = match address.parse()? {
             Endpoint::Tcp(address) => {
                 let socket = TcpStream::connect(address)?;
@@ -102,11 +132,32 @@ impl Echo {
             Endpoint::Unix(path) => Box::new(UnixStream::connect(path)?),
         };
         socket.write_all(&(length as u64).to_le_bytes())?;
+        if waiting == Waiting::Awake {
+            socket.stay_awake()?;
+        }
         Ok(Self { socket, block: vec![0; length] })
     }
 
     pub fn round_trip(&mut self, bytes: &[u8]) -> io::Result<()> {
-        self.socket.write_all(bytes)?;
-        self.socket.read_exact(&mut self.block)
+        let mut written = 0;
+        while written < bytes.len() {
+            written += ready(|| self.socket.write(&bytes[written..]))?;
+        }
+        let mut read = 0;
+        while read < bytes.len() {
+            read += ready(|| self.socket.read(&mut self.block[read..]))?;
+        }
+        Ok(())
+    }
+}
+
+/// What `call` gives once it has something to give. A blocking socket waits in it.
+fn ready(mut call: impl FnMut() -> io::Result<usize>) -> io::Result<usize> {
+    loop {
+        match call() {
+            Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => std::hint::spin_loop(),
+            other => return other,
+        }
     }
 }

@@ -1,0 +1,111 @@
+//! The keys of an expert node.
+
+use mesh::transport::Endpoint;
+
+use super::{
+    Process, Role, RoleConfig, admin, first_cpu, id, isa, listen, model_dir, numerics, telemetry,
+    threads,
+};
+use crate::config::ConfigError;
+use crate::config::reader::Reader;
+use crate::config::tls;
+
+pub(super) fn expert_node(reader: &mut Reader<'_>) -> Result<Process, ConfigError> {
+    let id = id(reader, "expert-node-0")?;
+    let listen = listen(reader, "127.0.0.1:7100")?;
+    let (join, advertise) = join(reader, &listen)?;
+    let config = ::expert_node::Config {
+        id,
+        admin: admin(reader)?,
+        tls: tls::files_of_server(reader, &listen)?,
+        listen,
+        model_dir: model_dir(
+            reader,
+            "Directory of the checkpoint. Only the bytes of the node's own experts are read.",
+        )?,
+        numerics: numerics(reader)?,
+        shard: shard(reader, !join.is_empty())?,
+        memory_limit: memory_limit(reader)?,
+        join,
+        advertise,
+        threads: threads(reader)?,
+        first_cpu: first_cpu(reader)?,
+        isa: isa(reader)?,
+        local_socket: reader.or(
+            "local_socket",
+            mesh::near::LocalSocket::Auto,
+            "Where `listen` is host:port, whether routers on the same host are also served over a\n\
+             Unix socket, which they find by themselves: auto or off.",
+        )?,
+        max_queued_rows: reader.within(
+            "max_queued_rows",
+            65_536,
+            1..=1 << 32,
+            "Rows that may wait to be computed; more are refused as BUSY.",
+        )?,
+    };
+    let telemetry = telemetry(reader, Role::ExpertNode, config.id.clone())?;
+    Ok(Process { telemetry, role: RoleConfig::ExpertNode(config) })
+}
+
+/// Whom the node announces itself to, and as what.
+fn join(
+    reader: &mut Reader<'_>,
+    listen: &Endpoint,
+) -> Result<(Vec<Endpoint>, Option<Endpoint>), ConfigError> {
+    let join = reader.or(
+        "join",
+        Vec::new(),
+        "Routers of a running mesh that the node joins, host:port or unix:/path: all of them.",
+    )?;
+    let advertise = reader.optional(
+        "advertise",
+        "\"node-7:7100\"",
+        "Where routers reach a node that joins them. Unset: at `listen`.",
+    )?;
+    let listen = listen.to_string();
+    let everywhere = listen.starts_with("0.0.0.0:") || listen.starts_with("[::]:");
+    if everywhere && !join.is_empty() && advertise.is_none() {
+        let problem = format!("has to be set, as routers cannot reach a node at {listen}");
+        return Err(reader.refuse("advertise", problem));
+    }
+    Ok((join, advertise))
+}
+
+fn memory_limit(reader: &mut Reader<'_>) -> Result<Option<u64>, ConfigError> {
+    let limit: Option<usize> = reader.optional(
+        "memory_limit",
+        "68719476736",
+        "Most bytes of experts that the node may own. Unset: no bound.",
+    )?;
+    Ok(limit.map(|bytes| bytes as u64))
+}
+
+fn shard(reader: &mut Reader<'_>, joins: bool) -> Result<::expert_node::Shard, ConfigError> {
+    const MOST: usize = u16::MAX as usize;
+    let count = reader.within(
+        "shard_count",
+        usize::from(!joins),
+        0..=MOST,
+        "Nodes that each layer's experts are shared out over when they start; 0 starts with none,\n\
+         which is the default of a node that joins. The mesh's controller moves them later.",
+    )?;
+    let index = reader.within("shard_index", 0, 0..=MOST, "Which share is this node's, from 0.")?;
+    let replicas = reader.within(
+        "shard_replicas",
+        1,
+        1..=MOST,
+        "Owners of each expert: the node also owns the shares before its own.",
+    )?;
+    if index >= count.max(1) {
+        let problem = format!("{index} is not below shard_count = {count}");
+        return Err(reader.refuse("shard_index", problem));
+    }
+    if replicas > count.max(1) {
+        let problem = format!("{replicas} is more than shard_count = {count}");
+        return Err(reader.refuse("shard_replicas", problem));
+    }
+    // Within u16 by the ranges above.
+    let small = |number: usize| number as u16;
+    Ok(::expert_node::Shard { index: small(index), count: small(count), replicas: small(replicas) })
+}
