@@ -27,7 +27,7 @@ use latency::{Pattern, Sizes};
 /// No answer is late before this.
 const LEAST_DEADLINE: Duration = Duration::from_millis(50);
 /// However slow nodes are: what is lost without a trace is to be missed within a step's patience.
-const MOST_DEADLINE: Duration = Duration::from_secs(5);
+const MOST_DEADLINE: Duration = Duration::from_secs(8);
 /// An answer is late after so many times the node's 99th percentile.
 const DEADLINE_P99: f64 = 4.0;
 /// Before anything was measured, times the configured limit: weights may have to
