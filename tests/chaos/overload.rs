@@ -209,7 +209,6 @@ fn r16_cancel_storm() {
 
 /// Sequences whose step waits for a lost expert are let go when their clients go.
 #[test]
-#[ignore = "a step that waits for an expert holds its sequences for expert_wait"]
 fn cancels_are_heard_while_a_step_waits_for_an_expert() {
     alone(async {
         let mut mesh = Sandbox::of(tiny()).expert_nodes(2).logged().start().await;
