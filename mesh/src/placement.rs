@@ -17,6 +17,26 @@ pub struct ExpertGrid {
     pub experts: u32,
 }
 
+impl ExpertGrid {
+    /// How many experts there are, over all layers.
+    pub fn cells(&self) -> usize {
+        self.layers.len() * self.experts as usize
+    }
+
+    /// Where an expert stands in a list of all, by layer and index; `None` if the
+    /// model does not have it.
+    pub fn cell(&self, layer: LayerId, expert: ExpertId) -> Option<usize> {
+        let row = self.layers.binary_search(&layer).ok()?;
+        (expert.0 < self.experts).then(|| row * self.experts as usize + expert.0 as usize)
+    }
+
+    /// The expert that stands there.
+    pub fn name(&self, cell: usize) -> (LayerId, ExpertId) {
+        let experts = self.experts as usize;
+        (self.layers[cell / experts], ExpertId((cell % experts) as u32))
+    }
+}
+
 /// Owners of every expert under one epoch.
 #[derive(Clone, Debug)]
 pub struct Placement {
@@ -29,8 +49,8 @@ pub struct Placement {
 impl Placement {
     /// Nobody owns anything, at epoch 0.
     pub fn empty(grid: ExpertGrid) -> Self {
-        let cells = grid.layers.len() * grid.experts as usize;
-        Self { epoch: Epoch(0), grid, owners: vec![Vec::new(); cells] }
+        let owners = vec![Vec::new(); grid.cells()];
+        Self { epoch: Epoch(0), grid, owners }
     }
 
     /// The table that follows `self`: `owned` lists, per live node, what it owns.
@@ -43,7 +63,7 @@ impl Placement {
         next.epoch = Epoch(self.epoch.0 + 1);
         for (node, layer, experts) in owned {
             for &expert in experts {
-                if let Some(cell) = next.cell(layer, ExpertId(expert)) {
+                if let Some(cell) = next.grid.cell(layer, ExpertId(expert)) {
                     next.owners[cell].push(node);
                 }
             }
@@ -53,11 +73,6 @@ impl Placement {
             owners.dedup();
         }
         next
-    }
-
-    fn cell(&self, layer: LayerId, expert: ExpertId) -> Option<usize> {
-        let row = self.grid.layers.binary_search(&layer).ok()?;
-        (expert.0 < self.grid.experts).then(|| row * self.grid.experts as usize + expert.0 as usize)
     }
 
     pub fn epoch(&self) -> Epoch {
@@ -71,7 +86,7 @@ impl Placement {
 
     /// Live owners of an expert, in node order; empty when it has none.
     pub fn owners(&self, layer: LayerId, expert: ExpertId) -> &[NodeIndex] {
-        self.cell(layer, expert).map_or(&[], |cell| &self.owners[cell])
+        self.grid.cell(layer, expert).map_or(&[], |cell| &self.owners[cell])
     }
 
     /// How many experts there are, over all layers.
@@ -86,18 +101,17 @@ impl Placement {
 
     /// Every expert with its live owners, by layer and index.
     pub fn cells(&self) -> impl Iterator<Item = (LayerId, ExpertId, &[NodeIndex])> {
-        let experts = 0..self.grid.experts;
-        let grid = self.grid.layers.iter();
-        let names = grid.flat_map(move |&layer| experts.clone().map(move |e| (layer, ExpertId(e))));
-        names.zip(&self.owners).map(|((layer, expert), owners)| (layer, expert, owners.as_slice()))
+        let named =
+            self.owners.iter().enumerate().map(|(cell, owners)| (self.grid.name(cell), owners));
+        named.map(|((layer, expert), owners)| (layer, expert, owners.as_slice()))
     }
 
     /// How many experts have no live owner, and the first of them.
     pub fn missing(&self) -> Option<(usize, LayerId, ExpertId)> {
         let missing = self.owners.iter().filter(|owners| owners.is_empty()).count();
         let first = self.owners.iter().position(Vec::is_empty)?;
-        let experts = self.grid.experts as usize;
-        Some((missing, self.grid.layers[first / experts], ExpertId((first % experts) as u32)))
+        let (layer, expert) = self.grid.name(first);
+        Some((missing, layer, expert))
     }
 }
 

@@ -74,7 +74,7 @@ pub fn plan(problem: &Problem, aim: Aim) -> Plan {
 impl Problem {
     /// How many cells there are.
     pub fn cells(&self) -> usize {
-        self.grid.layers.len() * self.grid.experts as usize
+        self.grid.cells()
     }
 
     /// Owners that each expert can have: what is wanted, or all nodes.

@@ -138,7 +138,7 @@ pub struct Core {
 impl Core {
     /// `term` is higher than that of any controller before it.
     pub fn new(settings: Settings, term: u64, now: Instant) -> Self {
-        let had = vec![false; settings.grid.cells()];
+        let had = vec![false; settings.grid.experts.cells()];
         Self {
             settings,
             order: Order { term, epoch: 0 },
@@ -270,7 +270,7 @@ impl Core {
         self.progress.detail = match short.first() {
             None => String::new(),
             Some(&first) => {
-                let (layer, expert) = self.settings.grid.name(first);
+                let (layer, expert) = self.settings.grid.experts.name(first);
                 format!(
                     "{} experts have fewer owners than wanted for want of memory, \
                      first layer {layer} expert {expert}",
@@ -432,10 +432,10 @@ impl Core {
                 if from.is_none() && to.is_none() {
                     break;
                 }
-                let (layer, expert) = self.settings.grid.name(cell);
+                let (layer, expert) = self.settings.grid.experts.name(cell);
                 moves.push(Move {
-                    layer,
-                    expert,
+                    layer: layer.0,
+                    expert: expert.0,
                     from: from.unwrap_or_default(),
                     to: to.unwrap_or_default(),
                     bytes: problem.bytes[cell],
@@ -458,7 +458,7 @@ impl Core {
             Node { capacity, draining, owned: seen.owned.clone() }
         };
         let mut load = load.to_vec();
-        load.resize(grid.cells(), 0);
+        load.resize(grid.experts.cells(), 0);
         Problem {
             grid: grid.experts.clone(),
             group: grid.group,

@@ -2,8 +2,8 @@
 //! indices as they go over the wire.
 
 use mesh::placement::ExpertGrid;
-use proto::LayerId;
 use proto::v1::LayerExperts;
+use proto::{ExpertId, LayerId};
 
 /// What of the model matters for placing it.
 #[derive(Clone, Debug)]
@@ -16,27 +16,13 @@ pub struct Grid {
 }
 
 impl Grid {
-    pub fn cells(&self) -> usize {
-        self.experts.layers.len() * self.experts.experts as usize
-    }
-
-    pub fn cell(&self, layer: u32, expert: u32) -> Option<usize> {
-        let row = self.experts.layers.binary_search(&LayerId(layer)).ok()?;
-        let experts = self.experts.experts;
-        (expert < experts).then(|| row * experts as usize + expert as usize)
-    }
-
-    /// Layer and index of a cell.
-    pub fn name(&self, cell: usize) -> (u32, u32) {
-        let experts = self.experts.experts as usize;
-        (self.experts.layers[cell / experts].0, (cell % experts) as u32)
-    }
-
     /// Which cells a node owns; what the model does not have is left out.
     pub fn owned(&self, layers: &[LayerExperts]) -> Vec<bool> {
-        let mut owned = vec![false; self.cells()];
+        let mut owned = vec![false; self.experts.cells()];
         for LayerExperts { layer, experts } in layers {
-            for cell in experts.iter().filter_map(|&expert| self.cell(*layer, expert)) {
+            for cell in
+                experts.iter().filter_map(|&e| self.experts.cell(LayerId(*layer), ExpertId(e)))
+            {
                 owned[cell] = true;
             }
         }
@@ -46,7 +32,8 @@ impl Grid {
     /// `cells` as they go over the wire.
     pub fn layers(&self, cells: impl IntoIterator<Item = usize>) -> Vec<LayerExperts> {
         let mut layers: Vec<LayerExperts> = Vec::new();
-        for (layer, expert) in cells.into_iter().map(|cell| self.name(cell)) {
+        for cell in cells {
+            let (LayerId(layer), ExpertId(expert)) = self.experts.name(cell);
             match layers.iter_mut().find(|known| known.layer == layer) {
                 Some(known) => known.experts.push(expert),
                 None => layers.push(LayerExperts { layer, experts: vec![expert] }),
@@ -69,7 +56,8 @@ pub(super) mod tests {
     #[test]
     fn cells_go_over_the_wire_and_back() {
         let grid = grid(2, 3);
-        assert_eq!((grid.cell(2, 1), grid.cell(2, 3), grid.cell(9, 0)), (Some(4), None, None));
+        let cell = |layer, expert| grid.experts.cell(LayerId(layer), ExpertId(expert));
+        assert_eq!((cell(2, 1), cell(2, 3), cell(9, 0)), (Some(4), None, None));
         let layers = grid.layers([0, 2, 4]);
         assert_eq!(
             layers,

@@ -5,6 +5,7 @@
 use std::collections::HashMap;
 
 use proto::v1::ExpertLoad;
+use proto::{ExpertId, LayerId};
 
 use super::grid::Grid;
 
@@ -29,18 +30,18 @@ impl Tally {
     /// Rows of every cell lately.
     pub fn rows(&self, grid: &Grid) -> Vec<u64> {
         let mut rows = self.rows.clone();
-        rows.resize(grid.cells(), 0);
+        rows.resize(grid.experts.cells(), 0);
         rows
     }
 
     /// Takes what all nodes counted until now.
     pub fn take(&mut self, counted: Vec<Counted>, grid: &Grid) {
-        let mut grown = vec![0; grid.cells()];
+        let mut grown = vec![0; grid.experts.cells()];
         let mut last = HashMap::new();
         for Counted { endpoint, incarnation, loads } in counted {
-            let mut now = vec![0; grid.cells()];
+            let mut now = vec![0; grid.experts.cells()];
             for ExpertLoad { layer, expert, rows } in loads {
-                if let Some(cell) = grid.cell(layer, expert) {
+                if let Some(cell) = grid.experts.cell(LayerId(layer), ExpertId(expert)) {
                     now[cell] = rows;
                 }
             }
@@ -55,7 +56,7 @@ impl Tally {
             last.insert(endpoint, (incarnation, now));
         }
         self.last = last;
-        self.rows.resize(grid.cells(), 0);
+        self.rows.resize(grid.experts.cells(), 0);
         // While nothing works, what is known stays as it is.
         if grown.iter().any(|&rows| rows > 0) {
             for (rows, grown) in self.rows.iter_mut().zip(grown) {

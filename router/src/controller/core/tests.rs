@@ -30,7 +30,7 @@ impl World {
 
     /// A node comes with its share.
     fn start(&mut self, name: &str, index: usize, count: usize) {
-        let cells = self.grid().cells();
+        let cells = self.grid().experts.cells();
         let experts = self.grid().experts.experts as usize;
         let mine = |cell: usize| count > 0 && cell % experts * count / experts == index;
         self.stop(name);
@@ -59,7 +59,7 @@ impl World {
     }
 
     fn whole(&self) -> bool {
-        (0..self.grid().cells()).all(|cell| self.owners(cell) > 0)
+        (0..self.grid().experts.cells()).all(|cell| self.owners(cell) > 0)
     }
 
     fn counts(&self) -> Vec<usize> {
