@@ -30,6 +30,8 @@ const HANDSHAKE: Duration = Duration::from_secs(5);
 const MOST_UNDER_WAY: usize = 256;
 /// Connections that have shaken hands and wait for the server to take them.
 const MOST_WAITING: usize = 64;
+/// From a connection's first byte to its first call, with room to spare.
+const CALL_UNDER_WAY: Duration = Duration::from_millis(100);
 /// How long, and for how many bytes, a refused client is heard out, so that it
 /// reads the reason before the connection is reset.
 const LINGER: Duration = Duration::from_secs(1);
@@ -129,6 +131,9 @@ async fn secure(mut socket: Socket, tls: &Tls) -> Result<Secured, Failed> {
         Ok(None) | Err(_) => return Err(Failed::Silent),
         Ok(Some(first)) => {
             if first == HTTP2_PREFACE {
+                // Its client library passes the reason on to a call that is under way, and
+                // otherwise says no more than that the call was cancelled.
+                tokio::time::sleep(CALL_UNDER_WAY).await;
                 // It may be gone; then there is nobody to tell.
                 let _ = socket.write_all(&go_away()).await;
             }
