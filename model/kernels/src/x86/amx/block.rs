@@ -14,7 +14,7 @@ use crate::lanes::STEP;
 use crate::mat::{DType, Mat};
 use crate::packed::{Line, Packed, Segment, aligned};
 use bytemuck::Zeroable;
-use std::arch::x86_64::*;
+use std::arch::asm;
 use std::cell::RefCell;
 use std::ops::Range;
 
@@ -219,11 +219,16 @@ impl Group<'_> {
         let rows = self.source.panels(pair).map(|panel| match panel {
             Some((w, n)) => {
                 let row = w.row_bytes(n).as_ptr().wrapping_add(first.from * size);
-                (row, (w.n() - n).min(EDGE))
+                (row, (w.n() - n).min(EDGE).div_ceil(4))
             }
             None => (std::ptr::null(), 0),
         });
-        Ahead { rows, stride: self.source.first().stride(), lines, share: EDGE.div_ceil(passes) }
+        Ahead {
+            rows,
+            stride: self.source.first().stride(),
+            lines,
+            share: (EDGE / 4).div_ceil(passes),
+        }
     }
 }
 
@@ -277,12 +282,12 @@ const LINE: usize = 64;
 /// a line of each with every step.
 #[derive(Clone, Copy)]
 struct Ahead {
-    /// The first row of each panel, and how many there are.
+    /// The first row of each panel, and how many fours of rows there are.
     rows: [(*const u8, usize); 2],
     stride: usize,
     /// Lines of a row.
     lines: usize,
-    /// Rows of each panel in a pass.
+    /// Fours of rows of each panel in a pass.
     share: usize,
 }
 
@@ -293,8 +298,8 @@ impl Ahead {
     /// What is to be asked for in pass `pass`.
     fn pass(&self, pass: usize) -> Ahead {
         let first = pass * self.share;
-        let rows = self.rows.map(|(row, count)| {
-            (row.wrapping_add(first * self.stride), count.saturating_sub(first).min(self.share))
+        let rows = self.rows.map(|(row, fours)| {
+            (row.wrapping_add(4 * first * self.stride), fours.saturating_sub(first).min(self.share))
         });
         Ahead { rows, ..*self }
     }
@@ -304,12 +309,17 @@ impl Ahead {
         if step >= self.lines {
             return;
         }
-        for (row, count) in self.rows {
+        for (row, fours) in self.rows {
             let mut line = row.wrapping_add(step * LINE);
-            for _ in 0..count {
-                // SAFETY: a hint, to any address.
-                unsafe { _mm_prefetch::<_MM_HINT_T1>(line.cast()) };
-                line = line.wrapping_add(self.stride);
+            for _ in 0..fours {
+                // Written out, as the compiler would keep a pointer for each row, in memory.
+                // SAFETY: hints, to any address.
+                unsafe {
+                    asm!("prefetcht1 [{p}]", "prefetcht1 [{p} + {s}]", "prefetcht1 [{p} + 2*{s}]",
+                        "prefetcht1 [{p} + {three}]", "lea {p}, [{p} + 4*{s}]", p = inout(reg) line,
+                        s = in(reg) self.stride, three = in(reg) 3 * self.stride,
+                        options(nostack, preserves_flags, readonly));
+                }
             }
         }
     }
