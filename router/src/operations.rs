@@ -11,10 +11,12 @@ use arc_swap::ArcSwap;
 use mesh::membership::Links;
 use mesh::placement::Placement;
 use mesh::transport::Endpoint;
+use model::{Checkpoint, Head};
 use proto::v1::operations_server::Operations;
 use proto::v1::{
-    ControllerStatus, DrainNodeRequest, DrainProgress, JoinReply, JoinRequest, LeaveReply,
-    LeaveRequest, MemberStatus, PlacementReply, PlacementRequest, RebalanceReply, RebalanceRequest,
+    ControllerStatus, DrainNodeRequest, DrainProgress, HeadsRequest, JoinReply, JoinRequest,
+    LeaveReply, LeaveRequest, MemberStatus, PlacementReply, PlacementRequest, RebalanceReply,
+    RebalanceRequest, WeightFile,
 };
 use tokio::sync::mpsc;
 use tokio_stream::Stream;
@@ -37,6 +39,7 @@ pub struct OperationsService {
     pub alone: bool,
     /// Set on the controller.
     pub controller: Option<Arc<Door>>,
+    pub checkpoint: Arc<Checkpoint>,
 }
 
 type Reports = Pin<Box<dyn Stream<Item = Result<DrainProgress, Status>> + Send>>;
@@ -185,5 +188,21 @@ impl Operations for OperationsService {
         let wish = Rebalance { dry_run: request.get_ref().dry_run };
         let moves = answered(controller.send(wish).await)?;
         Ok(Response::new(RebalanceReply { moves }))
+    }
+
+    type HeadsStream = ReceiverStream<Result<WeightFile, Status>>;
+
+    async fn heads(&self, _: Request<HeadsRequest>) -> Result<Response<Self::HeadsStream>, Status> {
+        let (send, files) = mpsc::channel(1);
+        let checkpoint = self.checkpoint.clone();
+        tokio::spawn(async move {
+            for Head { name, len, bytes } in checkpoint.heads() {
+                let file = WeightFile { name, length: len, header: bytes.into() };
+                if send.send(Ok(file)).await.is_err() {
+                    return;
+                }
+            }
+        });
+        Ok(Response::new(ReceiverStream::new(files)))
     }
 }

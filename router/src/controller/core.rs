@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use mesh::placement::plan::steps::{self, Step};
 use mesh::placement::plan::{Aim, Node, Plan, Problem, plan};
-use proto::v1::{LayerExperts, Move, Order};
+use proto::v1::{LayerExperts, Move, Order, Source};
 
 use super::grid::Grid;
 
@@ -25,7 +25,7 @@ const RETRY: Duration = Duration::from_secs(1);
 const SORE: Duration = Duration::from_secs(60);
 /// Nodes of the past that are remembered.
 const MOST_KNOWN: usize = 4096;
-/// Experts that one order has a node load when nothing is missing.
+/// Experts that one order has a node load when nothing is missing, or that it has to fetch.
 const CALM: usize = 32;
 
 /// What the controller is told.
@@ -48,14 +48,18 @@ pub struct Seen {
     pub owned: Vec<bool>,
     /// Term of the newest order it obeyed.
     pub term: u64,
+    /// It has not all weight files.
+    pub partial: bool,
 }
 
 /// Orders to be given now, by endpoint. Either list is empty.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, Default, PartialEq)]
 pub struct Orders {
     pub order: Order,
     pub load: Vec<(String, Vec<LayerExperts>)>,
     pub drop: Vec<(String, Vec<LayerExperts>)>,
+    /// From whom nodes that have not all files fetch what they are to load.
+    pub sources: BTreeMap<String, Vec<Source>>,
 }
 
 /// How a node took an order that it did not carry out.
@@ -307,15 +311,17 @@ impl Core {
         }
         let Step { load, drop, .. } = step;
         let calm = goal.aim == Aim::Balance;
-        let mut orders = Orders { order: self.order, load: Vec::new(), drop: Vec::new() };
+        let mut orders = Orders { order: self.order, ..Orders::default() };
         if load.is_empty() {
             if now - *goal.loaded.get_or_insert(now) < PUBLISH {
                 return None;
             }
-            orders.drop = self.by_node(nodes, &drop, usize::MAX);
+            orders.drop = self.by_node(nodes, &drop, |_| usize::MAX);
         } else {
             goal.loaded = None;
-            orders.load = self.by_node(nodes, &load, if calm { CALM } else { usize::MAX });
+            let most = |node: &Seen| if calm || node.partial { CALM } else { usize::MAX };
+            orders.load = self.by_node(nodes, &load, most);
+            orders.sources = sources::of(&self.settings.grid, nodes, &orders);
         }
         Some(orders)
     }
@@ -324,18 +330,18 @@ impl Core {
         &self,
         nodes: &[Seen],
         cells: &[(usize, usize)],
-        most: usize,
+        most: impl Fn(&Seen) -> usize,
     ) -> Vec<(String, Vec<LayerExperts>)> {
         let of = |at: usize| {
             let mine = cells.iter().filter(|(node, _)| *node == at).map(|(_, cell)| *cell);
-            (nodes[at].endpoint.clone(), self.settings.grid.layers(mine.take(most)))
+            (nodes[at].endpoint.clone(), self.settings.grid.layers(mine.take(most(&nodes[at]))))
         };
         (0..nodes.len()).map(of).filter(|(_, layers)| !layers.is_empty()).collect()
     }
 
     /// A node did not carry out its order.
     pub fn failed(&mut self, endpoint: &str, failure: Failure, why: &str, now: Instant) {
-        self.goal = None;
+        let balancing = self.goal.take().is_some_and(|goal| goal.aim == Aim::Balance);
         match failure {
             Failure::Deposed => {
                 self.deposed = Some(format!("another controller is obeyed: {why}"));
@@ -343,7 +349,10 @@ impl Core {
             Failure::Full => {
                 self.sore.insert(endpoint.to_owned(), now + SORE);
             }
-            Failure::Other => self.not_before = now + RETRY / 2,
+            Failure::Other => {
+                self.not_before = now + RETRY / 2;
+                self.uneven |= balancing;
+            }
         }
         self.progress.detail = format!("node at {endpoint}: {why}");
     }
@@ -470,5 +479,6 @@ impl Core {
     }
 }
 
+mod sources;
 #[cfg(test)]
 mod tests;

@@ -8,7 +8,7 @@ use std::time::Duration;
 use mesh::tls::{Expected, Role, Tls};
 use mesh::transport::{Endpoint, channel};
 use proto::v1::expert_control_client::ExpertControlClient;
-use proto::v1::{DropRequest, LayerExperts, LoadRequest, NodeStatusRequest, Order};
+use proto::v1::{DropRequest, LayerExperts, LoadRequest, NodeStatusRequest, Order, Source};
 use tokio::task::JoinSet;
 use tonic::transport::Channel;
 use tonic::{Code, Request, Status};
@@ -31,7 +31,7 @@ pub struct Target<T> {
 
 /// What a node is told.
 pub enum Told {
-    Load(Order, Vec<LayerExperts>),
+    Load(Order, Vec<LayerExperts>, Vec<Source>),
     Drop(Order, Vec<LayerExperts>),
 }
 
@@ -73,8 +73,11 @@ pub fn targets(
     orders: Orders,
     mut channel: impl FnMut(&str) -> Option<Channel>,
 ) -> Vec<Target<Told>> {
-    let Orders { order, load, drop } = orders;
-    let load = load.into_iter().map(|(endpoint, what)| (endpoint, Told::Load(order, what)));
+    let Orders { order, load, drop, mut sources } = orders;
+    let load = load.into_iter().map(|(endpoint, what)| {
+        let sources = sources.remove(&endpoint).unwrap_or_default();
+        (endpoint, Told::Load(order, what, sources))
+    });
     let drop = drop.into_iter().map(|(endpoint, what)| (endpoint, Told::Drop(order, what)));
     load.chain(drop)
         .filter_map(|(endpoint, what)| {
@@ -91,8 +94,8 @@ pub async fn give(targets: Vec<Target<Told>>) -> Vec<Outcome> {
         telling.spawn(async move {
             let mut node = ExpertControlClient::new(channel);
             let answer = match what {
-                Told::Load(order, experts) => {
-                    let request = LoadRequest { order: Some(order), experts };
+                Told::Load(order, experts, sources) => {
+                    let request = LoadRequest { order: Some(order), experts, sources };
                     node.load(timed(request, ORDER_TIMEOUT)).await.map(|_| ())
                 }
                 Told::Drop(order, experts) => {

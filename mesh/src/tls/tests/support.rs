@@ -8,8 +8,8 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use proto::v1::expert_control_server::{ExpertControl, ExpertControlServer};
 use proto::v1::{
-    DescribeRequest, DrainReply, DrainRequest, DropReply, DropRequest, LoadReply, LoadRequest,
-    NodeDescription, NodeStatus, NodeStatusRequest, WatchRequest,
+    DescribeRequest, DrainReply, DrainRequest, DropReply, DropRequest, FetchPart, FetchRequest,
+    LoadReply, LoadRequest, NodeDescription, NodeStatus, NodeStatusRequest, WatchRequest,
 };
 use rcgen::{
     BasicConstraints, CertificateParams, DnType, IsCa, Issuer, KeyPair, KeyUsagePurpose, SanType,
@@ -246,5 +246,11 @@ impl ExpertControl for Fake {
 
     async fn drop(&self, _: Request<DropRequest>) -> Result<Response<DropReply>, Status> {
         Ok(Response::new(DropReply::default()))
+    }
+
+    type FetchStream = tokio_stream::Empty<Result<FetchPart, Status>>;
+
+    async fn fetch(&self, _: Request<FetchRequest>) -> Result<Response<Self::FetchStream>, Status> {
+        Err(Status::unimplemented(""))
     }
 }
