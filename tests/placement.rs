@@ -30,7 +30,13 @@ fn to(mesh: &Sandbox, name: &str) -> Channel {
 
 async fn placement(mesh: &Sandbox) -> PlacementReply {
     let mut router = OperationsClient::new(to(mesh, "router-0"));
-    router.placement(PlacementRequest {}).await.unwrap().into_inner()
+    for _ in 0..1200 {
+        if let Ok(placement) = router.placement(PlacementRequest {}).await {
+            return placement.into_inner();
+        }
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    panic!("the router never answered");
 }
 
 /// Waits for a placement as `wanted`; long enough for a loaded machine.
@@ -178,6 +184,42 @@ fn a_node_joins_another_is_drained_and_stopped_and_no_token_changes() {
         let left = format!("unix:{}", mesh.socket("expert-node-2").display());
         let (done, _, said) = run(moemesh().args(["leave", &left, "--router", &router]));
         assert!(!done && said.contains("last owner"), "{said}");
+        mesh.wait_idle().await;
+        mesh.stop();
+    });
+}
+
+#[test]
+fn a_node_stays_drained_when_the_controller_is_killed() {
+    block_on(async {
+        let fixture = Fixture::load("plain");
+        let mut mesh = plan(&fixture, 3).start().await;
+        let router = format!("unix:{}", mesh.socket("router-0").display());
+        let drain = |more: &[&str]| {
+            let arguments = ["drain", "expert-node-1", "--router", &router];
+            let done = run(moemesh().args(arguments).args(more));
+            assert!(done.0, "{}", done.2);
+        };
+        let drained = |now: &PlacementReply| {
+            let found = now.nodes.iter().find(|node| node.node_id == "expert-node-1");
+            found.is_some_and(|node| node.draining && node.owned.is_empty())
+        };
+        drain(&[]);
+        assert!(drained(&placement(&mesh).await));
+        mesh.routers[0].kill();
+        mesh.routers[0].restart();
+        mesh.wait_ready().await;
+        // A node that was not drained, and comes back empty, is given experts: by then this one
+        // would have been, too.
+        mesh.nodes[2].kill();
+        mesh.nodes[2].restart();
+        placed(&mesh, |now| calm(now) && counts(now).get("expert-node-2").is_some_and(|n| *n > 0))
+            .await;
+        let after = placement(&mesh).await;
+        assert!(drained(&after), "{:?}", after.nodes);
+        drain(&["--cancel"]);
+        let back = |now: &PlacementReply| calm(now) && counts(now)["expert-node-1"] > 0;
+        assert!(!drained(&placed(&mesh, back).await));
         mesh.wait_idle().await;
         mesh.stop();
     });

@@ -14,7 +14,7 @@ use proto::v1::inference_client::InferenceClient;
 use proto::v1::{
     DescribeRequest, DrainReply, DrainRequest, DropReply, DropRequest, FetchPart, FetchRequest,
     GenerateRequest, LoadReply, LoadRequest, NodeDescription, NodeStatus, NodeStatusRequest,
-    WatchRequest,
+    SetDrainedReply, SetDrainedRequest, WatchRequest,
 };
 use serde_json::json;
 use tonic::{Code, Request, Response, Status};
@@ -152,6 +152,13 @@ impl ExpertControl for Pretender {
     }
 
     async fn drop(&self, _: Request<DropRequest>) -> Result<Response<DropReply>, Status> {
+        Err(Status::unimplemented(""))
+    }
+
+    async fn set_drained(
+        &self,
+        _: Request<SetDrainedRequest>,
+    ) -> Result<Response<SetDrainedReply>, Status> {
         Err(Status::unimplemented(""))
     }
 

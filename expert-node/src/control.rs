@@ -4,7 +4,7 @@
 //! what its successor did.
 
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use parking_lot::Mutex;
@@ -12,7 +12,7 @@ use proto::v1::expert_control_server::ExpertControl;
 use proto::v1::{
     DescribeRequest, DrainReply, DrainRequest, DropReply, DropRequest, FetchPart, FetchRequest,
     LayerExperts, LoadReply, LoadRequest, NodeDescription, NodeStatus, NodeStatusRequest, Order,
-    WatchRequest,
+    SetDrainedReply, SetDrainedRequest, WatchRequest,
 };
 use proto::{ExpertId, LayerId};
 use tokio::runtime::Handle;
@@ -35,6 +35,8 @@ pub struct Control {
     origin: Option<(Fetcher, Handle)>,
     served: Served,
     obeyed: Mutex<Order>,
+    /// It is to own nothing.
+    drained: AtomicBool,
     /// Held by the order that is being carried out.
     turn: Arc<tokio::sync::Mutex<()>>,
 }
@@ -44,7 +46,8 @@ impl Control {
     pub fn new(fetcher: Option<Fetcher>) -> Self {
         let (obeyed, served) = (Mutex::new(Order::default()), Served::default());
         let origin = fetcher.map(|fetcher| (fetcher, Handle::current()));
-        Self { origin, served, obeyed, turn: Arc::default() }
+        let (drained, turn) = (AtomicBool::new(false), Arc::default());
+        Self { origin, served, obeyed, drained, turn }
     }
 
     fn origin(&self) -> Result<&(Fetcher, Handle), Status> {
@@ -53,6 +56,10 @@ impl Control {
 
     pub fn obeyed(&self) -> Order {
         *self.obeyed.lock()
+    }
+
+    pub fn drained(&self) -> bool {
+        self.drained.load(Ordering::Acquire)
     }
 
     /// Obeys the order from now on, unless a newer one was obeyed.
@@ -228,6 +235,18 @@ impl ExpertControl for Service {
             }
             Err(panic) => Err(Status::internal(format!("dropping failed: {panic}"))),
         }
+    }
+
+    async fn set_drained(
+        &self,
+        request: Request<SetDrainedRequest>,
+    ) -> Result<Response<SetDrainedReply>, Status> {
+        let SetDrainedRequest { order, drained } = request.into_inner();
+        let control = &self.0.control;
+        control.obey(of(order)?)?;
+        control.drained.store(drained, Ordering::Release);
+        self.0.parts.store.changed();
+        Ok(Response::new(SetDrainedReply {}))
     }
 
     type FetchStream = ReceiverStream<Result<FetchPart, Status>>;

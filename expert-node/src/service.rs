@@ -156,6 +156,7 @@ impl Inner {
             incarnation: self.incarnation,
             alive_at: self.alive_at.clone(),
             partial: self.partial,
+            drained: self.control.drained(),
         }
     }
 }

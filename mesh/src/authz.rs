@@ -14,7 +14,7 @@ use crate::tls::Role::{self, ExpertNode, Gateway, Operator, Router};
 use crate::tls::{Caller, Principal, TlsMetrics};
 
 /// Every gRPC method of the mesh and its callers.
-pub const METHODS: [(&str, &[Role]); 20] = [
+pub const METHODS: [(&str, &[Role]); 21] = [
     ("/moemesh.v1.ExpertData/Dispatch", &[Router]),
     ("/moemesh.v1.ExpertControl/Describe", &[Router, Operator]),
     ("/moemesh.v1.ExpertControl/Status", &[Router, Operator]),
@@ -22,6 +22,7 @@ pub const METHODS: [(&str, &[Role]); 20] = [
     ("/moemesh.v1.ExpertControl/Watch", &[Router, Operator]),
     ("/moemesh.v1.ExpertControl/Load", &[Router]),
     ("/moemesh.v1.ExpertControl/Drop", &[Router]),
+    ("/moemesh.v1.ExpertControl/SetDrained", &[Router]),
     ("/moemesh.v1.ExpertControl/Fetch", &[ExpertNode]),
     ("/moemesh.v1.Inference/Generate", &[Gateway, Operator]),
     ("/moemesh.v1.Inference/Status", &[Gateway, Operator]),
@@ -164,7 +165,8 @@ mod tests {
                 "ExpertControl/Drain",
                 "ExpertControl/Watch",
                 "ExpertControl/Load",
-                "ExpertControl/Drop"
+                "ExpertControl/Drop",
+                "ExpertControl/SetDrained"
             ]
         );
         assert_eq!(

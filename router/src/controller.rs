@@ -121,6 +121,7 @@ impl Controller {
                 owned: grid.owned(&about.owned),
                 term: about.obeyed.unwrap_or_default().term,
                 partial: about.partial,
+                drained: about.drained,
             })
             .collect();
         seen.sort_by(|a, b| (&a.id, &a.endpoint).cmp(&(&b.id, &b.endpoint)));

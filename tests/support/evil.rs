@@ -20,7 +20,8 @@ use proto::v1::expert_data_client::ExpertDataClient;
 use proto::v1::{
     DescribeRequest, DispatchError, DispatchFrame, DispatchReply, DrainReply, DrainRequest,
     DropReply, DropRequest, ErrorCode, FetchPart, FetchRequest, LoadReply, LoadRequest,
-    NodeDescription, NodeStatus, NodeStatusRequest, WatchRequest,
+    NodeDescription, NodeStatus, NodeStatusRequest, SetDrainedReply, SetDrainedRequest,
+    WatchRequest,
 };
 use proto::wire::{self, Messages};
 use tokio::sync::mpsc;
@@ -246,6 +247,13 @@ impl ExpertControl for Node {
     }
 
     async fn drop(&self, _: Request<DropRequest>) -> Result<Response<DropReply>, Status> {
+        Err(Status::unimplemented("evil"))
+    }
+
+    async fn set_drained(
+        &self,
+        _: Request<SetDrainedRequest>,
+    ) -> Result<Response<SetDrainedReply>, Status> {
         Err(Status::unimplemented("evil"))
     }
 

@@ -8,7 +8,8 @@ use parking_lot::Mutex;
 use proto::v1::expert_control_server::{ExpertControl, ExpertControlServer};
 use proto::v1::{
     DescribeRequest, DrainReply, DrainRequest, DropReply, DropRequest, LoadReply, LoadRequest,
-    NodeDescription, NodeStatus, NodeStatusRequest, WatchRequest,
+    NodeDescription, NodeStatus, NodeStatusRequest, SetDrainedReply, SetDrainedRequest,
+    WatchRequest,
 };
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::service::Routes;
@@ -63,6 +64,10 @@ impl ExpertControl for Scripted {
     }
 
     async fn drop(&self, _: Request<DropRequest>) -> Answer<DropReply> {
+        Err(Status::unimplemented(""))
+    }
+
+    async fn set_drained(&self, _: Request<SetDrainedRequest>) -> Answer<SetDrainedReply> {
         Err(Status::unimplemented(""))
     }
 }

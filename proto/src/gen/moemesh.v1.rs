@@ -119,6 +119,9 @@ pub struct NodeDescription {
     /// It has not all weight files: experts that it is to load may have to be fetched.
     #[prost(bool, tag = "22")]
     pub partial: bool,
+    /// It is to own nothing, as an operator wants it emptied.
+    #[prost(bool, tag = "23")]
+    pub drained: bool,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct LayerExperts {
@@ -250,6 +253,15 @@ pub struct ExpertHead {
     #[prost(uint64, tag = "3")]
     pub length: u64,
 }
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct SetDrainedRequest {
+    #[prost(message, optional, tag = "1")]
+    pub order: ::core::option::Option<Order>,
+    #[prost(bool, tag = "2")]
+    pub drained: bool,
+}
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct SetDrainedReply {}
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, ::prost::Enumeration)]
 #[repr(i32)]
 pub enum Dtype {
@@ -881,6 +893,32 @@ pub mod expert_control_client {
                 .insert(GrpcMethod::new("moemesh.v1.ExpertControl", "Drop"));
             self.inner.unary(req, path, codec).await
         }
+        /// Remember that an operator has the node emptied, or no longer: a controller that
+        /// comes later finds it in the description. Forgotten when the process ends.
+        pub async fn set_drained(
+            &mut self,
+            request: impl tonic::IntoRequest<super::SetDrainedRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::SetDrainedReply>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/moemesh.v1.ExpertControl/SetDrained",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("moemesh.v1.ExpertControl", "SetDrained"));
+            self.inner.unary(req, path, codec).await
+        }
         /// The weights of experts that this node owns, as stored, one expert after the
         /// other in ascending order: for a node that is to own them and has not their
         /// files. NOT_FOUND: it does not own one of them.
@@ -963,6 +1001,12 @@ pub mod expert_control_server {
             &self,
             request: tonic::Request<super::DropRequest>,
         ) -> std::result::Result<tonic::Response<super::DropReply>, tonic::Status>;
+        /// Remember that an operator has the node emptied, or no longer: a controller that
+        /// comes later finds it in the description. Forgotten when the process ends.
+        async fn set_drained(
+            &self,
+            request: tonic::Request<super::SetDrainedRequest>,
+        ) -> std::result::Result<tonic::Response<super::SetDrainedReply>, tonic::Status>;
         /// Server streaming response type for the Fetch method.
         type FetchStream: tonic::codegen::tokio_stream::Stream<
                 Item = std::result::Result<super::FetchPart, tonic::Status>,
@@ -1306,6 +1350,51 @@ pub mod expert_control_server {
                     let inner = self.inner.clone();
                     let fut = async move {
                         let method = DropSvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.unary(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/moemesh.v1.ExpertControl/SetDrained" => {
+                    #[allow(non_camel_case_types)]
+                    struct SetDrainedSvc<T: ExpertControl>(pub Arc<T>);
+                    impl<
+                        T: ExpertControl,
+                    > tonic::server::UnaryService<super::SetDrainedRequest>
+                    for SetDrainedSvc<T> {
+                        type Response = super::SetDrainedReply;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::Response>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::SetDrainedRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as ExpertControl>::set_drained(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = SetDrainedSvc(inner);
                         let codec = tonic_prost::ProstCodec::default();
                         let mut grpc = tonic::server::Grpc::new(codec)
                             .apply_compression_config(

@@ -50,6 +50,8 @@ pub struct Seen {
     pub term: u64,
     /// It has not all weight files.
     pub partial: bool,
+    /// It was told that it is to own nothing.
+    pub drained: bool,
 }
 
 /// Orders to be given now, by endpoint. Either list is empty.
@@ -60,6 +62,8 @@ pub struct Orders {
     pub drop: Vec<(String, Vec<LayerExperts>)>,
     /// From whom nodes that have not all files fetch what they are to load.
     pub sources: BTreeMap<String, Vec<Source>>,
+    /// Nodes that are to remember that they are drained, or no longer.
+    pub drained: Vec<(String, bool)>,
 }
 
 /// How a node took an order that it did not carry out.
@@ -185,6 +189,18 @@ impl Core {
         if self.deposed.is_some() || now < self.not_before {
             return None;
         }
+        let mut orders = self.place(nodes, load, now);
+        let differs = |node: &&Seen| node.drained != self.is_draining(&node.endpoint);
+        let marks: Vec<_> =
+            nodes.iter().filter(differs).map(|n| (n.endpoint.clone(), !n.drained)).collect();
+        if !marks.is_empty() {
+            let bare = || Orders { order: self.order, ..Orders::default() };
+            orders.get_or_insert_with(bare).drained = marks;
+        }
+        orders
+    }
+
+    fn place(&mut self, nodes: &[Seen], load: &[u64], now: Instant) -> Option<Orders> {
         if self.goal.is_none() {
             let aim = self.choose(nodes, now)?;
             self.aim_at(aim, nodes, load, now)?;
@@ -197,9 +213,14 @@ impl Core {
         if self.is_outdated(nodes) {
             let seen = nodes.iter().map(|node| (node.endpoint.clone(), node.incarnation));
             self.live = seen.collect();
-            for (endpoint, incarnation) in &self.live {
+            for Seen { endpoint, incarnation, drained, .. } in nodes {
                 let before = self.known.insert(endpoint.clone(), *incarnation);
-                self.uneven |= before != Some(*incarnation) && self.was_whole;
+                let new = before != Some(*incarnation);
+                self.uneven |= new && self.was_whole;
+                if new && *drained {
+                    // Whoever controlled before has drained it.
+                    self.draining.insert(endpoint.clone(), *incarnation);
+                }
             }
             if self.known.len() > MOST_KNOWN {
                 self.known.clone_from(&self.live);
@@ -424,36 +445,6 @@ impl Core {
         self.deposed.clone().map_or(Ok(()), |why| Err(Refusal::Deposed(why)))
     }
 
-    fn moves(&self, nodes: &[Seen], problem: &Problem, planned: &Plan) -> Vec<Move> {
-        let mut moves = Vec::new();
-        for cell in 0..problem.cells() {
-            let name = |node: usize| nodes[node].id.clone();
-            let changed = |before: bool| {
-                let of = move |&node: &usize| {
-                    let (now, then) = (problem.nodes[node].owned[cell], planned.owned[node][cell]);
-                    now == before && then != before
-                };
-                (0..nodes.len()).filter(of).map(name)
-            };
-            let (mut from, mut to) = (changed(true), changed(false));
-            loop {
-                let (from, to) = (from.next(), to.next());
-                if from.is_none() && to.is_none() {
-                    break;
-                }
-                let (layer, expert) = self.settings.grid.experts.name(cell);
-                moves.push(Move {
-                    layer: layer.0,
-                    expert: expert.0,
-                    from: from.unwrap_or_default(),
-                    to: to.unwrap_or_default(),
-                    bytes: problem.bytes[cell],
-                });
-            }
-        }
-        moves
-    }
-
     fn problem(&self, nodes: &[Seen], load: &[u64]) -> Problem {
         let grid = &self.settings.grid;
         let node = |seen: &Seen| {
@@ -479,6 +470,7 @@ impl Core {
     }
 }
 
+mod moves;
 mod sources;
 #[cfg(test)]
 mod tests;

@@ -45,6 +45,7 @@ impl World {
             owned: (0..cells).map(mine).collect(),
             term: 0,
             partial: false,
+            drained: false,
         });
         self.nodes.sort_by(|a, b| a.endpoint.cmp(&b.endpoint));
     }
@@ -83,6 +84,9 @@ impl World {
                     assert!(owned || self.owners(cell) > 0, "cell {cell} lost its last owner");
                 }
             }
+        }
+        for (endpoint, drained) in orders.drained {
+            self.node(&endpoint).drained = drained;
         }
         self.orders += 1;
     }
@@ -393,4 +397,36 @@ fn a_node_without_files_is_told_owners_and_others_when_those_fail() {
     let mut cells = asked.iter().map(|(cell, _)| asked.iter().filter(|(c, _)| c == cell).count());
     assert!(failed == 2 && cells.any(|owners| owners == 2), "{asked:?}");
     assert!(small && world.counts()[2] > 0, "{:?}", world.counts());
+}
+
+#[test]
+fn a_drain_outlives_its_controller_until_it_is_cancelled_or_the_node_starts_anew() {
+    let mut world = World::new(1, 12, 1);
+    for (name, index) in [("a", 0), ("b", 1), ("c", 2)] {
+        world.start(name, index, 3);
+    }
+    world.pass(3 * SECOND);
+    world.core.drain(&world.nodes, "b", false, world.now).unwrap();
+    world.pass(3 * SECOND);
+    assert!(world.node("b").drained && world.counts()[1] == 0, "{:?}", world.counts());
+
+    let replaced = |world: &World| Core::new(world.core.settings.clone(), 99, world.now);
+    for _ in 0..2 {
+        world.core = replaced(&world);
+        world.pass(20 * SECOND);
+        assert_eq!((world.node("b").drained, world.counts()[1]), (true, 0));
+    }
+    world.core.drain(&world.nodes, "b", true, world.now).unwrap();
+    world.pass(5 * SECOND);
+    assert!(!world.node("b").drained && world.counts()[1] > 0, "{:?}", world.counts());
+    world.core = replaced(&world);
+    world.pass(5 * SECOND);
+    assert!(world.counts()[1] > 0, "{:?}", world.counts());
+
+    world.core.drain(&world.nodes, "b", false, world.now).unwrap();
+    world.pass(5 * SECOND);
+    assert_eq!(world.counts()[1], 0);
+    world.start("b", 1, 3);
+    world.pass(5 * SECOND);
+    assert!(!world.node("b").drained && world.counts()[1] > 0, "{:?}", world.counts());
 }
