@@ -45,6 +45,7 @@ pub async fn serve(
             isa,
             shape,
             alive_at: None,
+            partial: false,
         },
         compute: kernels::Compute::new(isa, 1),
         store: Arc::new(Store::stub(LAYER, owned)),
