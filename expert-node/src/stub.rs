@@ -79,6 +79,7 @@ pub async fn serve(
             isa,
             shape: model.shape,
             alive_at: None,
+            partial: false,
         },
         compute: kernels::Compute::new(isa, 1),
         store: Arc::new(Store::stub(&model.layers, owned)),

@@ -157,6 +157,34 @@ impl Pool {
     }
 }
 
+impl Pool {
+    /// Has `f` work on pieces of `size` elements of `y`, each with its index; on the calling thread alone where there is no
+    /// pool or too little to share.
+    pub(crate) fn pieces<T: Send>(
+        pool: Option<&Pool>,
+        y: &mut [T],
+        size: usize,
+        f: impl Fn(usize, &mut [T]) + Sync,
+    ) {
+        /// Bytes that are worth waking a thread for.
+        const WORTH: usize = 1 << 17;
+        let pieces = y.chunks_mut(size.max(1)).enumerate();
+        let count = pieces.len();
+        match pool {
+            Some(pool) if count > 1 && count * size * size_of::<T>() >= WORTH => {
+                let pieces = Mutex::new(pieces);
+                pool.run(count, &|_| {
+                    let next = pieces.lock().next();
+                    if let Some((index, piece)) = next {
+                        f(index, piece);
+                    }
+                });
+            }
+            _ => pieces.for_each(|(index, piece)| f(index, piece)),
+        }
+    }
+}
+
 impl Drop for Pool {
     fn drop(&mut self) {
         self.shared.stop.store(true, Ordering::SeqCst);
