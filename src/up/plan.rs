@@ -90,7 +90,8 @@ impl Planner<'_> {
         // Twice its share: a step's rows rarely keep all nodes equally busy.
         let share = self.local.threads.div_ceil(self.local.expert_nodes);
         let threads = (2 * share).min(self.local.threads);
-        self.grpc(Role::ExpertNode, index, (threads, index * share), fixed)
+        // The first router's engine is on CPU 0, so that the last to share that one is a node.
+        self.grpc(Role::ExpertNode, index, (threads, index * share + 1), fixed)
     }
 
     fn router(&self, index: usize, nodes: &[Planned]) -> Result<Planned, ConfigError> {
@@ -250,7 +251,7 @@ mod tests {
             };
             planned(&local(&flags)).unwrap().iter().map(first).collect::<Vec<_>>()
         };
-        assert_eq!(firsts("true"), [Some(0), Some(2), Some(0), Some(2), None]);
+        assert_eq!(firsts("true"), [Some(1), Some(3), Some(0), Some(2), None]);
         assert_eq!(firsts("false"), [None; 5]);
     }
 
