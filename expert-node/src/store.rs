@@ -104,11 +104,11 @@ impl Store {
         Ok(store)
     }
 
-    /// The experts `owned` of layer `layer`, without weights.
-    pub fn stub(layer: LayerId, owned: impl IntoIterator<Item = u32>) -> Self {
+    /// The experts `owned` of each of `layers`, without weights.
+    pub fn stub(layers: &[LayerId], owned: &[u32]) -> Self {
         let store = Self::new(None);
-        let stub = |expert| ((layer, ExpertId(expert)), Resident::new(None));
-        store.adopt(owned.into_iter().map(stub).collect());
+        let keys = layers.iter().flat_map(|&l| owned.iter().map(move |&e| (l, ExpertId(e))));
+        store.adopt(keys.map(|key| (key, Resident::new(None))).collect());
         store
     }
 

@@ -13,7 +13,7 @@ mod weights;
 
 use std::ops::Range;
 
-use kernels::{Acts, Compute, Mat, Stack};
+use kernels::{Acts, Compute, Mat, Packed, Stack};
 
 use crate::activations::{ClassRows, as_wire, rounded};
 use crate::checkpoint::Checkpoint;
@@ -64,6 +64,8 @@ impl<'a> Queries<'a> {
 /// Reusable working memory of [`Attention::run`].
 #[derive(Default)]
 pub(crate) struct AttentionScratch {
+    /// The normed rows, packed.
+    x: Packed,
     /// `[rows, q_lora]`, before and after its norm.
     low: Vec<f32>,
     low_normed: ClassRows,
@@ -131,11 +133,17 @@ impl Attention {
         let query = grown(&mut scratch.query, rows * config.heads * width);
         let arena = &scratch.heads;
         match &self.query {
-            Query::Plain(weight) => compute.matmul(x, rows, weight.mat(checkpoint), query),
+            Query::Plain(weight) => {
+                let weight = weight.mat(checkpoint);
+                compute.pack(x, rows, weight, &mut scratch.x);
+                compute.matmul_packed(&scratch.x, weight, query);
+            }
             Query::Low { down, down_bias, norm, up } => {
                 let rank = down.n();
                 let low = grown(&mut scratch.low, rows * rank);
-                compute.matmul(x, rows, down.mat(checkpoint), low);
+                let down = down.mat(checkpoint);
+                compute.pack(x, rows, down, &mut scratch.x);
+                compute.matmul_packed(&scratch.x, down, low);
                 add_bias(low, down_bias.as_deref());
                 let mut normed = scratch.low_normed.grow(numerics, rows * rank);
                 let pieces = low.chunks(ROWS * rank).map(|low| (low, normed.take(low.len())));
@@ -177,7 +185,12 @@ impl Attention {
         let _span = span(Part::Latent);
         let (rows, width, rank) = (batch.rows(), config.kv_width(), config.kv_lora);
         let latent = grown(&mut scratch.latent, rows * width);
-        compute.matmul(x, rows, self.latent.mat(checkpoint), latent);
+        let weight = self.latent.mat(checkpoint);
+        if !scratch.x.suits(weight) {
+            // The queries' weight is of another type.
+            compute.pack(x, rows, weight, &mut scratch.x);
+        }
+        compute.matmul_packed(&scratch.x, weight, latent);
         add_bias(latent, self.latent_bias.as_deref());
         let arena = &scratch.heads;
         let mut entries = scratch.entries.grow(numerics, rows * width);

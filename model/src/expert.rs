@@ -224,6 +224,34 @@ pub fn forward_experts(
         spans.iter().map(|s| n(s).div_ceil(columns(n(s)))).sum()
     };
 
+    out.resize(rows * row_bytes, 0);
+    if count(&|_| hidden) == spans.len() && count(&|s| weights(s).0.gate.n()) == spans.len() {
+        // An expert a task: what its inner layer gives goes into its outer one in the kernel's own
+        // layout, and never leaves the cache.
+        let mut rest = &mut out[..];
+        let pieces = spans.iter().map(|span| {
+            let (piece, after) = std::mem::take(&mut rest).split_at_mut(span.rows * row_bytes);
+            rest = after;
+            (span, piece)
+        });
+        return for_each(pool, spans.len(), pieces, |(span, piece)| {
+            let (ffn, checkpoint) = weights(span);
+            let x = x.slice(span.row * hidden..(span.row + span.rows) * hidden);
+            let [gate, up, down] = [ffn.gate, ffn.up, ffn.down].map(|w| w.mat(checkpoint));
+            tasks.with(|t| {
+                kernels.gated(x, span.rows, gate, up, down, &mut t.packed);
+                if numerics == Numerics::Bf16
+                    && let Ok(piece) = bytemuck::try_cast_slice_mut(piece)
+                {
+                    return kernels.matmul_rounded(&t.packed, down, piece);
+                }
+                let y = grown(&mut t.out, span.rows * hidden);
+                kernels.matmul_packed(&t.packed, down, &mut Out::new(y, span.rows, hidden, hidden));
+                to_wire(kernels, numerics, y, &mut t.rounded, piece);
+            });
+        });
+    }
+
     // Inner layer: gate and up for the same columns in one task, so that their product is formed in
     // cache.
     let inner_of = |span: &Span| weights(span).0.gate.n();
@@ -255,7 +283,6 @@ pub fn forward_experts(
     let h = from_wire(numerics, &inner[..inner_len * size], inner_wire);
     let hidden_of = |_: &Span| hidden;
     let cut = Cut { spans, width: &hidden_of, columns: &columns, size };
-    out.resize(rows * row_bytes, 0);
     cut.compute(pool, count(&hidden_of), tiles, out, |tile, piece| {
         let Tile { span, from, to } = tile;
         let (ffn, checkpoint) = weights(&span);

@@ -3,13 +3,10 @@
 //! One network over all rows of a step; routed experts, where many small networks share the
 //! threads, are in `expert.rs`. Both compute the same function with the same rounding.
 
-use kernels::{Acts, Compute};
+use kernels::{Acts, Compute, Gated};
 
-use crate::activations::ClassRows;
 use crate::checkpoint::Checkpoint;
 use crate::error::LoadError;
-use crate::numerics::Numerics;
-use crate::parallel::{Arena, ROWS, for_each, grown};
 use crate::weight::{Span, Weight};
 
 /// Weights of one network.
@@ -21,18 +18,6 @@ pub(crate) struct Ffn {
     pub up: Weight,
     /// `[hidden, inner]`
     pub down: Weight,
-}
-
-/// Reusable working memory of [`Ffn::run`].
-#[derive(Default)]
-pub(crate) struct FfnScratch {
-    /// `[rows, inner]`
-    gate: Vec<f32>,
-    /// `[rows, inner]`
-    up: Vec<f32>,
-    /// `[rows, inner]`
-    inner: ClassRows,
-    tasks: Arena<Vec<f32>>,
 }
 
 impl Ffn {
@@ -67,38 +52,18 @@ impl Ffn {
         Ffn { gate, up, down }
     }
 
-    /// Computes `out` `[rows, hidden]` from `x` `[rows, hidden]`.
+    /// Computes `out` `[rows, hidden]` from `x` `[rows, hidden]`, in the class of `x`.
     pub fn run(
         &self,
         from: &Checkpoint,
         compute: &Compute,
-        numerics: Numerics,
         x: Acts<'_>,
         rows: usize,
-        scratch: &mut FfnScratch,
+        memory: &mut Gated,
         out: &mut [f32],
     ) {
-        let inner = self.gate.n();
-        let kernels = compute.kernels;
-        let gate = grown(&mut scratch.gate, rows * inner);
-        let up = grown(&mut scratch.up, rows * inner);
-        compute.matmul(x, rows, self.gate.mat(from), gate);
-        compute.matmul(x, rows, self.up.mat(from), up);
-        let tasks = &scratch.tasks;
-        let mut product = scratch.inner.grow(numerics, rows * inner);
-        let (gate, up) = (gate.chunks(ROWS * inner), up.chunks(ROWS * inner));
-        let pieces = gate.zip(up).map(|(gate, up)| {
-            let product = product.take(gate.len());
-            (gate, up, product)
-        });
-        for_each(&compute.pool, rows.div_ceil(ROWS), pieces, |(gate, up, mut product)| {
-            tasks.with(|h| {
-                let h = grown(h, gate.len());
-                kernels.silu_mul(gate, up, h);
-                product.put(kernels, 0, h);
-            });
-        });
-        let h = scratch.inner.acts(numerics, rows * inner);
-        compute.matmul(h, rows, self.down.mat(from), out);
+        let weights @ [_, _, down] = [self.gate, self.up, self.down].map(|w| w.mat(from));
+        compute.gated(x, rows, weights, memory);
+        compute.matmul_packed(memory.h(), down, out);
     }
 }

@@ -13,12 +13,11 @@ use crate::activations::as_wire;
 use crate::attention::AttentionScratch;
 use crate::config::Config;
 use crate::error::StepError;
-use crate::ffn::FfnScratch;
 use crate::gate::GateScratch;
 use crate::kv::PageId;
 use crate::numerics::Numerics;
 use crate::parallel::{Arena, grown};
-use kernels::Acts;
+use kernels::{Acts, Gated};
 
 /// Which tokens of a chunk are to have logits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -111,8 +110,8 @@ pub struct Step {
     pub(crate) weights: Vec<f32>,
     pub(crate) logits: Vec<f32>,
     pub(crate) attention: AttentionScratch,
-    pub(crate) ffn: FfnScratch,
-    pub(crate) gate: GateScratch,
+    pub(crate) ffn: Gated,
+    pub(crate) gate: Arena<GateScratch>,
     pub(crate) combine: Arena<crate::combine::CombineScratch>,
     /// Layer whose gate has decided and which waits for its experts.
     pub(crate) routed_layer: Option<usize>,

@@ -189,7 +189,7 @@ impl Trunk {
                 let _span = span(Part::Dense);
                 let delta = &mut step.delta[..len];
                 let (from, compute) = (&self.checkpoint, &*self.compute);
-                ffn.run(from, compute, self.numerics, x, rows, &mut step.ffn, delta);
+                ffn.run(from, compute, x, rows, &mut step.ffn, delta);
                 add(&mut step.residual[..len], delta);
                 false
             }
@@ -238,12 +238,19 @@ impl Trunk {
         let scores = grown(&mut step.scores, rows * experts);
         let x = Acts::F32(&step.normed[..rows * config.hidden]);
         self.compute.matmul(x, rows, moe.gate.mat(&self.checkpoint), scores);
-        self.compute.kernels.sigmoid(scores);
-        let chosen = grown(&mut step.experts, rows * top_k).chunks_mut(top_k);
-        let weights = grown(&mut step.weights, rows * top_k).chunks_mut(top_k);
-        for ((scores, chosen), weights) in scores.chunks(experts).zip(chosen).zip(weights) {
-            self.routing.choose(scores, &moe.bias, &mut step.gate, chosen, weights);
-        }
+        let chosen = grown(&mut step.experts, rows * top_k).chunks_mut(ROWS * top_k);
+        let weights = grown(&mut step.weights, rows * top_k).chunks_mut(ROWS * top_k);
+        let pieces = scores.chunks_mut(ROWS * experts).zip(chosen).zip(weights);
+        let (kernels, arena) = (self.compute.kernels, &step.gate);
+        for_each(&self.compute.pool, rows.div_ceil(ROWS), pieces, |((scores, chosen), weights)| {
+            kernels.sigmoid(scores);
+            arena.with(|memory| {
+                let choices = chosen.chunks_mut(top_k).zip(weights.chunks_mut(top_k));
+                for (scores, (chosen, weights)) in scores.chunks(experts).zip(choices) {
+                    self.routing.choose(scores, &moe.bias, memory, chosen, weights);
+                }
+            });
+        });
     }
 
     /// Computes the shared experts of `layer`; meant for the time that the routed ones are away.
@@ -257,7 +264,7 @@ impl Trunk {
         let x = class_acts(self.numerics, &step.normed, &step.rounded, len);
         let out = grown(&mut step.shared, len);
         let (from, compute) = (&self.checkpoint, &*self.compute);
-        ffn.run(from, compute, self.numerics, x, rows, &mut step.ffn, out);
+        ffn.run(from, compute, x, rows, &mut step.ffn, out);
     }
 
     /// Finishes `layer` with its experts' results: `result(row * top_k + slot)` is the wire row

@@ -7,7 +7,8 @@ use crate::dot::{Dot, Registers, Split, Wide};
 use crate::isa::Isa;
 use crate::lanes::{Scalar, Simd, Task};
 use crate::mat::{Acts, Mat};
-use crate::packed::{Out, Packed};
+use crate::packed::{Inner, Out, Packed};
+use crate::pool::Pool;
 use crate::product::product;
 use crate::rowwise as row;
 use crate::tile::Defined;
@@ -21,17 +22,90 @@ use std::marker::PhantomData;
 use std::ops::Deref;
 
 thread_local! {
-    /// The packed activations of [`Device::matmul`], kept between calls.
+    /// The packed activations of [`Device::matmul`] and [`Device::gated`], kept between calls.
     static PACKED: RefCell<Packed> = RefCell::new(Packed::new());
+    /// Sums on their way to other types, kept between calls.
+    static SUMS: RefCell<Sums> = RefCell::new(Sums::default());
+}
+
+/// Working memory of products that end in another type than f32.
+#[derive(Default)]
+struct Sums {
+    first: Vec<f32>,
+    second: Vec<f32>,
+    rounded: Vec<bf16>,
 }
 
 /// What a device computes.
 pub trait Device: Sync {
     /// Packs `x` `[rows, w.k()]` for products with weights laid out as `w` is (its k and k-blocks) into `into`.
-    fn pack(&self, x: Acts<'_>, rows: usize, w: Mat<'_>, into: &mut Packed);
+    fn pack(&self, x: Acts<'_>, rows: usize, w: Mat<'_>, into: &mut Packed) {
+        self.pack_on(None, x, rows, w, into);
+    }
+
+    /// As [`Device::pack`], on the threads of `pool` if that is worth it.
+    fn pack_on(&self, pool: Option<&Pool>, x: Acts<'_>, rows: usize, w: Mat<'_>, into: &mut Packed);
 
     /// `y[r, n] = sum over k of x[r, k] w[n, k]`, for activations packed by this device for such a weight.
     fn matmul_packed(&self, x: &Packed, w: Mat<'_>, y: &mut Out<'_>);
+
+    /// As [`Device::matmul_packed`], rounded to nearest even: `y` is `[x.rows(), w.n()]`.
+    fn matmul_rounded(&self, x: &Packed, w: Mat<'_>, y: &mut [bf16]);
+
+    /// Lays `h` out as activations of `down`, `[x.rows(), gate.n()]`, for [`Device::gated_packed`] to write. None where
+    /// the device makes activations only from rows, for such weights or so many rows.
+    fn inner<'h>(
+        &self,
+        x: &Packed,
+        gate: Mat<'_>,
+        up: Mat<'_>,
+        down: Mat<'_>,
+        h: &'h mut Packed,
+    ) -> Option<Inner<'h>>;
+
+    /// `h = silu(x gateᵀ) * (x upᵀ)`, rounded to bf16, for weights that have the columns of `h`, which is of
+    /// [`Device::inner`] for them or more columns.
+    fn gated_packed(&self, x: &Packed, gate: Mat<'_>, up: Mat<'_>, h: &mut Inner<'_>);
+
+    /// `h = silu(x gateᵀ) * (x upᵀ)` in the type of `x`, packed for `down`: `x` is `[rows, gate.k()]`.
+    fn gated(
+        &self,
+        x: Acts<'_>,
+        rows: usize,
+        gate: Mat<'_>,
+        up: Mat<'_>,
+        down: Mat<'_>,
+        h: &mut Packed,
+    ) {
+        let mut packed = PACKED.take();
+        self.pack(x, rows, gate, &mut packed);
+        if let Some(mut h) = self.inner(&packed, gate, up, down, h) {
+            self.gated_packed(&packed, gate, up, &mut h);
+        } else {
+            let Sums { mut first, mut second, mut rounded } = SUMS.take();
+            let values = rows * gate.n();
+            for sums in [&mut first, &mut second] {
+                sums.resize(sums.len().max(values), 0.0);
+            }
+            let (a, b) = (&mut first[..values], &mut second[..values]);
+            self.matmul_packed(&packed, gate, &mut Out::new(a, rows, gate.n(), gate.n()));
+            if !packed.suits(up) {
+                self.pack(x, rows, up, &mut packed);
+            }
+            self.matmul_packed(&packed, up, &mut Out::new(b, rows, up.n(), up.n()));
+            self.swiglu(a, b);
+            match x {
+                Acts::F32(_) => self.pack(Acts::F32(a), rows, down, h),
+                Acts::Bf16(_) => {
+                    rounded.resize(rounded.len().max(values), bf16::ZERO);
+                    self.to_bf16(a, &mut rounded[..values]);
+                    self.pack(Acts::Bf16(&rounded[..values]), rows, down, h);
+                }
+            }
+            SUMS.set(Sums { first, second, rounded });
+        }
+        PACKED.set(packed);
+    }
 
     /// `y[r * ldy + n] = sum over k of x[r, k] w[n, k]`; `x` is `[rows, w.k()]`. bf16 activations round f32-stored weights
     /// to bf16.
@@ -59,6 +133,9 @@ pub trait Device: Sync {
 
     /// `y = gate * sigmoid(gate) * up`.
     fn silu_mul(&self, gate: &[f32], up: &[f32], y: &mut [f32]);
+
+    /// `gate = gate * sigmoid(gate) * up`.
+    fn swiglu(&self, gate: &mut [f32], up: &[f32]);
 
     /// `s = e^(s - max)` in place; returns the sum.
     fn softmax_weights(&self, s: &mut [f32], max: f32) -> f32;
@@ -89,14 +166,40 @@ pub(crate) trait Multiply: Send + Sync + 'static {
         true
     }
 
-    /// See [`Device::pack`].
-    fn pack(x: Acts<'_>, rows: usize, w: &Mat<'_>, into: &mut Packed);
+    /// See [`Device::pack_on`].
+    fn pack(x: Acts<'_>, rows: usize, w: &Mat<'_>, into: &mut Packed, pool: Option<&Pool>);
 
     /// See [`Device::matmul_packed`].
     ///
     /// # Safety
     /// The CPU has the instructions that this is made of.
     unsafe fn product(x: &Packed, w: &Mat<'_>, y: &mut Out<'_>);
+
+    /// See [`Device::inner`].
+    fn inner<'h>(
+        _x: &Packed,
+        _gate_and_up: [&Mat<'_>; 2],
+        _down: &Mat<'_>,
+        _h: &'h mut Packed,
+    ) -> Option<Inner<'h>> {
+        None
+    }
+
+    /// See [`Device::gated_packed`].
+    ///
+    /// # Safety
+    /// As for [`Multiply::product`].
+    unsafe fn gated(_x: &Packed, _gate_and_up: [&Mat<'_>; 2], _h: &mut Inner<'_>) {
+        unreachable!("a device that never lays out an inner layer");
+    }
+
+    /// [`Device::matmul_rounded`]; false if that is to be rounded from the product.
+    ///
+    /// # Safety
+    /// As for [`Multiply::product`].
+    unsafe fn rounded(_x: &Packed, _w: &Mat<'_>, _y: &mut [bf16]) -> bool {
+        false
+    }
 
     /// [`Device::matmul_t`] in an order of the class's own; false if there is none for such a weight.
     ///
@@ -119,8 +222,8 @@ impl<D: Dot> Multiply for D {
         <D as Dot>::pays(rows)
     }
 
-    fn pack(x: Acts<'_>, rows: usize, w: &Mat<'_>, into: &mut Packed) {
-        into.fill::<D>(x, rows, w);
+    fn pack(x: Acts<'_>, rows: usize, w: &Mat<'_>, into: &mut Packed, pool: Option<&Pool>) {
+        into.fill::<D>(x, rows, w, pool);
     }
 
     unsafe fn product(x: &Packed, w: &Mat<'_>, y: &mut Out<'_>) {
@@ -133,12 +236,51 @@ impl<D: Dot> Multiply for D {
 struct Unit<S, B>(PhantomData<(S, B)>);
 
 impl<S: Simd + Registers, B: Multiply> Device for Unit<S, B> {
-    fn pack(&self, x: Acts<'_>, rows: usize, w: Mat<'_>, into: &mut Packed) {
+    fn pack_on(
+        &self,
+        pool: Option<&Pool>,
+        x: Acts<'_>,
+        rows: usize,
+        w: Mat<'_>,
+        into: &mut Packed,
+    ) {
         match x {
-            Acts::F32(_) => into.fill::<Wide<S>>(x, rows, &w),
-            Acts::Bf16(_) if B::pays(rows) => B::pack(x, rows, &w, into),
-            Acts::Bf16(_) => into.fill::<Split<S>>(x, rows, &w),
+            Acts::F32(_) => into.fill::<Wide<S>>(x, rows, &w, pool),
+            Acts::Bf16(_) if B::pays(rows) => B::pack(x, rows, &w, into, pool),
+            Acts::Bf16(_) => into.fill::<Split<S>>(x, rows, &w, pool),
         }
+    }
+
+    fn matmul_rounded(&self, x: &Packed, w: Mat<'_>, y: &mut [bf16]) {
+        let (rows, n) = (x.rows(), w.n());
+        assert_eq!(Some(y.len()), rows.checked_mul(n), "the output of a product [rows, n]");
+        // SAFETY: a unit is handed out only where its instruction set is available; the shapes agree.
+        if x.is::<B>() && unsafe { B::rounded(x, &w, y) } {
+            return;
+        }
+        let mut memory = SUMS.take();
+        memory.first.resize(memory.first.len().max(y.len()), 0.0);
+        let sums = &mut memory.first[..y.len()];
+        self.matmul_packed(x, w, &mut Out::new(sums, rows, n, n));
+        self.to_bf16(sums, y);
+        SUMS.set(memory);
+    }
+
+    fn inner<'h>(
+        &self,
+        x: &Packed,
+        gate: Mat<'_>,
+        up: Mat<'_>,
+        down: Mat<'_>,
+        h: &'h mut Packed,
+    ) -> Option<Inner<'h>> {
+        if x.is::<B>() { B::inner(x, [&gate, &up], &down, h) } else { None }
+    }
+
+    fn gated_packed(&self, x: &Packed, gate: Mat<'_>, up: Mat<'_>, h: &mut Inner<'_>) {
+        assert!(x.is::<B>(), "activations of the class that laid out the inner layer");
+        // SAFETY: a unit is handed out only where its instruction set is available (`Kernels::new`).
+        unsafe { B::gated(x, [&gate, &up], h) }
     }
 
     fn matmul_packed(&self, x: &Packed, w: Mat<'_>, y: &mut Out<'_>) {
@@ -191,6 +333,11 @@ impl<S: Simd + Registers, B: Multiply> Device for Unit<S, B> {
     fn silu_mul(&self, gate: &[f32], up: &[f32], y: &mut [f32]) {
         assert!(gate.len() == up.len() && gate.len() == y.len(), "silu_mul of equal lengths");
         run::<S, _>(row::SiluMul { gate, up, y });
+    }
+
+    fn swiglu(&self, gate: &mut [f32], up: &[f32]) {
+        assert_eq!(gate.len(), up.len(), "swiglu of equal lengths");
+        run::<S, _>(row::SwiGlu { gate, up });
     }
 
     fn softmax_weights(&self, s: &mut [f32], max: f32) -> f32 {

@@ -19,7 +19,7 @@ use std::marker::PhantomData;
 pub(crate) trait Dot: Send + Sync + 'static {
     type S: Simd;
     /// What activations, and weights decoded ahead, are packed as.
-    type Elem: Pod;
+    type Elem: Pod + Send;
     /// Thirty-two elements in registers.
     type Pair: Copy;
     /// Whether [`Dot::step`] may miss a flush that [`Dot::step_exact`] makes, which [`Simd::underflowed`] tells.

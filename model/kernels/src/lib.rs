@@ -39,11 +39,11 @@ mod transposed;
 #[cfg(target_arch = "x86_64")]
 mod x86;
 
-pub use compute::Compute;
+pub use compute::{Compute, Gated};
 pub use device::{Device, Kernels};
 pub use isa::{Isa, UnknownIsa};
 pub use mat::{Acts, DType, Mat, ShapeError, f32_to_fp8, fp8_to_f32, round_bf16};
-pub use packed::{Out, Packed};
+pub use packed::{Inner, Out, Packed};
 pub use pool::Pool;
 pub use transposed::Stack;
 

@@ -4,7 +4,9 @@
 mod read;
 
 use crate::Isa;
+use crate::packed::{Line, aligned};
 use std::hint::black_box;
+use std::ops::Deref;
 use std::sync::Barrier;
 use std::time::Instant;
 
@@ -103,9 +105,23 @@ pub fn read_bandwidth(threads: usize) -> f64 {
     FOOTPRINT as f64 / seconds.fold(f64::INFINITY, f64::min) / 1e9
 }
 
-/// `count` copies of a weight's bytes, to be read in turn as fast as memory is.
-pub fn copies(one: &[u8], count: usize) -> Vec<u8> {
-    read::copies(one, count)
+/// `count` copies of a weight's bytes, to be read in turn as fast as memory is. They begin at a cache line's edge, as
+/// those of a checkpoint do that is made for mapping.
+pub fn copies(one: &[u8], count: usize) -> impl Deref<Target = [u8]> + use<> {
+    assert!(one.len().is_multiple_of(size_of::<Line>()), "a weight of whole cache lines");
+    let mut lines = Vec::new();
+    aligned::<u8>(&mut lines, one.len()).copy_from_slice(one);
+    Copies(read::copies(&lines, count))
+}
+
+struct Copies(Vec<Line>);
+
+impl Deref for Copies {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        bytemuck::cast_slice(&self.0)
+    }
 }
 
 /// Seconds of the fastest of several passes that `threads` threads make side by side.

@@ -23,8 +23,9 @@ use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 /// How long a helper stays awake after a job, and the caller for the last task: longer than a layer's trip to other
-/// processes, and too short to matter to an idle machine.
-const AWAKE: Duration = Duration::from_millis(2);
+/// processes, which takes 6 ms where 16 rows read most of a layer's experts, and too short to matter to an idle
+/// machine.
+const AWAKE: Duration = Duration::from_millis(10);
 /// Tasks a job can have: what the ticket has bits for.
 const MAX_TASKS: usize = CLOSED as usize - 1;
 /// As the next task of a ticket: nothing to claim.
@@ -152,6 +153,34 @@ impl Pool {
         shared.busy.store(false, Ordering::Release);
         if let Some(panic) = job.panic.into_inner() {
             resume_unwind(panic);
+        }
+    }
+}
+
+impl Pool {
+    /// Has `f` work on pieces of `size` elements of `y`, each with its index; on the calling thread alone where there is no
+    /// pool or too little to share.
+    pub(crate) fn pieces<T: Send>(
+        pool: Option<&Pool>,
+        y: &mut [T],
+        size: usize,
+        f: impl Fn(usize, &mut [T]) + Sync,
+    ) {
+        /// Bytes that are worth waking a thread for.
+        const WORTH: usize = 1 << 17;
+        let pieces = y.chunks_mut(size.max(1)).enumerate();
+        let count = pieces.len();
+        match pool {
+            Some(pool) if count > 1 && count * size * size_of::<T>() >= WORTH => {
+                let pieces = Mutex::new(pieces);
+                pool.run(count, &|_| {
+                    let next = pieces.lock().next();
+                    if let Some((index, piece)) = next {
+                        f(index, piece);
+                    }
+                });
+            }
+            _ => pieces.for_each(|(index, piece)| f(index, piece)),
         }
     }
 }

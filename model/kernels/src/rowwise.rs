@@ -116,6 +116,13 @@ task!(SiluMul { gate: &'a [f32], up: &'a [f32], y: &'a mut [f32] } -> () {
     }
 });
 
+task!(SwiGlu { gate: &'a mut [f32], up: &'a [f32] } -> () {
+    for i in (0..gate.len()).step_by(LANES) {
+        let (g, u) = (lanes_at(gate, i, 0.0), lanes_at(up, i, 0.0));
+        put(gate, i, each!(j => g[j] * logistic(g[j]) * u[j]));
+    }
+});
+
 task!(SoftmaxWeights { s: &'a mut [f32], max: f32 } -> f32 {
     let mut acc = [0.0; LANES];
     for i in (0..s.len()).step_by(LANES) {

@@ -1,5 +1,6 @@
 //! What the kernels promise, held against a plain reading of the definitions in `lib.rs`.
 
+mod gated;
 mod pool;
 mod product;
 mod rowwise;

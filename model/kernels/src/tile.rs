@@ -9,6 +9,7 @@ use crate::device::Multiply;
 use crate::lanes::{STEP, flush, fma_flush};
 use crate::mat::{Acts, DType, Mat, fp8_to_f32, round_bf16};
 use crate::packed::{Out, Packed};
+use crate::pool::Pool;
 use crate::transposed::Stack;
 use half::bf16;
 
@@ -31,9 +32,9 @@ fn add_flush(a: f32, b: f32) -> f32 {
 pub(crate) struct Defined;
 
 impl Multiply for Defined {
-    fn pack(x: Acts<'_>, rows: usize, w: &Mat<'_>, into: &mut Packed) {
+    fn pack(x: Acts<'_>, rows: usize, w: &Mat<'_>, into: &mut Packed, _pool: Option<&Pool>) {
         into.lay::<Defined>(x.len(), rows, w);
-        let out = into.cells_mut::<bf16>(x.len());
+        let (out, _) = into.cells_mut::<bf16>(x.len());
         match x {
             Acts::Bf16(x) => out.copy_from_slice(x),
             Acts::F32(x) => out.iter_mut().zip(x).for_each(|(o, x)| *o = round_bf16(*x)),

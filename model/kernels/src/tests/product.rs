@@ -371,7 +371,7 @@ fn pairs_load_as_defined() {
     }
     let test = |case: Case| {
         let mut packed = Packed::new();
-        packed.fill::<EmulatedPairs>(case.acts(true), case.rows, &case.w.mat());
+        packed.fill::<EmulatedPairs>(case.acts(true), case.rows, &case.w.mat(), None);
         let n = case.w.rows;
         let mut y = vec![0.0; case.rows * n];
         let mut out = Out::new(&mut y, case.rows, n, n);

@@ -2,25 +2,28 @@
 //!
 //! A weight's rows are the left operand as they are stored, sixteen outputs by 32 elements of k; activations are the right
 //! one, packed once as pairs of k by rows; sums are [outputs][rows]. Up to two tiles of rows stream the weight
-//! (`strip.rs`; `coded.rs` where it is FP8), more pass blocks of it over tiles of rows (`block.rs`). Sums over a weight's
+//! (`strip.rs`; `coded.rs` where it is FP8), more pass runs of it over tiles of rows (`block.rs`). Sums over a weight's
 //! rows are `columns.rs`. The permission that Linux wants is asked for once, with a trial of the instruction against the definition: a CPU that differs in a bit does not get to use it.
 
 mod block;
 mod coded;
 mod columns;
 mod panel;
+mod sink;
 mod strip;
 #[cfg(test)]
 mod tests;
 mod tiles;
 mod trials;
 
+use self::block::Source;
 use self::panel::Operand;
 use self::tiles::{EDGE, Tiles};
 use crate::device::Multiply;
 use crate::lanes::STEP;
 use crate::mat::{Acts, DType, Mat, round_bf16};
-use crate::packed::{Out, Packed};
+use crate::packed::{Inner, Out, Packed, Segment};
+use crate::pool::Pool;
 use crate::transposed::Stack;
 use half::bf16;
 use std::arch::asm;
@@ -31,15 +34,13 @@ use std::sync::OnceLock;
 pub(crate) struct Amx;
 
 impl Multiply for Amx {
-    fn pack(x: Acts<'_>, rows: usize, w: &Mat<'_>, into: &mut Packed) {
+    fn pack(x: Acts<'_>, rows: usize, w: &Mat<'_>, into: &mut Packed, pool: Option<&Pool>) {
         into.lay::<Amx>(x.len(), rows, w);
         match x {
-            // SAFETY: packed only by a device of this kind, so AVX-512 is there.
-            Acts::Bf16(x) => unsafe { pack(x, rows, w.k(), into) },
+            Acts::Bf16(x) => pack(x, rows, w.k(), into, pool),
             Acts::F32(x) => {
                 let x: Vec<bf16> = x.iter().map(|x| round_bf16(*x)).collect();
-                // SAFETY: as above.
-                unsafe { pack(&x, rows, w.k(), into) };
+                pack(&x, rows, w.k(), into, pool);
             }
         }
     }
@@ -59,9 +60,51 @@ impl Multiply for Amx {
                 (2, DType::Fp8) => coded::product::<2>(x, w, y),
                 (1, _) => strip::product::<1>(x, w, y),
                 (2, _) => strip::product::<2>(x, w, y),
-                _ => block::product(x, w, y),
+                _ => block::product(x, Source::One(*w), y),
             }
         }
+    }
+
+    fn inner<'h>(
+        x: &Packed,
+        [gate, up]: [&Mat<'_>; 2],
+        down: &Mat<'_>,
+        h: &'h mut Packed,
+    ) -> Option<Inner<'h>> {
+        let (rows, n) = (x.rows(), gate.n());
+        let same = gate.dtype() == up.dtype() && n == up.n() && n == down.k();
+        let whole = |(from, to): (usize, usize)| (to - from).is_multiple_of(STEP);
+        if rows <= FEW || !same || !down.segments().all(whole) {
+            return None;
+        }
+        h.lay::<Amx>(rows * n, rows, down);
+        Some(h.inner())
+    }
+
+    unsafe fn gated(x: &Packed, w: [&Mat<'_>; 2], h: &mut Inner<'_>) {
+        assert!(w.iter().all(|w| x.fits::<Amx>(w)), "activations packed for another weight layout");
+        assert!(w.iter().all(|w| w.n() == h.n()), "columns of a gate and of its other half");
+        assert!(x.rows() > FEW, "rows that go through tiles together");
+        // SAFETY: the CPU has tiles and they are permitted, by the caller's word; the shapes agree.
+        unsafe {
+            let _tiles = Tiles::configure(EDGE);
+            block::product(x, Source::Both(w.map(|w| *w)), h);
+        }
+    }
+
+    unsafe fn rounded(x: &Packed, w: &Mat<'_>, y: &mut [bf16]) -> bool {
+        let rows = x.rows();
+        if rows <= FEW || w.n() == 0 {
+            return false;
+        }
+        assert!(x.fits::<Amx>(w), "activations packed for another weight layout");
+        let mut y = Out::new(bytemuck::cast_slice_mut::<_, u16>(y), rows, w.n(), w.n());
+        // SAFETY: the CPU has tiles and they are permitted, by the caller's word; the shapes agree.
+        unsafe {
+            let _tiles = Tiles::configure(EDGE);
+            block::product(x, Source::One(*w), &mut y);
+        }
+        true
     }
 
     unsafe fn transposed(
@@ -80,6 +123,9 @@ impl Multiply for Amx {
         true
     }
 }
+
+/// Rows up to which a weight is streamed.
+const FEW: usize = 2 * EDGE;
 
 /// Rows of activations in one tile. Beyond one tile all are full, with rows of zeros, so that one configuration does.
 fn columns(rows: usize) -> usize {
@@ -127,41 +173,42 @@ impl<'a> Right<'a> {
     }
 }
 
-#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
-unsafe fn pack(x: &[bf16], rows: usize, k: usize, into: &mut Packed) {
-    if rows == 0 {
-        return;
-    }
+fn pack(x: &[bf16], rows: usize, k: usize, into: &mut Packed, pool: Option<&Pool>) {
     let (columns, steps) = (columns(rows), into.width() / STEP);
-    let tiles = rows.div_ceil(EDGE);
-    let segments = into.segments().to_vec();
-    let cells = into.cells_mut::<u32>(tiles * steps * EDGE * columns);
-    let lanes = lanes(columns);
-    for (tile, cells) in cells.chunks_exact_mut((steps * EDGE * columns).max(1)).enumerate() {
+    let tile_cells = steps * EDGE * columns;
+    let (cells, segments) = into.cells_mut::<u32>(rows.div_ceil(EDGE) * tile_cells);
+    Pool::pieces(pool, cells, tile_cells, |tile, cells| {
         let first = tile * EDGE;
-        let count = EDGE.min(rows - first);
-        for s in &segments {
-            for i in 0..s.steps() {
-                let len = if i < s.full { STEP } else { s.tail };
-                let cells = &mut cells[(s.at / STEP + i) * EDGE * columns..][..EDGE * columns];
-                let mask = u32::MAX >> (STEP - len);
-                let mut pairs = [_mm512_setzero_si512(); EDGE];
-                for (r, pairs) in pairs[..count].iter_mut().enumerate() {
-                    let from = (first + r) * k + s.from + i * STEP;
-                    let x = &x[from..from + len];
-                    // SAFETY: `len` elements are there, and no others are read.
-                    *pairs = unsafe { _mm512_maskz_loadu_epi16(mask, x.as_ptr().cast()) };
+        let x = &x[first * k..rows.min(first + EDGE) * k];
+        // SAFETY: packed only by a device of this kind, so AVX-512 is there.
+        unsafe { pack_tile(x, k, segments, columns, cells) };
+    });
+}
+
+/// Packs up to a tile of rows.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
+unsafe fn pack_tile(x: &[bf16], k: usize, segments: &[Segment], columns: usize, cells: &mut [u32]) {
+    let lanes = lanes(columns);
+    for s in segments {
+        for i in 0..s.steps() {
+            let len = if i < s.full { STEP } else { s.tail };
+            let cells = &mut cells[(s.at / STEP + i) * EDGE * columns..][..EDGE * columns];
+            let mask = u32::MAX >> (STEP - len);
+            let mut pairs = [_mm512_setzero_si512(); EDGE];
+            for (x, pairs) in x.chunks_exact(k).zip(&mut pairs) {
+                let x = &x[s.from + i * STEP..][..len];
+                // SAFETY: `len` elements are there, and no others are read.
+                *pairs = unsafe { _mm512_maskz_loadu_epi16(mask, x.as_ptr().cast()) };
+            }
+            if columns > 1 {
+                pairs = panel::transposed(pairs);
+                for (row, pairs) in cells.chunks_exact_mut(columns).zip(pairs) {
+                    // SAFETY: as many lanes as the row has.
+                    unsafe { _mm512_mask_storeu_epi32(row.as_mut_ptr().cast(), lanes, pairs) };
                 }
-                if columns > 1 {
-                    pairs = panel::transposed(pairs);
-                    for (row, pairs) in cells.chunks_exact_mut(columns).zip(pairs) {
-                        // SAFETY: as many lanes as the row has.
-                        unsafe { _mm512_mask_storeu_epi32(row.as_mut_ptr().cast(), lanes, pairs) };
-                    }
-                } else {
-                    // SAFETY: one row's sixteen pairs.
-                    unsafe { _mm512_storeu_si512(cells.as_mut_ptr().cast(), pairs[0]) };
-                }
+            } else {
+                // SAFETY: one row's sixteen pairs.
+                unsafe { _mm512_storeu_si512(cells.as_mut_ptr().cast(), pairs[0]) };
             }
         }
     }

@@ -1,16 +1,18 @@
-//! More rows: runs of the weight are decoded once and passed over tiles of rows, since arithmetic bounds this.
+//! More rows: two panels of outputs at a time go over tiles of rows, since arithmetic bounds this.
 //!
-//! Two panels go along a block of k that is short enough for its activations to stay in the second-level cache; a run
-//! of it, decoded, stays in the first. Sums rest in memory meanwhile, which changes no bit of them. The next run is asked
-//! for while this one is multiplied, further along the same rows, as the CPU's own prefetching likes it. The memory
-//! used does not grow with the rows or the outputs.
+//! They go along k in runs that stay in the first-level cache while all tiles of rows pass by, and by blocks of runs whose
+//! activations stay in the second. bf16 enters tiles from where it is stored: a copy of it, although it lies better,
+//! takes as long to make as all of the arithmetic at 64 rows. FP8 and f32 are decoded, a run at a time. Sums rest in
+//! memory meanwhile, which changes no bit of them, and are taken over ([`Sink`]) while they are in cache.
+//! The next run is asked for while this one is multiplied. The memory used does not grow with the rows or the outputs.
 
 use super::Right;
-use super::panel::{self, Operand, Part, Scales, Sums, collect, decode};
+use super::panel::{self, Operand, Part, Scales, Sums, decode};
+use super::sink::Sink;
 use super::tiles::{EDGE, ROW, TILE};
 use crate::lanes::STEP;
-use crate::mat::Mat;
-use crate::packed::{Line, Out, Packed, Segment, aligned};
+use crate::mat::{DType, Mat};
+use crate::packed::{Line, Packed, Segment, aligned};
 use bytemuck::Zeroable;
 use std::arch::x86_64::*;
 use std::cell::RefCell;
@@ -18,43 +20,88 @@ use std::ops::Range;
 
 /// Tiles of rows whose sums are kept at once.
 const ROW_TILES: usize = 16;
-/// Panels whose sums are kept at once.
-const PANELS: usize = 32;
-/// Steps of k decoded, and passed over all rows, at once.
+/// Pairs of panels whose sums are kept at once.
+const PAIRS: usize = 16;
+/// Steps of k in a run.
 const RUN: usize = 8;
+/// Runs between one that is multiplied and the one that is asked for meanwhile.
+const AHEAD: usize = 4;
+/// Passes up to which rows are read where they are stored although they begin anywhere in a cache line.
+const UNALIGNED: usize = 4;
 /// Tiles of activations in a block of k.
 const BLOCK: usize = 1024;
 
 thread_local! {
-    /// A decoded block, and sums, kept between calls.
+    /// A decoded run, and sums, kept between calls.
     static SCRATCH: RefCell<(Vec<Line>, Vec<Line>)> = const { RefCell::new((Vec::new(), Vec::new())) };
+}
+
+/// What is multiplied: panels of one weight, two by two, or each panel of a weight with the same of another.
+#[derive(Clone, Copy)]
+pub(super) enum Source<'a> {
+    One(Mat<'a>),
+    /// Of the same shape, type and blocks.
+    Both([Mat<'a>; 2]),
+}
+
+impl<'a> Source<'a> {
+    fn first(&self) -> &Mat<'a> {
+        match self {
+            Source::One(w) | Source::Both([w, _]) => w,
+        }
+    }
+
+    fn pairs(&self) -> usize {
+        match self {
+            Source::One(w) => w.n().div_ceil(2 * EDGE),
+            Source::Both([w, _]) => w.n().div_ceil(EDGE),
+        }
+    }
+
+    /// The weight and the first output of each panel of a pair.
+    fn panels(&self, pair: usize) -> [Option<(&Mat<'a>, usize)>; 2] {
+        match self {
+            Source::One(w) => {
+                let n = 2 * pair * EDGE;
+                [Some((w, n)), (n + EDGE < w.n()).then_some((w, n + EDGE))]
+            }
+            Source::Both(w) => w.each_ref().map(|w| Some((w, pair * EDGE))),
+        }
+    }
 }
 
 /// The product for any number of rows above one tile's.
 ///
 /// # Safety
-/// Tiles are configured full, `x` is packed for `w`; `y` has their shape.
+/// Tiles are configured full, `x` is packed for the source's weights, and the sink is for their outputs.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi")]
-pub(super) unsafe fn product(x: &Packed, w: &Mat<'_>, y: &mut Out<'_>) {
-    let parts = parts(x.segments(), w.scales().is_some());
+pub(super) unsafe fn product(x: &Packed, source: Source<'_>, sink: &mut impl Sink) {
+    let parts = parts(x.segments(), source.first().scales().is_some());
     let runs = gathered(parts.iter().map(Part::steps), RUN);
     let run_steps = |run: &Range<usize>| parts[run.clone()].iter().map(Part::steps).sum();
     let tiles = x.rows().div_ceil(EDGE);
-    let blocks = gathered(runs.iter().map(run_steps), BLOCK / tiles.min(ROW_TILES));
+    let mut blocks = gathered(runs.iter().map(run_steps), BLOCK / tiles.min(ROW_TILES));
+    if blocks.is_empty() {
+        // No k: sums of nothing.
+        blocks.push(0..0);
+    }
+    // Sums that are whole after one block need not wait for other panels.
+    let at_once = if blocks.len() == 1 { source.pairs() } else { PAIRS };
     let (mut decoded, mut sums) = SCRATCH.take();
     let right = Right::of(x);
     for first in (0..tiles).step_by(ROW_TILES) {
-        for n in (0..w.n()).step_by(PANELS * EDGE) {
+        for pair in (0..source.pairs()).step_by(at_once.max(1)) {
             let group = Group {
                 right,
                 tiles: first..tiles.min(first + ROW_TILES),
-                w: w.rows(n..w.n().min(n + PANELS * EDGE)),
+                source,
+                pairs: pair..source.pairs().min(pair + at_once),
                 parts: &parts,
                 runs: &runs,
                 blocks: &blocks,
             };
-            // SAFETY: the caller's; the columns are inside the output, borrowed here alone.
-            unsafe { group.compute(&mut decoded, &mut sums, &mut y.cols(n..n + group.w.n())) };
+            // SAFETY: the caller's.
+            unsafe { group.compute(&mut decoded, &mut sums, sink) };
         }
     }
     SCRATCH.set((decoded, sums));
@@ -90,11 +137,12 @@ fn gathered(sizes: impl Iterator<Item = usize>, least: usize) -> Vec<Range<usize
     out
 }
 
-/// Up to [`PANELS`] panels for up to [`ROW_TILES`] tiles of rows.
+/// Some pairs of panels for up to [`ROW_TILES`] tiles of rows.
 struct Group<'a> {
     right: Right<'a>,
     tiles: Range<usize>,
-    w: Mat<'a>,
+    source: Source<'a>,
+    pairs: Range<usize>,
     parts: &'a [Part],
     /// Ranges of parts.
     runs: &'a [Range<usize>],
@@ -104,135 +152,180 @@ struct Group<'a> {
 
 impl Group<'_> {
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi")]
-    unsafe fn compute(&self, decoded: &mut Vec<Line>, sums: &mut Vec<Line>, y: &mut Out<'_>) {
-        let panels = self.w.n().div_ceil(EDGE);
-        let pairs = self.tiles.len().div_ceil(2);
-        let sums = aligned::<Sums>(sums, panels.div_ceil(2) * pairs);
-        sums.fill(Sums::zeroed());
+    unsafe fn compute(&self, decoded: &mut Vec<Line>, sums: &mut Vec<Line>, sink: &mut impl Sink) {
+        let passes = self.tiles.len().div_ceil(2);
+        let whole = self.blocks.len() == 1;
+        let kept = if whole { 1 } else { self.pairs.len() };
+        let sums = aligned::<Sums>(sums, kept * passes);
         let mut block_sums = Sums::zeroed();
         for block in self.blocks {
-            for panel in (0..panels).step_by(2) {
-                let scales = std::array::from_fn(|i| panel::scales(&self.w, panel * EDGE + i));
-                let sums = &mut sums[panel / 2 * pairs..][..pairs];
+            for pair in self.pairs.clone() {
+                let at = if whole { 0 } else { pair - self.pairs.start };
+                let sums = &mut sums[at * passes..][..passes];
+                if block.start == 0 && (self.source.first().scales().is_some() || block.is_empty())
+                {
+                    sums.fill(Sums::zeroed());
+                }
+                let panels = self.source.panels(pair);
+                let scales = std::array::from_fn(|i| match panels[i / EDGE] {
+                    Some((w, n)) => panel::scales(w, n + i % EDGE),
+                    None => Scales::default(),
+                });
                 for run in block.clone() {
                     let parts = &self.parts[self.runs[run].clone()];
-                    let steps: usize = parts.iter().map(Part::steps).sum();
-                    let count = 2.min(panels - panel);
-                    let out = aligned::<u8>(decoded, 2 * steps * TILE);
-                    for (p, out) in out.chunks_exact_mut(steps * TILE).take(count).enumerate() {
-                        let (n, mut at) = ((panel + p) * EDGE, 0);
-                        for part in parts {
-                            decode(&self.w, n, *part, &mut out[at..], |byte| byte);
-                            at += part.steps() * TILE;
-                        }
-                    }
                     let mut pass = Pass {
                         group: self,
                         run: &self.runs[run],
+                        first: run == 0,
                         scales: &scales,
-                        left: [out.as_ptr(), out[steps * TILE..].as_ptr()],
-                        next: self.after(block, run, panel, steps * pairs),
+                        left: stored(&panels, parts, passes)
+                            .unwrap_or_else(|| decode_run(&panels, parts, decoded)),
+                        ahead: self.ahead(block, run, pair, passes),
                         block: &mut block_sums,
                     };
-                    // SAFETY: the caller's; decoded tiles and sums are of this run.
+                    // SAFETY: the caller's; operands and sums are of this run.
                     unsafe {
-                        match count {
-                            1 => pass.compute::<1>(sums),
-                            _ => pass.compute::<2>(sums),
+                        match panels[1] {
+                            None => pass.compute::<1>(sums),
+                            Some(_) => pass.compute::<2>(sums),
                         }
+                    }
+                }
+                if block.end == self.runs.len() {
+                    for (i, tile) in self.tiles.clone().enumerate() {
+                        let Sums([first, second]) = &sums[i / 2];
+                        // SAFETY: the caller's.
+                        unsafe { sink.take(pair, tile, [&first[i % 2], &second[i % 2]]) };
                     }
                 }
             }
         }
-        let rows = y.shape().0;
-        for panel in 0..panels {
-            for (i, tile) in self.tiles.clone().enumerate() {
-                let Sums(sums) = &sums[panel / 2 * pairs + i / 2];
-                let row = tile * EDGE;
-                collect(&sums[panel % 2][i % 2], y, row, EDGE.min(rows - row), panel * EDGE);
-            }
-        }
     }
 
-    /// What is decoded after `run` of `block` for the panels from `panel`, to be asked for in `turns` turns.
-    fn after(&self, block: &Range<usize>, run: usize, panel: usize, turns: usize) -> Ahead {
-        let (panel, run) = match (run + 1 < block.end, (panel + 2) * EDGE < self.w.n()) {
-            (true, _) => (panel, run + 1),
-            (false, true) => (panel + 2, block.start),
-            (false, false) => (0, block.end),
+    /// What is to be asked for in `passes` passes while `run` of `block` is multiplied for `pair`: what is read a few runs
+    /// later.
+    fn ahead(&self, block: &Range<usize>, run: usize, pair: usize, passes: usize) -> Ahead {
+        let at = run - block.start + AHEAD;
+        let (pair, run) = match pair + at / block.len() {
+            pair if pair < self.pairs.end => (pair, block.start + at % block.len()),
+            // Of the next block, if there is one.
+            _ => (self.pairs.start, block.end + at % block.len()),
         };
-        let (n, size) = (panel * EDGE, self.w.dtype().size());
-        let Some(run) = self.runs.get(run) else {
-            return Ahead {
-                row: std::ptr::null(),
-                stride: 0,
-                rows: 0,
-                lines: 0,
-                line: 0,
-                share: 0,
-            };
-        };
+        let Some(run) = self.runs.get(run) else { return Ahead::NONE };
         let (first, last) = (self.parts[run.start], self.parts[run.end - 1]);
-        let bytes = (last.from + last.len - first.from) * size;
-        let rows = (self.w.n() - n).min(2 * EDGE);
+        let size = self.source.first().dtype().size();
         // Rows of any alignment: the run's last bytes may lie in one line more, which the next run's first line is.
-        let lines = bytes.div_ceil(LINE);
-        Ahead {
-            row: self.w.row_bytes(n).as_ptr().wrapping_add(first.from * size),
-            stride: self.w.stride(),
-            rows,
-            lines,
-            line: 0,
-            share: (rows * lines).div_ceil(turns.max(1)),
+        let lines = ((last.from + last.len - first.from) * size).div_ceil(LINE);
+        let rows = self.source.panels(pair).map(|panel| match panel {
+            Some((w, n)) => {
+                let row = w.row_bytes(n).as_ptr().wrapping_add(first.from * size);
+                (row, (w.n() - n).min(EDGE))
+            }
+            None => (std::ptr::null(), 0),
+        });
+        Ahead { rows, stride: self.source.first().stride(), lines, share: EDGE.div_ceil(passes) }
+    }
+}
+
+/// Panels as operands where they are stored: whole ones in bf16, and whole steps. Not if many passes would read rows
+/// that do not begin at a cache line's edge, which costs two lines for each.
+fn stored(
+    panels: &[Option<(&Mat<'_>, usize)>; 2],
+    parts: &[Part],
+    passes: usize,
+) -> Option<Operand> {
+    let [part] = parts else { return None };
+    let stride = panels[0]?.0.stride();
+    let fits = panels
+        .iter()
+        .flatten()
+        .all(|(w, n)| w.dtype() == DType::Bf16 && n + EDGE <= w.n() && w.stride() == stride);
+    let first = panels.map(|panel| match panel {
+        Some((w, n)) => w.row_bytes(n).as_ptr().wrapping_add(part.from * 2),
+        None => std::ptr::null(),
+    });
+    let aligned =
+        first.iter().all(|p| p.addr().is_multiple_of(LINE)) && stride.is_multiple_of(LINE);
+    let fits = fits && part.len.is_multiple_of(STEP) && (aligned || passes <= UNALIGNED);
+    fits.then_some(Operand { first, stride, step: ROW })
+}
+
+/// Panels as operands decoded into `out`.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi")]
+fn decode_run(
+    panels: &[Option<(&Mat<'_>, usize)>; 2],
+    parts: &[Part],
+    out: &mut Vec<Line>,
+) -> Operand {
+    let bytes = parts.iter().map(Part::steps).sum::<usize>() * TILE;
+    let out = aligned::<u8>(out, 2 * bytes);
+    for ((w, n), out) in panels.iter().flatten().zip(out.chunks_exact_mut(bytes)) {
+        let mut at = 0;
+        for part in parts {
+            decode(w, *n, *part, &mut out[at..], |byte| byte);
+            at += part.steps() * TILE;
         }
     }
+    let first = [out.as_ptr(), out[bytes..].as_ptr()];
+    Operand { first, stride: ROW, step: TILE }
 }
 
 /// Bytes of a cache line.
 const LINE: usize = 64;
 
-/// A block of a weight to be asked for a few lines at a time, one row after another.
+/// A run of two panels to be asked for while another is multiplied: some of its rows in each pass over a pair of tiles,
+/// a line of each with every step.
+#[derive(Clone, Copy)]
 struct Ahead {
-    row: *const u8,
+    /// The first row of each panel, and how many there are.
+    rows: [(*const u8, usize); 2],
     stride: usize,
-    /// Rows left.
-    rows: usize,
-    /// Lines of a row, and the next of them.
+    /// Lines of a row.
     lines: usize,
-    line: usize,
-    /// Lines in a turn.
+    /// Rows of each panel in a pass.
     share: usize,
 }
 
 impl Ahead {
+    /// Nothing to ask for.
+    const NONE: Ahead = Ahead { rows: [(std::ptr::null(), 0); 2], stride: 0, lines: 0, share: 0 };
+
+    /// What is to be asked for in pass `pass`.
+    fn pass(&self, pass: usize) -> Ahead {
+        let first = pass * self.share;
+        let rows = self.rows.map(|(row, count)| {
+            (row.wrapping_add(first * self.stride), count.saturating_sub(first).min(self.share))
+        });
+        Ahead { rows, ..*self }
+    }
+
     #[inline(always)]
-    fn turn(&mut self) {
-        for _ in 0..self.share {
-            if self.rows == 0 {
-                return;
-            }
-            let p = self.row.wrapping_add(self.line * LINE);
-            // SAFETY: a hint, to any address.
-            unsafe { _mm_prefetch::<_MM_HINT_T1>(p.cast()) };
-            self.line += 1;
-            if self.line == self.lines {
-                (self.row, self.rows, self.line) =
-                    (self.row.wrapping_add(self.stride), self.rows - 1, 0);
+    fn step(&self, step: usize) {
+        if step >= self.lines {
+            return;
+        }
+        for (row, count) in self.rows {
+            let mut line = row.wrapping_add(step * LINE);
+            for _ in 0..count {
+                // SAFETY: a hint, to any address.
+                unsafe { _mm_prefetch::<_MM_HINT_T1>(line.cast()) };
+                line = line.wrapping_add(self.stride);
             }
         }
     }
 }
 
-/// Two decoded panels over a group's tiles of rows.
+/// Two panels over a group's tiles of rows, along a run.
 struct Pass<'a> {
     group: &'a Group<'a>,
-    /// The parts that are decoded.
+    /// Its parts.
     run: &'a Range<usize>,
+    /// Whether there are no sums yet.
+    first: bool,
     scales: &'a [Scales<'a>; 2 * EDGE],
-    /// Decoded tiles of each panel.
-    left: [*const u8; 2],
+    left: Operand,
     /// What to ask for meanwhile.
-    next: Ahead,
+    ahead: Ahead,
     /// Room for a k-block's sums.
     block: &'a mut Sums,
 }
@@ -241,12 +334,12 @@ impl Pass<'_> {
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi")]
     unsafe fn compute<const P: usize>(&mut self, sums: &mut [Sums]) {
         let tiles = self.group.tiles.len();
-        for (pair, sums) in sums.iter_mut().enumerate() {
+        for (pass, sums) in sums.iter_mut().enumerate() {
             // SAFETY: the caller's.
             unsafe {
-                match tiles - 2 * pair {
-                    1 => self.tiles::<P, 1>(2 * pair, sums),
-                    _ => self.tiles::<P, 2>(2 * pair, sums),
+                match tiles - 2 * pass {
+                    1 => self.tiles::<P, 1>(pass, sums),
+                    _ => self.tiles::<P, 2>(pass, sums),
                 }
             }
         }
@@ -254,14 +347,15 @@ impl Pass<'_> {
 
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi")]
-    unsafe fn tiles<const P: usize, const R: usize>(&mut self, tile: usize, sums: &mut Sums) {
-        let Group { right, tiles, w, parts, .. } = self.group;
-        let scaled = w.scales().is_some();
-        let tile = tiles.start + tile;
-        let mut done = 0;
+    unsafe fn tiles<const P: usize, const R: usize>(&mut self, pass: usize, sums: &mut Sums) {
+        let Group { right, tiles, source, parts, .. } = self.group;
+        let scaled = source.first().scales().is_some();
+        let tile = tiles.start + 2 * pass;
+        let (mut left, mut done) = (self.left, 0);
+        let ahead = self.ahead.pass(pass);
         // SAFETY: the caller's; operands have the parts' steps.
         unsafe {
-            match scaled {
+            match scaled || self.first {
                 true => panel::zero::<P, R>(),
                 false => panel::load::<P, R>(sums),
             }
@@ -270,10 +364,9 @@ impl Pass<'_> {
                 let second = if R > 1 { right.at(tile + 1, part.step) } else { std::ptr::null() };
                 let first = [right.at(tile, part.step), second];
                 let right = Operand { first, stride: ROW, step: TILE };
-                let first = self.left.map(|p| p.wrapping_add(done * TILE));
-                let left = Operand { first, stride: ROW, step: TILE };
-                panel::run::<P, R>(left, right, part.steps(), |_| self.next.turn());
+                panel::run::<P, R>(left, right, part.steps(), |step| ahead.step(done + step));
                 done += part.steps();
+                left.first = left.first.map(|p| p.wrapping_add(part.steps() * left.step));
                 if scaled {
                     panel::store::<P, R>(self.block);
                     panel::zero::<P, R>();
