@@ -246,6 +246,7 @@ impl Executor {
                 compute_us: micros(took),
                 error: None,
                 rows: Bytes::new(),
+                checksum: None,
             };
             let mut finite = true;
             let bytes = form.rows(&job.frame) * form.dtype().row_bytes(self.parts.hidden);
@@ -255,6 +256,9 @@ impl Executor {
                 let results = rows.iter().map(result);
                 finite = self.results.write(kernels, form, &job.frame, results, buffer);
             });
+            if job.frame.checksum.is_some() {
+                wire::seal(self.wire.buffer());
+            }
             let reply = self.wire.take();
             if !finite {
                 let message = format!("layer {}: a result is not finite", job.frame.layer);
@@ -322,6 +326,9 @@ pub fn refusal(frame: &DispatchFrame, code: ErrorCode, message: String) -> Bytes
     };
     let mut wire = BytesMut::new();
     wire::put(&mut wire, &head, 0, |_| {});
+    if frame.checksum.is_some() {
+        wire::seal(&mut wire);
+    }
     wire.freeze()
 }
 

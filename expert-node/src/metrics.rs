@@ -25,6 +25,7 @@ pub struct NodeMetrics {
     pub queue_seconds: Histogram,
     pub compute_seconds: Histogram,
     pub rows_per_expert: Histogram,
+    pub damaged: Counter,
     pub fetched_bytes: Counter,
     pub given_bytes: Counter,
     refused: Family<CodeLabel, Counter>,
@@ -39,6 +40,7 @@ impl NodeMetrics {
             queue_seconds: Histogram::new(step_seconds()),
             compute_seconds: Histogram::new(step_seconds()),
             rows_per_expert: Histogram::new(rows()),
+            damaged: Counter::default(),
             fetched_bytes: Counter::default(),
             given_bytes: Counter::default(),
             refused: Family::default(),
@@ -62,6 +64,7 @@ impl NodeMetrics {
             "Rows of one expert in one batch",
             new.rows_per_expert.clone(),
         );
+        registry.register("damaged_frames", "Frames with a wrong checksum", new.damaged.clone());
         registry.register(
             "fetched_bytes",
             "Weights that came from other nodes",

@@ -191,6 +191,11 @@ impl Service {
         }
     }
 
+    /// A frame came that is not what was sent.
+    pub fn damaged(&self) {
+        self.0.parts.metrics.damaged.inc();
+    }
+
     /// Where frames come from and go to when they are done with.
     pub fn spare(&self) -> &Spare {
         &self.0.parts.spare

@@ -91,7 +91,12 @@ async fn read(service: Service, mut body: Body, replies: mpsc::Sender<Result<Byt
         }) {
             Ok(Some(())) => service.take(frame, Instant::now(), permit, &mut seen),
             Ok(None) => return,
-            Err(status) => break status,
+            Err(status) => {
+                if status.code() == Code::DataLoss {
+                    service.damaged();
+                }
+                break status;
+            }
         }
     };
     tracing::debug!(status = %broken, "dispatch stream broke");
@@ -122,6 +127,9 @@ async fn next(messages: &mut Messages, body: &mut Body) -> Result<Option<Bytes>,
 fn invalid(error: wire::WireError) -> Status {
     let code = match error {
         wire::WireError::Compressed => Code::Unimplemented,
+        // Not even its ticket can be believed: the stream ends, and what was open on it
+        // is asked of another node.
+        wire::WireError::Damaged => Code::DataLoss,
         _ => Code::InvalidArgument,
     };
     Status::new(code, error.to_string())

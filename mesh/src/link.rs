@@ -47,7 +47,10 @@ const CALL_TIMEOUT: Duration = Duration::from_secs(20);
 pub enum LinkEvent {
     Reply(NodeIndex, DispatchReply),
     /// The stream ended: what was sent and not answered will not be.
-    Down(NodeIndex),
+    Down {
+        node: NodeIndex,
+        damaged: bool,
+    },
 }
 
 /// Told to the fleet whenever a link comes up or goes down, or its node owns something else.
@@ -145,6 +148,11 @@ impl LinkHandle {
         let sent = self.stream.load().as_ref().is_some_and(|stream| stream.send(frame));
         self.frames.fetch_add(u64::from(sent), Ordering::Relaxed);
         sent
+    }
+
+    /// Whether frames have to be sealed on the way to it.
+    pub fn is_sealed(&self) -> bool {
+        self.stream.load().as_ref().is_some_and(|stream| stream.is_sealed())
     }
 
     /// Who answers there, while the link is up.
@@ -272,7 +280,8 @@ impl Link {
         self.parts.handle.down(reason);
         if was_up {
             notify(&self.parts.fleet);
-            let event = LinkEvent::Down(self.parts.handle.node);
+            let damaged = matches!(reason, LinkError::Stream(error) if error.is_damage());
+            let event = LinkEvent::Down { node: self.parts.handle.node, damaged };
             // The channel holds more than all frames in flight, so it is full only
             // when a peer floods us; then a thread may wait for the engine.
             if let Err(TrySendError::Full(event)) = self.parts.events.try_send(event) {

@@ -10,11 +10,16 @@ use bytes::{Buf as _, BufMut as _, Bytes, BytesMut};
 use prost::Message;
 use prost::encoding::{WireType, encode_key, encode_varint, encoded_len_varint, key_len};
 
+use crate::v1::{DispatchFrame, DispatchReply};
+
 /// Compression flag and length.
 const PREFIX: usize = 5;
 /// The field that holds the rows, in frames as in replies. Last, so that it can
 /// be appended to the others.
 const ROWS: u32 = 15;
+/// How the field begins that holds the checksum of all before it (16, fixed32), and its bytes.
+const SEALED: [u8; 2] = [0x85, 0x01];
+const SEAL: usize = SEALED.len() + 4;
 
 /// Why a stream of messages cannot be read further.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -27,6 +32,25 @@ pub enum WireError {
     Malformed(#[from] prost::DecodeError),
     #[error("the stream ended inside a message")]
     Cut,
+    #[error("a message is not as it was sent: its checksum is wrong")]
+    Damaged,
+}
+
+/// A message that may end with a checksum.
+pub trait Sealed: Message {
+    fn sealed_with(&self) -> Option<u32>;
+}
+
+impl Sealed for DispatchFrame {
+    fn sealed_with(&self) -> Option<u32> {
+        self.checksum
+    }
+}
+
+impl Sealed for DispatchReply {
+    fn sealed_with(&self) -> Option<u32> {
+        self.checksum
+    }
 }
 
 /// Bytes that [`put`] appends.
@@ -48,7 +72,7 @@ pub fn put<M: Message>(
     write: impl FnOnce(&mut BytesMut),
 ) {
     let (message, all) = sizes(head, rows);
-    buffer.reserve(all);
+    buffer.reserve(all + SEAL);
     let end = buffer.len() + all;
     buffer.put_u8(0);
     buffer.put_u32(message as u32);
@@ -59,6 +83,16 @@ pub fn put<M: Message>(
         write(buffer);
     }
     debug_assert_eq!(buffer.len(), end, "the rows are as long as was said");
+}
+
+/// Ends the one message in `buffer`, which [`put`] wrote, with its checksum.
+pub fn seal(buffer: &mut BytesMut) {
+    let Some(message) = buffer.get(PREFIX..) else { return };
+    let checksum = crc32fast::hash(message);
+    let length = (message.len() + SEAL) as u32;
+    buffer[1..PREFIX].copy_from_slice(&length.to_be_bytes());
+    buffer.put_slice(&SEALED);
+    buffer.put_u32_le(checksum);
 }
 
 /// What messages that leave together are written into: one piece of memory, which is used again
@@ -76,7 +110,7 @@ impl Leaving {
     /// leave the others without.
     pub fn begin(&mut self) {
         self.taken = 0;
-        self.buffer.reserve(self.most);
+        self.buffer.reserve(self.most + SEAL);
     }
 
     /// To write a message into.
@@ -169,10 +203,22 @@ impl Messages {
 /// Reads a message into `into`, whose vectors keep their room.
 ///
 /// # Errors
-/// It is no such message.
-pub fn read<M: Message>(message: Bytes, into: &mut M) -> Result<(), WireError> {
+/// It is no such message, or not what was sent.
+pub fn read<M: Sealed>(message: Bytes, into: &mut M) -> Result<(), WireError> {
     into.clear();
-    Ok(into.merge(message)?)
+    // Only a message that ends as a sealed one does is summed.
+    let sum = match message.len().checked_sub(SEAL) {
+        Some(end) if message[end..].starts_with(&SEALED) => {
+            Some(crc32fast::hash(&message[..end]))
+        }
+        _ => None,
+    };
+    into.merge(message)?;
+    match into.sealed_with() {
+        None => Ok(()),
+        said if said == sum => Ok(()),
+        Some(_) => Err(WireError::Damaged),
+    }
 }
 
 #[cfg(test)]
@@ -200,7 +246,6 @@ mod tests {
     }
 
     use super::*;
-    use crate::v1::DispatchFrame;
 
     fn frame() -> impl Strategy<Value = DispatchFrame> {
         let numbers = || prop::collection::vec(any::<u32>(), 0..9);
@@ -221,6 +266,7 @@ mod tests {
                 reply_dtype: n.1 as i32 & 3,
                 weights: vec![0.5; n.2 as usize & 3],
                 rows: rows.into(),
+                checksum: None,
             })
     }
 
@@ -260,6 +306,32 @@ mod tests {
             }
             prop_assert_eq!(got, frames);
             prop_assert_eq!(messages.finish(), Ok(()));
+        }
+
+        /// A sealed message is an ordinary one, and whichever bit of it flips, that is seen
+        /// or changes nothing.
+        #[test]
+        fn a_flipped_bit_is_seen(frame in frame(), flip in any::<prop::sample::Index>()) {
+            let mut wire = BytesMut::new();
+            let head = DispatchFrame { rows: Bytes::new(), ..frame.clone() };
+            put(&mut wire, &head, frame.rows.len(), |buffer| buffer.put_slice(&frame.rows));
+            seal(&mut wire);
+            let mut messages = Messages::new(1 << 20);
+            messages.push(wire.clone().freeze());
+            let message = messages.take().unwrap().unwrap();
+            prop_assert_eq!(messages.finish(), Ok(()));
+            let mut into = DispatchFrame::default();
+            read(message.clone(), &mut into).unwrap();
+            prop_assert_eq!(DispatchFrame { checksum: None, ..into.clone() }, frame.clone());
+            prop_assert_eq!(into.encode_to_vec(), message.to_vec());
+
+            let mut flipped = message.to_vec();
+            let bit = flip.index(flipped.len() * 8);
+            flipped[bit / 8] ^= 1 << (bit % 8);
+            if read(flipped.into(), &mut into).is_ok() {
+                // It hit the checksum's own name, so there is none.
+                prop_assert_eq!((into.checksum, DispatchFrame { checksum: None, ..into }), (None, frame));
+            }
         }
 
         /// Whatever a peer sends, it is an error or a message, never a panic.

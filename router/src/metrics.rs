@@ -29,6 +29,7 @@ pub struct RouterMetrics {
     pub exchange_wait: Histogram,
     pub round_trip: Histogram,
     pub retries: Counter,
+    pub damaged: Counter,
     pub frames: Counter,
     pub late: Counter,
     pub again: Counter,
@@ -60,6 +61,7 @@ impl RouterMetrics {
             exchange_wait: Histogram::new(step_seconds()),
             round_trip: Histogram::new(step_seconds()),
             retries: Counter::default(),
+            damaged: Counter::default(),
             frames: Counter::default(),
             late: Counter::default(),
             again: Counter::default(),
@@ -80,6 +82,7 @@ impl RouterMetrics {
         counter("generated_tokens", "Tokens sampled", &new.generated);
         counter("prefilled_tokens", "Prompt tokens computed", &new.prefilled);
         counter("dispatch_retries", "Frames sent again elsewhere", &new.retries);
+        counter("damaged_streams", "Streams to nodes that a wrong checksum ended", &new.damaged);
         counter("dispatch_frames", "Frames sent for the first time", &new.frames);
         counter("dispatch_late", "Frames whose deadline passed", &new.late);
         counter("dispatch_again", "Frames sent twice, as the first was late", &new.again);

@@ -77,6 +77,7 @@ pub struct Counters {
     pub retries: Lasting,
     pub stale: Lasting,
     pub resumed: Lasting,
+    pub damaged: Lasting,
 }
 
 impl Counters {
@@ -87,6 +88,7 @@ impl Counters {
             self.retries.see(at, status.nodes.iter().map(|node| node.retries as f64).sum());
             let side = Address::Unix(mesh.socket(&format!("router-{at}-admin")));
             self.stale.see(at, metric(&side, "moemesh_router_stale_replies_total").await);
+            self.damaged.see(at, metric(&side, "moemesh_router_damaged_streams_total").await);
         }
         for (at, address) in mesh.addresses.iter().enumerate() {
             self.resumed.see(at, metric(address, "moemesh_gateway_resumed_total").await);
@@ -169,6 +171,7 @@ pub struct Report {
     pub retries: f64,
     pub stale: f64,
     pub resumed: f64,
+    pub damaged: f64,
     pub notes: Vec<String>,
 }
 
@@ -208,7 +211,7 @@ impl Report {
             "id": id, "seed": seed, "n": run.answered, "calm": calm.json(), "run": run.json(),
             "faults": faults, "in_flight": in_flight, "recovery_max_ms": ms(slowest),
             "frames": self.frames, "retries": self.retries, "stale": self.stale,
-            "amplification": self.amplification(), "resumed": self.resumed, "notes": self.notes,
+            "amplification": self.amplification(), "resumed": self.resumed, "damaged": self.damaged, "notes": self.notes,
         });
         println!("{line}");
     }

@@ -69,7 +69,10 @@ fn r2_hang() {
             Check::Retried,
             Check::Amplification(1.2),
             Check::History,
-        ],
+        ]
+        .into_iter()
+        .chain(bars([Check::Gap(Duration::from_millis(1200))]))
+        .collect(),
     });
 }
 

@@ -124,6 +124,7 @@ async fn perform(scenario: Scenario, seed: u64) -> Vec<String> {
         retries: counters.retries.sum(),
         stale: counters.stale.sum(),
         resumed: counters.resumed.sum(),
+        damaged: counters.damaged.sum(),
         notes: inflict.notes(),
     };
     let history = if wants_history { Some(histories(&mesh)) } else { None };
@@ -191,6 +192,9 @@ fn judge(
                 Some("no frame was sent again".to_owned())
             }
             Check::Resumed if report.resumed < 1.0 => Some("no stream was resumed".to_owned()),
+            Check::Noticed(least) if report.damaged < *least as f64 => {
+                Some(format!("{} of {least} flipped bits were noticed", report.damaged))
+            }
             Check::Amplification(most) if report.amplification() > *most => {
                 Some(format!("amplification ×{:.3} of {most}", report.amplification()))
             }

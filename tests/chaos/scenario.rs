@@ -86,6 +86,8 @@ pub enum Check {
     Retried,
     /// At least one stream went on, on another router.
     Resumed,
+    /// At least so many streams to nodes were ended by a wrong checksum.
+    Noticed(usize),
     /// Frames sent, to those that had to be.
     Amplification(f64),
     /// The longest time between two events of a stream.

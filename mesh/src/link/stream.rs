@@ -54,6 +54,18 @@ pub enum StreamError {
     Ended,
 }
 
+impl StreamError {
+    /// Somebody found a message that is not what was sent.
+    pub fn is_damage(&self) -> bool {
+        match self {
+            Self::Wire(wire::WireError::Damaged) => true,
+            // DATA_LOSS
+            Self::Grpc { code, .. } => code == "15",
+            _ => false,
+        }
+    }
+}
+
 fn in_words(error: &(dyn std::error::Error + 'static)) -> String {
     tls::explain(error).unwrap_or_else(|| error.to_string())
 }
@@ -65,13 +77,19 @@ pub struct Writer(Arc<Inner>);
 struct Inner {
     stream: Mutex<SendStream<Bytes>>,
     unanswered: AtomicUsize,
+    sealed: bool,
 }
 
 impl Writer {
+    /// Whether messages have to be sealed, as nothing else would show a flipped bit.
+    pub fn is_sealed(&self) -> bool {
+        self.0.sealed
+    }
+
     /// Hands a message over; false when the stream is broken or has too many
     /// unanswered. It leaves when the connection's runtime next gets its turn.
     pub fn send(&self, message: Bytes) -> bool {
-        let Inner { stream, unanswered } = &*self.0;
+        let Inner { stream, unanswered, .. } = &*self.0;
         if unanswered.fetch_add(1, Ordering::Relaxed) >= UNANSWERED
             || stream.lock().send_data(message, false).is_err()
         {
@@ -104,25 +122,29 @@ pub async fn open(
         if let Some((tls, expected)) = tls {
             let socket = Socket::connect(endpoint).await?;
             let (stream, _) = tls.connect(socket, expected).await?;
-            return handshake(stream, "mesh").await;
+            return handshake(stream, "mesh", false).await;
         }
         match endpoint {
             Endpoint::Tcp(address) => {
                 let socket = TcpStream::connect(address).await?;
                 socket.set_nodelay(true)?;
-                handshake(socket, address).await
+                handshake(socket, address, true).await
             }
             Endpoint::Unix(path) => {
                 let socket = UnixStream::connect(unix_name(path)).await?;
                 widen(&socket);
-                handshake(socket, "localhost").await
+                handshake(socket, "localhost", false).await
             }
         }
     };
     tokio::time::timeout(CONNECT_TIMEOUT, connecting).await.map_err(|_| StreamError::Slow)?
 }
 
-async fn handshake<S>(socket: S, authority: &str) -> Result<(Writer, Reader), StreamError>
+async fn handshake<S>(
+    socket: S,
+    authority: &str,
+    sealed: bool,
+) -> Result<(Writer, Reader), StreamError>
 where
     S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {
@@ -157,7 +179,7 @@ where
     if response.headers().contains_key("grpc-status") {
         return Err(status(response.headers()));
     }
-    let inner = Inner { stream: Mutex::new(stream), unanswered: AtomicUsize::new(0) };
+    let inner = Inner { stream: Mutex::new(stream), unanswered: AtomicUsize::new(0), sealed };
     let writer = Writer(Arc::new(inner));
     let messages = Messages::new(MAX_MESSAGE_BYTES);
     let reader = Reader { stream: response.into_body(), messages, writer: writer.clone(), tasks };
@@ -186,6 +208,9 @@ impl Reader {
             if let Some(message) = self.messages.take()? {
                 let mut reply = DispatchReply::default();
                 wire::read(message, &mut reply)?;
+                if self.writer.0.sealed && reply.checksum.is_none() {
+                    return Err(wire::WireError::Damaged.into());
+                }
                 let taken = |unanswered: usize| unanswered.checked_sub(1);
                 let unanswered = &self.writer.0.unanswered;
                 return match unanswered.fetch_update(Ordering::Relaxed, Ordering::Relaxed, taken) {

@@ -39,6 +39,11 @@ pub struct DispatchFrame {
     /// slot_counts.len() x hidden values of dtype, little-endian, row-major.
     #[prost(bytes = "bytes", tag = "15")]
     pub rows: ::prost::bytes::Bytes,
+    /// CRC-32 (IEEE 802.3) over all bytes of the message before it; if there is one, it
+    /// is the last field, and the reply has one too. Routers send it where neither TLS
+    /// nor this machine's memory keeps bits from flipping unseen: on plain TCP.
+    #[prost(fixed32, optional, tag = "16")]
+    pub checksum: ::core::option::Option<u32>,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct DispatchReply {
@@ -62,6 +67,9 @@ pub struct DispatchReply {
     /// if the frame had weights, one weighted sum per row.
     #[prost(bytes = "bytes", tag = "15")]
     pub rows: ::prost::bytes::Bytes,
+    /// As the frame's, if that had one.
+    #[prost(fixed32, optional, tag = "16")]
+    pub checksum: ::core::option::Option<u32>,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct DispatchError {

@@ -12,7 +12,7 @@ use mesh::pump::{AWAKE, Pump, Turn};
 use mesh::telemetry::propagate;
 use model::rows::encode_fp8;
 use model::{Routed, Share};
-use proto::wire::Leaving;
+use proto::wire::{self, Leaving};
 use proto::{Epoch, ExpertId, LayerId, Ticket};
 use tokio::sync::mpsc::Receiver;
 use tracing::Span;
@@ -138,7 +138,8 @@ impl Remote {
                         Taken::Stale => _ = self.metrics.stale_replies.inc(),
                     }
                 }
-                Some(Some(LinkEvent::Down(node))) => {
+                Some(Some(LinkEvent::Down { node, damaged })) => {
+                    self.metrics.damaged.inc_by(u64::from(damaged));
                     let before = self.retries();
                     for (exchange, _) in &mut self.lanes {
                         exchange.on_down(node, &placement, now);
@@ -264,12 +265,16 @@ impl Remote {
         self.pump.run(async {
             while let Some(Outgoing { node, ticket }) = exchange.outbox.pop() {
                 exchange.encode(ticket, rows, routed.weights, self.wire.buffer());
+                let link = self.links.get(node);
+                if link.as_ref().is_some_and(|link| link.is_sealed()) {
+                    wire::seal(self.wire.buffer());
+                }
                 let frame = self.wire.take();
                 if frame.is_empty() {
                     // Its slots have been given up since.
                     continue;
                 }
-                if !self.links.get(node).is_some_and(|link| link.send(frame)) {
+                if !link.is_some_and(|link| link.send(frame)) {
                     exchange.on_unsent(ticket, placement, now);
                 } else if history.is_on() {
                     record_sent(history, exchange, lane, ticket);
