@@ -4,10 +4,19 @@
 //! so that neither building nor running needs a CUDA toolkit. [`Gpu::open`] says why there is no device, where there is
 //! none; nothing here is called without one.
 
+mod arena;
 mod error;
+mod ffn;
 mod gpu;
+mod layout;
 mod memory;
+pub mod schedule;
+mod tensor_map;
 
+pub use arena::Arena;
 pub use error::GpuError;
+pub use ffn::{GroupedFfn, Piece};
 pub use gpu::{Gpu, Grid, Kernel, Lane, SHARED_BYTES};
+pub use layout::{BLOCK, Coding, ExpertShape, Layout, LayoutError};
 pub use memory::{Memory, Pinned};
+pub use tensor_map::{Element, TensorMap, Tiled};

@@ -32,6 +32,8 @@ pub struct Grid {
 pub enum Lane {
     /// What computes.
     Compute,
+    /// What computes in turn with it.
+    Beside,
     /// What brings weights in beside it.
     Copy,
 }
@@ -41,6 +43,7 @@ pub enum Lane {
 pub struct Gpu {
     context: Arc<CudaContext>,
     compute: Arc<CudaStream>,
+    beside: Arc<CudaStream>,
     copy: Arc<CudaStream>,
     modules: Arc<Vec<(&'static str, Arc<CudaModule>)>>,
     name: String,
@@ -77,7 +80,7 @@ impl Gpu {
         // SAFETY: streams are ordered by events and waits of this crate's own (`Memory` is freed only when they are idle).
         unsafe { context.disable_event_tracking() };
         let stream = || context.new_stream().map_err(failed("making a stream"));
-        let (compute, copy) = (stream()?, stream()?);
+        let (compute, beside, copy) = (stream()?, stream()?, stream()?);
         let modules = CUBINS.iter().map(|&(name, image)| {
             let image = Ptx::from_binary(image.to_vec());
             let module = context.load_module(image).map_err(failed("loading kernels"))?;
@@ -88,7 +91,8 @@ impl Gpu {
         let processors = sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT;
         let processors =
             context.attribute(processors).map_err(failed("counting its processors"))?;
-        Ok(Gpu { context, compute, copy, modules, name, processors: processors.max(1) as u32 })
+        let processors = processors.max(1) as u32;
+        Ok(Gpu { context, compute, beside, copy, modules, name, processors })
     }
 }
 
@@ -167,6 +171,7 @@ impl Gpu {
     pub(super) fn stream(&self, lane: Lane) -> &CudaStream {
         match lane {
             Lane::Compute => &self.compute,
+            Lane::Beside => &self.beside,
             Lane::Copy => &self.copy,
         }
     }
