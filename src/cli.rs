@@ -49,7 +49,7 @@ pub enum Command {
     /// Serve the model's trunk: attention, KV cache, gate, scheduler, sampling
     Router(RoleArgs),
     /// Serve experts to routers
-    ExpertNode(RoleArgs),
+    ExpertNode(ExpertNodeArgs),
     /// Show how gateways, routers and expert nodes are doing
     Status(StatusArgs),
     /// Move all experts away from a node, so that it can be stopped
@@ -208,6 +208,17 @@ pub struct RoleArgs {
     /// End when standard input closes
     #[arg(long, hide = true)]
     pub die_with_parent: bool,
+}
+
+/// A role's, and what is worth a flag.
+#[derive(Debug, Args)]
+pub struct ExpertNodeArgs {
+    #[command(flatten)]
+    pub role: RoleArgs,
+    /// What computes the experts: cpu, or cuda:N for an NVIDIA GPU of the Hopper
+    /// generation [default: cpu]
+    #[arg(long, value_name = "DEVICE")]
+    pub device: Option<String>,
 }
 
 #[derive(Debug, Args)]

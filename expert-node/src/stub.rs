@@ -7,7 +7,7 @@ use mesh::lifecycle::{Readiness, Shutdown};
 use mesh::metrics::Metrics;
 use mesh::near::Offer;
 use mesh::transport::{self, Endpoint};
-use model::Numerics;
+use model::{ExpertScratch, Numerics};
 use proto::LayerId;
 use proto::frame::Shape;
 
@@ -42,11 +42,13 @@ pub async fn serve(
             id: "stub".to_owned(),
             digest: DIGEST,
             numerics: NUMERICS,
-            isa,
+            class: NUMERICS.class(isa),
+            device: format!("cpu/{isa}"),
             shape,
             alive_at: None,
         },
         compute: kernels::Compute::new(isa, 1),
+        experts: Box::new(ExpertScratch::default()),
         store: Arc::new(Store::stub(LAYER, owned)),
         control: Control::new(None),
         admission: Arc::new(Admission::new(usize::MAX >> 1)),

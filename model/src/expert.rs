@@ -8,8 +8,10 @@
 mod tests;
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use half::bf16;
+use kernels::cuda::GpuError;
 use kernels::{Compute, Mat, Out, Packed, Pool};
 
 use crate::activations::{WireScratch, from_wire, to_wire};
@@ -27,7 +29,12 @@ pub struct Expert {
     layer: usize,
     index: usize,
     weights: Ffn,
+    /// No other lookup has the same; clones do.
+    key: u64,
 }
+
+/// How many were looked up.
+static LOOKUPS: AtomicU64 = AtomicU64::new(0);
 
 impl Expert {
     /// Looks up expert `index` of MoE layer `layer`; reads no weights.
@@ -37,7 +44,8 @@ impl Expert {
         index: usize,
     ) -> Result<Expert, LoadError> {
         let weights = checkpoint.expert(layer, index)?;
-        Ok(Expert { checkpoint: checkpoint.clone(), layer, index, weights })
+        let key = LOOKUPS.fetch_add(1, Ordering::Relaxed);
+        Ok(Expert { checkpoint: checkpoint.clone(), layer, index, weights, key })
     }
 
     /// Its layer.
@@ -58,6 +66,16 @@ impl Expert {
     /// Bytes of its weights as stored.
     pub fn bytes(&self) -> usize {
         self.weights.bytes()
+    }
+
+    /// What tells its weights from all others' in this process.
+    pub(crate) fn key(&self) -> u64 {
+        self.key
+    }
+
+    /// Gate, up and down, as they are stored.
+    pub fn mats(&self) -> [Mat<'_>; 3] {
+        self.weights().map(|weight| weight.mat(&self.checkpoint))
     }
 
     /// Gate, up and down.
@@ -128,6 +146,37 @@ pub struct ExpertGroup<'a> {
     pub expert: &'a Expert,
     /// How many of the rows are for it.
     pub rows: usize,
+}
+
+/// Where experts are computed.
+pub trait Experts: Send {
+    /// Computes every group's rows with its expert, as [`forward_experts`] says.
+    ///
+    /// # Errors
+    /// The device that computes cannot any more.
+    fn forward(
+        &mut self,
+        compute: &Compute,
+        numerics: Numerics,
+        groups: &[ExpertGroup<'_>],
+        x: &[u8],
+        out: &mut Vec<u8>,
+    ) -> Result<(), GpuError>;
+}
+
+/// On the CPU.
+impl Experts for ExpertScratch {
+    fn forward(
+        &mut self,
+        compute: &Compute,
+        numerics: Numerics,
+        groups: &[ExpertGroup<'_>],
+        x: &[u8],
+        out: &mut Vec<u8>,
+    ) -> Result<(), GpuError> {
+        forward_experts(compute, numerics, groups, x, out, self);
+        Ok(())
+    }
 }
 
 /// Reusable working memory of [`forward_experts`].
