@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use kernels::Isa;
 use model::gpu::{GpuExperts, GpuStartError};
-use model::{Checkpoint, Expert, ExpertDevice, ExpertScratch, Experts, Numerics};
+use model::{Checkpoint, ExpertDevice, ExpertScratch, Experts, Numerics};
 
 use crate::store::Store;
 use crate::{Config, Error};
@@ -74,9 +74,9 @@ pub fn open(
     let class = ExpertDevice::Cuda.class(config.numerics, isa, checkpoint)?;
     let model = checkpoint.config();
     let layers = model.moe_layers();
-    let example = Expert::load(checkpoint, layers.start, 0)?;
+    let shape = checkpoint.expert_shape(layers.start)?.map_err(|error| failed(error.into()))?;
     let count = layers.len() * model.experts;
-    let gpu = GpuExperts::open(ordinal, &example, count, config.gpu).map_err(failed)?;
+    let gpu = GpuExperts::open(ordinal, shape, count, config.gpu).map_err(failed)?;
     let (name, slots) = gpu.describe();
     tracing::info!(gpu = name, slots, class, "experts are computed on a GPU");
     store.bring_to(gpu.offers());

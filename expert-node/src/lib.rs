@@ -12,6 +12,7 @@
 //! - [`device`]: what computes the experts: the CPU, or a GPU that they are brought to
 //! - [`store`]: which experts are resident, and how much each has worked
 //! - [`control`]: the control service: which experts are to be resident, fenced
+//! - [`heads`], [`fetch`]: a checkpoint of which not all files are here, and experts from other nodes
 //! - [`announce`]: tells routers of a running mesh that the node is there
 //! - [`stub`]: a node without weights, to measure the way of a row
 
@@ -23,6 +24,8 @@ pub mod batcher;
 pub mod control;
 pub mod device;
 pub mod executor;
+pub mod fetch;
+pub mod heads;
 pub mod metrics;
 pub mod results;
 pub mod service;
@@ -42,7 +45,7 @@ use mesh::pump::Pump;
 use mesh::tls::{self, Tls, TlsError};
 use mesh::transport::{self, Endpoint, Listener, TransportError};
 use model::gpu::{GpuBudget, GpuStartError};
-use model::{Checkpoint, Experts, GpuError, LoadError, Numerics};
+use model::{Experts, GpuError, LoadError, Numerics};
 use proto::frame::Shape;
 use proto::v1::expert_control_server::ExpertControlServer;
 use tokio::sync::mpsc::UnboundedReceiver;
@@ -53,6 +56,7 @@ use crate::admission::Admission;
 use crate::control::Control;
 use crate::device::Device;
 use crate::executor::{Executor, Job};
+use crate::fetch::Fetcher;
 use crate::metrics::NodeMetrics;
 use crate::service::{Facts, Service};
 use crate::store::{Store, StoreError};
@@ -150,14 +154,16 @@ pub async fn serve(config: Config, shutdown: Shutdown) -> Result<(), Error> {
         tokio::spawn(admin::serve(listener, metrics, ready, async move { stop.wait().await }))
     });
 
-    let checkpoint = Checkpoint::open(&config.model_dir)?;
+    let routers = (&config.join[..], tls.as_ref());
+    let opened = heads::open(&config.model_dir, routers, &readiness, &shutdown).await?;
+    let Some(checkpoint) = opened else { return Ok(()) };
     let progress = |mapped, all| {
         readiness.set(Err(format!("{mapped} of {all} experts mapped")));
     };
     let store = match Store::load(&checkpoint, config.shard, config.memory_limit, progress) {
         Ok(store) => store,
         Err(StoreError::Load(error)) => return Err(Error::Load(error)),
-        Err(full) => return Err(Error::Memory(full)),
+        Err(other) => return Err(Error::Memory(other)),
     };
     let mut store = store;
     let isa = config.isa.unwrap_or_else(kernels::Isa::detect);
@@ -186,9 +192,11 @@ pub async fn serve(config: Config, shutdown: Shutdown) -> Result<(), Error> {
             top_k: model.top_k as u32,
         },
         alive_at,
+        partial: !checkpoint.is_whole(),
     };
     let compute = kernels::Compute::bound(isa, config.threads, config.first_cpu);
-    let control = Control::new(Some(checkpoint));
+    let fetcher = Fetcher { checkpoint, tls: tls.clone(), metrics: node.clone() };
+    let control = Control::new(Some(fetcher));
     let announcing = tokio::spawn(announce::keep(
         announce::Announcement {
             routers: config.join,

@@ -49,11 +49,13 @@ pub struct Facts {
     pub shape: Shape,
     /// Where `/healthz` is served, if anywhere.
     pub alive_at: Option<Endpoint>,
+    /// Not all weight files are here.
+    pub partial: bool,
 }
 
 pub(crate) struct Inner {
     pub(crate) id: String,
-    digest: [u8; 32],
+    pub(crate) digest: [u8; 32],
     numerics: String,
     device: String,
     dtype: Dtype,
@@ -61,6 +63,7 @@ pub(crate) struct Inner {
     /// When the process started, which tells one life of a node from the next.
     incarnation: u64,
     alive_at: String,
+    partial: bool,
     pub(crate) parts: Parts,
     pub(crate) control: Control,
     offer: Offer,
@@ -89,6 +92,7 @@ impl Service {
             shape: facts.shape,
             incarnation: started.map_or(0, |since| since.as_nanos() as u64),
             alive_at: facts.alive_at.map(|at| at.to_string()).unwrap_or_default(),
+            partial: facts.partial,
             parts,
             offer,
             control,
@@ -158,6 +162,8 @@ impl Inner {
             on_device: tiers.device as u32,
             in_host_memory: tiers.host as u32,
             on_disk: tiers.disk as u32,
+            partial: self.partial,
+            drained: self.control.drained(),
         }
     }
 }

@@ -4,6 +4,7 @@
 //! expert and by columns into tiles, first for the inner layer, then for the outer one. How it is
 //! cut changes no bit, as every value is computed from its own row by one kernel call.
 
+mod arriving;
 #[cfg(test)]
 mod tests;
 
@@ -11,7 +12,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use half::bf16;
-use kernels::cuda::GpuError;
+use kernels::cuda::{ExpertShape, GpuError, LayoutError};
 use kernels::{Compute, Mat, Out, Packed, Pool};
 
 use crate::activations::{WireScratch, from_wire, to_wire};
@@ -21,6 +22,7 @@ use crate::ffn::Ffn;
 use crate::numerics::Numerics;
 use crate::parallel::{Arena, for_each, grown};
 use crate::weight::Weight;
+pub use arriving::Arriving;
 
 /// One routed expert: offsets into its mapped checkpoint, which it keeps open.
 #[derive(Clone)]
@@ -33,8 +35,11 @@ pub struct Expert {
     key: u64,
 }
 
-/// How many were looked up.
-static LOOKUPS: AtomicU64 = AtomicU64::new(0);
+/// A key that no other expert has.
+fn next_key() -> u64 {
+    static TAKEN: AtomicU64 = AtomicU64::new(0);
+    TAKEN.fetch_add(1, Ordering::Relaxed)
+}
 
 impl Expert {
     /// Looks up expert `index` of MoE layer `layer`; reads no weights.
@@ -44,7 +49,8 @@ impl Expert {
         index: usize,
     ) -> Result<Expert, LoadError> {
         let weights = checkpoint.expert(layer, index)?;
-        let key = LOOKUPS.fetch_add(1, Ordering::Relaxed);
+        checkpoint.check_here(&weights)?;
+        let key = next_key();
         Ok(Expert { checkpoint: checkpoint.clone(), layer, index, weights, key })
     }
 
@@ -131,6 +137,25 @@ impl Checkpoint {
         ids: impl IntoIterator<Item = usize>,
     ) -> Result<(), LoadError> {
         ids.into_iter().try_for_each(|index| self.expert(layer, index).map(drop))
+    }
+
+    /// Whether the files of that expert's weights are here.
+    pub fn has_expert(&self, layer: usize, index: usize) -> Result<bool, LoadError> {
+        Ok(self.check_here(&self.expert(layer, index)?).is_ok())
+    }
+
+    fn check_here(&self, weights: &Ffn) -> Result<(), LoadError> {
+        let absent = weights.spans().find(|span| self.is_absent(*span));
+        absent.map_or(Ok(()), |span| Err(self.absent(span)))
+    }
+
+    /// The shape of the experts of MoE layer `layer` as a GPU sees them, from what is known without their bytes.
+    pub fn expert_shape(
+        &self,
+        layer: usize,
+    ) -> Result<Result<ExpertShape, LayoutError>, LoadError> {
+        let Ffn { gate, up, down } = self.expert(layer, 0)?;
+        Ok(ExpertShape::of_stored([gate, up, down].map(|weight| weight.stored())))
     }
 
     /// Bytes of one expert of MoE layer `layer`, as stored.

@@ -102,14 +102,14 @@ pub struct GpuExperts {
 }
 
 impl GpuExperts {
-    /// Opens `cuda:ordinal` for experts like `example`, of which there are `count` in all.
+    /// Opens `cuda:ordinal` for experts of `shape`, of which there are `count` in all.
     pub fn open(
         ordinal: usize,
-        example: &Expert,
+        shape: ExpertShape,
         count: usize,
         budget: GpuBudget,
     ) -> Result<GpuExperts, GpuStartError> {
-        let layout = Layout::new(ExpertShape::of(&example.mats())?);
+        let layout = Layout::new(shape);
         let gpu = Gpu::open(ordinal)?;
         let device = match budget.device {
             Some(bytes) => bytes,

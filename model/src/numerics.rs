@@ -9,11 +9,10 @@ use std::fmt;
 use std::str::FromStr;
 
 use kernels::Isa;
-use kernels::cuda::{Coding, ExpertShape};
+use kernels::cuda::Coding;
 
 use crate::checkpoint::Checkpoint;
 use crate::error::LoadError;
-use crate::expert::Expert;
 
 /// What activations are rounded to where they enter a product, the KV cache or the wire.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -58,7 +57,7 @@ impl ExpertDevice {
         self,
         numerics: Numerics,
         isa: Isa,
-        checkpoint: &std::sync::Arc<Checkpoint>,
+        checkpoint: &Checkpoint,
     ) -> Result<String, LoadError> {
         if self == ExpertDevice::Cpu {
             return Ok(numerics.class(isa));
@@ -66,9 +65,8 @@ impl ExpertDevice {
         let Some(layer) = checkpoint.config().moe_layers().next() else {
             return Ok(gpu_class(Coding::Bf16).to_owned());
         };
-        let example = Expert::load(checkpoint, layer, 0)?;
         // Experts that a GPU does not take are refused by the node that has it.
-        let coding = ExpertShape::of(&example.mats()).map_or(Coding::Bf16, |shape| shape.coding);
+        let coding = checkpoint.expert_shape(layer)?.map_or(Coding::Bf16, |shape| shape.coding);
         Ok(gpu_class(coding).to_owned())
     }
 }

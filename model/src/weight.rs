@@ -50,6 +50,15 @@ impl Weight {
         Weight { n, k, span, stored: Stored::Fp8 { scales, block } }
     }
 
+    /// What is known of it without its bytes.
+    pub fn stored(&self) -> kernels::cuda::Stored {
+        let block = match self.stored {
+            Stored::Fp8 { block, .. } => Some(block),
+            Stored::F32 | Stored::Bf16 => None,
+        };
+        kernels::cuda::Stored { n: self.n, k: self.k, block }
+    }
+
     /// Rows: outputs of the product.
     pub fn n(&self) -> usize {
         self.n
@@ -66,6 +75,30 @@ impl Weight {
             Stored::Fp8 { scales, .. } => self.span.len + scales.len,
             _ => self.span.len,
         }
+    }
+
+    /// Where its bytes are: values, then scales.
+    pub fn spans(&self) -> impl Iterator<Item = Span> + use<> {
+        let scales = match self.stored {
+            Stored::Fp8 { scales, .. } => Some(scales),
+            _ => None,
+        };
+        std::iter::once(self.span).chain(scales)
+    }
+
+    /// The same matrix with its bytes elsewhere: one after the other in the order of
+    /// [`spans`](Self::spans), from `next` of file 0 on, which is moved behind them.
+    pub fn moved(self, next: &mut usize) -> Self {
+        let mut place = |span: Span| {
+            let start = std::mem::replace(next, *next + span.len);
+            Span { file: 0, start, len: span.len }
+        };
+        let span = place(self.span);
+        let stored = match self.stored {
+            Stored::Fp8 { scales, block } => Stored::Fp8 { scales: place(scales), block },
+            other => other,
+        };
+        Weight { span, stored, ..self }
     }
 
     /// The view that the kernels take; `from` is the checkpoint that it was looked up in.
@@ -88,6 +121,7 @@ impl Weight {
             from.prefetch(scales);
         }
     }
+
     /// Reads the bytes in, so that whoever uses them next waits for no disk.
     pub fn warm(&self, from: &Checkpoint) {
         self.prefetch(from);

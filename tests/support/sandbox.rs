@@ -330,8 +330,13 @@ impl Sandbox {
     /// Starts a further node, with settings of its own beside those of all.
     pub fn add_node(&mut self, name: &str, settings: &[(&str, String)]) {
         let listen = self.socket(name);
-        let mut config =
-            format!("id = \"{name}\"\nlisten = \"unix:{}\"\n{}", listen.display(), self.common);
+        let mut config = format!("id = \"{name}\"\nlisten = \"unix:{}\"\n", listen.display());
+        let own =
+            |line: &&str| settings.iter().any(|(key, _)| line.starts_with(&format!("{key} =")));
+        for line in self.common.lines().filter(|line| !own(line)) {
+            writeln!(config, "{line}").unwrap();
+        }
+        writeln!(config, "admin = \"unix:{}-admin.sock\"", self.dir.join(name).display()).unwrap();
         for (key, value) in settings {
             writeln!(config, "{key} = {value}").unwrap();
         }

@@ -20,6 +20,6 @@ pub use arena::Arena;
 pub use error::GpuError;
 pub use ffn::{GroupedFfn, Piece};
 pub use gpu::{Gpu, Grid, Kernel, Lane, SHARED_BYTES};
-pub use layout::{BLOCK, Coding, ExpertShape, Layout, LayoutError, stride};
+pub use layout::{BLOCK, Coding, ExpertShape, Layout, LayoutError, Stored, stride};
 pub use memory::{Memory, Pinned};
 pub use tensor_map::{Element, TensorMap, Tiled};

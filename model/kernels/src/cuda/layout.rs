@@ -49,27 +49,40 @@ pub enum LayoutError {
     Coding { got: Coding, want: Coding },
 }
 
+/// What is known of a weight without its bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Stored {
+    pub n: usize,
+    pub k: usize,
+    /// Edges of its FP8 blocks, if it is in FP8.
+    pub block: Option<(usize, usize)>,
+}
+
 impl ExpertShape {
     /// The shape of gate, up and down.
     pub fn of(weights: &[Mat<'_>; 3]) -> Result<ExpertShape, LayoutError> {
-        let [gate, up, down] = weights;
-        let fp8 = weights.iter().filter(|mat| mat.dtype() == DType::Fp8).count();
-        let coding = match fp8 {
+        let stored = |mat: &Mat<'_>| Stored { n: mat.n(), k: mat.k(), block: mat.block() };
+        ExpertShape::of_stored(weights.each_ref().map(stored))
+    }
+
+    /// The same, before there are bytes.
+    pub fn of_stored(weights: [Stored; 3]) -> Result<ExpertShape, LayoutError> {
+        let coding = match weights.iter().filter(|weight| weight.block.is_some()).count() {
             0 => Coding::Bf16,
             3 => Coding::Fp8,
             _ => return Err(LayoutError::Mixed),
         };
-        for mat in weights {
-            if let Some((bn, bk)) = mat.block().filter(|&block| block != (BLOCK, BLOCK)) {
-                return Err(LayoutError::Block { bn, bk });
-            }
+        let mut blocks = weights.iter().filter_map(|weight| weight.block);
+        if let Some((bn, bk)) = blocks.find(|&block| block != (BLOCK, BLOCK)) {
+            return Err(LayoutError::Block { bn, bk });
         }
-        let shape = ExpertShape { hidden: gate.k(), inner: gate.n(), coding };
-        for (mat, (n, k)) in
+        let [gate, up, down] = weights;
+        let shape = ExpertShape { hidden: gate.k, inner: gate.n, coding };
+        for (weight, (n, k)) in
             [(up, (shape.inner, shape.hidden)), (down, (shape.hidden, shape.inner))]
         {
-            if (mat.n(), mat.k()) != (n, k) {
-                return Err(LayoutError::Shape { n: mat.n(), k: mat.k(), want_n: n, want_k: k });
+            if (weight.n, weight.k) != (n, k) {
+                return Err(LayoutError::Shape { n: weight.n, k: weight.k, want_n: n, want_k: k });
             }
         }
         Ok(shape)
