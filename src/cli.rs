@@ -51,7 +51,7 @@ pub enum Command {
     /// Serve the model's trunk: attention, KV cache, gate, scheduler, sampling
     Router(RoleArgs),
     /// Serve experts to routers
-    ExpertNode(RoleArgs),
+    ExpertNode(ExpertNodeArgs),
     /// Show how gateways, routers and expert nodes are doing
     Status(StatusArgs),
     /// Move all experts away from a node, so that it can be stopped
@@ -214,6 +214,17 @@ pub struct RoleArgs {
     pub die_with_parent: bool,
 }
 
+/// A role's, and what is worth a flag.
+#[derive(Debug, Args)]
+pub struct ExpertNodeArgs {
+    #[command(flatten)]
+    pub role: RoleArgs,
+    /// What computes the experts: cpu, or cuda:N for an NVIDIA GPU of the Hopper
+    /// generation [default: cpu]
+    #[arg(long, value_name = "DEVICE")]
+    pub device: Option<String>,
+}
+
 #[derive(Debug, Args)]
 #[command(after_help = STATUS_EXAMPLES)]
 pub struct StatusArgs {
@@ -255,6 +266,8 @@ pub enum BenchCommand {
     Dispatch(BenchDispatchArgs),
     /// Measure products and experts beside what the machine does at most
     Kernels(BenchKernelsArgs),
+    /// Check and measure experts on a GPU beside what it does at most
+    Device(BenchDeviceArgs),
     /// Write a checkpoint with random weights to measure with
     MakeCheckpoint(MakeCheckpointArgs),
 }

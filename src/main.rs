@@ -26,7 +26,7 @@ use std::process::ExitCode;
 
 use clap::Parser as _;
 
-use crate::cli::{BenchCommand, Cli, Command, RoleArgs, UpArgs};
+use crate::cli::{BenchCommand, Cli, Command, ExpertNodeArgs, RoleArgs, UpArgs};
 use crate::client::http::Server;
 use crate::config::local::Local;
 use crate::config::roles::Role;
@@ -100,7 +100,10 @@ async fn run(command: Command) -> anyhow::Result<()> {
         }
         Command::Gateway(args) => role(Role::Gateway, args).await,
         Command::Router(args) => role(Role::Router, args).await,
-        Command::ExpertNode(args) => role(Role::ExpertNode, args).await,
+        Command::ExpertNode(ExpertNodeArgs { role: mut args, device }) => {
+            args.set.extend(device.map(|device| format!("device={device}")));
+            role(Role::ExpertNode, args).await
+        }
         Command::Status(args) => status::run(args).await,
         Command::Drain(args) => operate::drain(args).await,
         Command::Rebalance(args) => operate::rebalance(args).await,
@@ -113,6 +116,7 @@ async fn run(command: Command) -> anyhow::Result<()> {
             BenchCommand::Compare(args) => bench::compare::run(args).await,
             BenchCommand::Dispatch(args) => bench::dispatch::run(args).await,
             BenchCommand::Kernels(args) => bench::kernels::run(&args),
+            BenchCommand::Device(args) => bench::device::run(&args),
             BenchCommand::MakeCheckpoint(args) => bench::checkpoint::make(&args),
         },
         Command::Completions { shell } => {

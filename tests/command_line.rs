@@ -81,6 +81,21 @@ fn a_bad_setting_names_file_line_and_key() {
 }
 
 #[test]
+fn a_gpu_that_is_not_there_is_one_clear_line() {
+    let model = format!("model_dir={}", tiny().display());
+    let node = ["expert-node", "--set", "listen=127.0.0.1:0", "--set", &model, "--device"];
+    // Where there is a driver, it has fewer devices.
+    let line = refused(&[&node[..], &["cuda:65535"]].concat());
+    assert!(line.contains("device = \"cuda:65535\""), "{line}");
+    assert!(line.contains("no CUDA driver") || line.contains("there is no cuda:65535"), "{line}");
+    let line = refused(&[&node[..], &["cuda"]].concat());
+    assert!(line.contains("key `device`: `cuda` is neither cpu nor cuda:N"), "{line}");
+    let f32 = [&node[..], &["cuda:0", "--set", "numerics=f32"]].concat();
+    let line = refused(&f32);
+    assert!(line.contains("set numerics to \"bf16\""), "{line}");
+}
+
+#[test]
 fn completion_scripts_are_printed() {
     for shell in ["bash", "zsh", "fish"] {
         let (success, stdout, _) = run(moemesh().args(["completions", shell]));
@@ -92,7 +107,7 @@ fn completion_scripts_are_printed() {
 fn help_lists_every_benchmark() {
     let (success, stdout, _) = run(moemesh().args(["bench", "--help"]));
     assert!(success);
-    for what in ["serve", "compare", "kernels", "make-checkpoint"] {
+    for what in ["serve", "compare", "kernels", "device", "make-checkpoint"] {
         let listed = stdout.lines().any(|line| line.trim_start().starts_with(what));
         assert!(listed, "{what} is not in:\n{stdout}");
         let (success, stdout, _) = run(moemesh().args(["bench", what, "--help"]));

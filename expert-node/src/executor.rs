@@ -12,7 +12,7 @@ use bytes::{Bytes, BytesMut};
 use mesh::telemetry::propagate;
 use mesh::{failpoint, pump};
 use model::rows::decode_fp8;
-use model::{ExpertGroup, ExpertScratch, Numerics, forward_experts};
+use model::{ExpertGroup, Experts, GpuError, Numerics};
 use proto::frame::all_finite;
 use proto::v1::{DispatchError, DispatchFrame, DispatchReply, Dtype, ErrorCode};
 use proto::wire::{self, Leaving};
@@ -46,6 +46,8 @@ pub struct Job {
 /// What the executor owns.
 pub struct Parts {
     pub compute: kernels::Compute,
+    /// What computes experts: the CPU with `compute`, or a GPU.
+    pub experts: Box<dyn Experts>,
     pub numerics: Numerics,
     pub hidden: usize,
     pub store: Arc<Store>,
@@ -66,7 +68,6 @@ pub struct Executor {
     /// Input and result rows of a batch, in wire form, grouped by expert.
     x: Vec<u8>,
     out: Vec<u8>,
-    scratch: ExpertScratch,
     /// A frame's rows after decoding, on their way into a buffer of its own.
     decoded: Vec<u8>,
     results: Results,
@@ -82,7 +83,6 @@ impl Executor {
             wire: Leaving::default(),
             x: Vec::new(),
             out: Vec::new(),
-            scratch: ExpertScratch::default(),
             decoded: Vec::new(),
             results: Results::default(),
         }
@@ -90,7 +90,11 @@ impl Executor {
 
     /// Computes what is queued until the last sender of jobs is gone. Between two
     /// batches the streams get their turn: replies leave, frames come in.
-    pub async fn run(mut self, mut jobs: UnboundedReceiver<Job>) {
+    ///
+    /// # Errors
+    /// The device cannot compute any more. Frames are then left unanswered: the node
+    /// has to go, and routers send them to other owners.
+    pub async fn run(mut self, mut jobs: UnboundedReceiver<Job>) -> Result<(), GpuError> {
         self.parts.compute.pool.bind_caller();
         let mut batch = Vec::new();
         let mut awake = Instant::now();
@@ -105,14 +109,15 @@ impl Executor {
             }
             self.parts.admission.leave(rows);
             self.parts.metrics.queued_rows.set(self.parts.admission.queued() as i64);
-            self.compute(&mut batch);
+            self.compute(&mut batch)?;
             awake = Instant::now() + pump::AWAKE;
             tokio::task::yield_now().await;
         }
+        Ok(())
     }
 
     /// Computes and answers all `jobs`.
-    fn compute(&mut self, jobs: &mut Vec<Job>) {
+    fn compute(&mut self, jobs: &mut Vec<Job>) -> Result<(), GpuError> {
         failpoint::pass("executor");
         let start = Instant::now();
         for late in jobs.extract_if(.., |job| expired(job, start).is_some()) {
@@ -137,7 +142,7 @@ impl Executor {
                 let message = format!("an expert of layer {layer} left this node");
                 self.refuse(job, (ErrorCode::NotResident, message));
             }
-            return;
+            return Ok(());
         }
         self.gather(jobs);
         let groups = &self.batch.groups;
@@ -153,14 +158,8 @@ impl Executor {
             // A stub: all its experts answer with what they are given.
             std::mem::swap(&mut self.out, &mut self.x);
         } else {
-            forward_experts(
-                &self.parts.compute,
-                self.parts.numerics,
-                &work,
-                &self.x,
-                &mut self.out,
-                &mut self.scratch,
-            );
+            let Parts { compute, experts, numerics, .. } = &mut self.parts;
+            experts.forward(compute, *numerics, &work, &self.x, &mut self.out)?;
         }
         let rows: usize = groups.iter().map(|group| group.places.len()).sum();
         for (group, resident) in groups.iter().zip(&self.experts) {
@@ -173,6 +172,7 @@ impl Executor {
         drop(work);
         self.answer(jobs, start, took);
         self.experts.clear();
+        Ok(())
     }
 
     /// Looks up the expert of every group; false if one is not here.
@@ -335,3 +335,6 @@ pub fn refusal(frame: &DispatchFrame, code: ErrorCode, message: String) -> Bytes
 fn micros(time: Duration) -> u32 {
     u32::try_from(time.as_micros()).unwrap_or(u32::MAX)
 }
+
+#[cfg(test)]
+mod tests;

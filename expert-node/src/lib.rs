@@ -9,6 +9,7 @@
 //! - [`batcher`]: regroups queued rows by expert, across frames and routers
 //! - [`executor`]: computes, on the thread that serves the streams
 //! - [`results`]: what a reply is made of
+//! - [`device`]: what computes the experts: the CPU, or a GPU that they are brought to
 //! - [`store`]: which experts are resident, and how much each has worked
 //! - [`control`]: the control service: which experts are to be resident, fenced
 //! - [`heads`], [`fetch`]: a checkpoint of which not all files are here, and experts from other nodes
@@ -21,6 +22,7 @@ pub mod admission;
 pub mod announce;
 pub mod batcher;
 pub mod control;
+pub mod device;
 pub mod executor;
 pub mod fetch;
 pub mod heads;
@@ -42,7 +44,8 @@ use mesh::near::{self, LocalSocket, Offer};
 use mesh::pump::Pump;
 use mesh::tls::{self, Tls, TlsError};
 use mesh::transport::{self, Endpoint, Listener, TransportError};
-use model::{LoadError, Numerics};
+use model::gpu::{GpuBudget, GpuStartError};
+use model::{Experts, GpuError, LoadError, Numerics};
 use proto::frame::Shape;
 use proto::v1::expert_control_server::ExpertControlServer;
 use tokio::sync::mpsc::UnboundedReceiver;
@@ -51,6 +54,7 @@ use tonic::service::Routes;
 
 use crate::admission::Admission;
 use crate::control::Control;
+use crate::device::Device;
 use crate::executor::{Executor, Job};
 use crate::fetch::Fetcher;
 use crate::metrics::NodeMetrics;
@@ -90,6 +94,10 @@ pub struct Config {
     pub threads: usize,
     /// Position of the CPU that the first of them is bound to; `None` leaves them free.
     pub first_cpu: Option<usize>,
+    /// What computes the experts.
+    pub device: Device,
+    /// What experts on a GPU may take.
+    pub gpu: GpuBudget,
     /// `None` takes the best the CPU has.
     pub isa: Option<kernels::Isa>,
     /// Rows × slots that may wait for the executor; more is refused as `BUSY`.
@@ -117,6 +125,10 @@ pub enum Error {
     Shard(u16, u16),
     #[error("the executor panicked; the node cannot compute any more")]
     Executor,
+    #[error("device = \"{0}\": {1}")]
+    Device(Device, GpuStartError),
+    #[error("the node cannot compute any more: {0}")]
+    Gpu(GpuError),
 }
 
 /// Loads, binds, serves, and drains when `shutdown` is triggered.
@@ -149,13 +161,18 @@ pub async fn serve(config: Config, shutdown: Shutdown) -> Result<(), Error> {
         readiness.set(Err(format!("{mapped} of {all} experts mapped")));
     };
     let store = match Store::load(&checkpoint, config.shard, config.memory_limit, progress) {
-        Ok(store) => Arc::new(store),
+        Ok(store) => store,
         Err(StoreError::Load(error)) => return Err(Error::Load(error)),
         Err(other) => return Err(Error::Memory(other)),
     };
+    let mut store = store;
+    let isa = config.isa.unwrap_or_else(kernels::Isa::detect);
+    let opened = device::open(&config, &checkpoint, isa, &mut store)?;
+    let store = Arc::new(store);
     tracing::info!(
         experts = store.len(),
         mib = store.bytes() >> 20,
+        device = opened.name,
         endpoint = %listener.local(),
         "experts mapped"
     );
@@ -163,12 +180,12 @@ pub async fn serve(config: Config, shutdown: Shutdown) -> Result<(), Error> {
     let node = metrics.register(NodeMetrics::new);
     let admission = Arc::new(Admission::new(config.max_queued_rows));
     let model = checkpoint.config();
-    let isa = config.isa.unwrap_or_else(kernels::Isa::detect);
     let facts = Facts {
         id: config.id,
         digest: checkpoint.digest(),
         numerics: config.numerics,
-        isa,
+        class: opened.class,
+        device: opened.name,
         shape: Shape {
             hidden: model.hidden as u32,
             experts: model.experts as u32,
@@ -192,8 +209,17 @@ pub async fn serve(config: Config, shutdown: Shutdown) -> Result<(), Error> {
     // What is encrypted and authenticated stays so.
     let wanted = if tls.is_some() { LocalSocket::Off } else { config.local_socket };
     let (offer, near) = near::beside(&listener, wanted).await;
-    let run =
-        Run { facts, compute, store, control, admission: admission.clone(), node, tls, offer };
+    let run = Run {
+        facts,
+        compute,
+        experts: opened.experts,
+        store,
+        control,
+        admission: admission.clone(),
+        node,
+        tls,
+        offer,
+    };
     run.until((listener, near), shutdown, readiness).await?;
     // It ends with the shutdown that ended the serving.
     announcing.abort();
@@ -214,6 +240,7 @@ type Listeners = (Listener, Option<Listener>);
 struct Run {
     facts: Facts,
     compute: kernels::Compute,
+    experts: Box<dyn Experts>,
     store: Arc<Store>,
     control: Control,
     admission: Arc<Admission>,
@@ -230,10 +257,11 @@ impl Run {
         shutdown: Shutdown,
         readiness: Readiness,
     ) -> Result<(), Error> {
-        let Self { facts, compute, store, control, admission, node, tls, offer } = self;
+        let Self { facts, compute, experts, store, control, admission, node, tls, offer } = self;
         let spare = Spare::default();
         let executor = Executor::new(executor::Parts {
             compute,
+            experts,
             numerics: facts.numerics,
             hidden: facts.shape.hidden as usize,
             store: store.clone(),
@@ -286,8 +314,11 @@ fn compute_and_serve(
                 let listeners = (listener.adopt().map_err(Error::Thread)?, near);
                 tokio::select! {
                     served = serve(listeners) => served.map_err(Error::Transport),
-                    // It ends only when the service's queue is dropped, or by a panic.
-                    _ = computing => Err(Error::Executor),
+                    // It ends only when the service's queue is dropped, by a panic, or without its device.
+                    ended = computing => match ended {
+                        Ok(Err(lost)) => Err(Error::Gpu(lost)),
+                        _ => Err(Error::Executor),
+                    },
                 }
             });
             // Dropped by who waits only when the process ends anyway.

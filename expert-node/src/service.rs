@@ -42,7 +42,10 @@ pub struct Facts {
     pub id: String,
     pub digest: [u8; 32],
     pub numerics: Numerics,
-    pub isa: kernels::Isa,
+    /// The full name of its numerics class.
+    pub class: String,
+    /// What computes, such as "cpu/avx512bf16" or "cuda:0/NVIDIA H800".
+    pub device: String,
     pub shape: Shape,
     /// Where `/healthz` is served, if anywhere.
     pub alive_at: Option<Endpoint>,
@@ -83,8 +86,8 @@ impl Service {
         Self(Arc::new(Inner {
             id: facts.id,
             digest: facts.digest,
-            numerics: facts.numerics.class(facts.isa),
-            device: format!("cpu/{}", facts.isa),
+            numerics: facts.class,
+            device: facts.device,
             dtype: wire_dtype(facts.numerics),
             shape: facts.shape,
             incarnation: started.map_or(0, |since| since.as_nanos() as u64),
@@ -139,6 +142,7 @@ impl Inner {
     }
 
     pub(crate) fn describe(&self) -> NodeDescription {
+        let tiers = self.parts.store.tiers().unwrap_or_default();
         NodeDescription {
             node_id: self.id.clone(),
             model_digest: self.digest.to_vec().into(),
@@ -155,6 +159,9 @@ impl Inner {
             obeyed: Some(self.control.obeyed()),
             incarnation: self.incarnation,
             alive_at: self.alive_at.clone(),
+            on_device: tiers.device as u32,
+            in_host_memory: tiers.host as u32,
+            on_disk: tiers.disk as u32,
             partial: self.partial,
             drained: self.control.drained(),
         }

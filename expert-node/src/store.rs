@@ -12,6 +12,8 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use dashmap::DashMap;
 use mesh::placement::plan;
+use model::gpu::GpuOffers;
+use model::gpu::residency::Tiers;
 use model::{Checkpoint, Expert, LoadError};
 use proto::v1::{ErrorCode, ExpertLoad, LayerExperts};
 use proto::{ExpertId, LayerId};
@@ -65,6 +67,8 @@ pub struct Store {
     bytes: AtomicU64,
     /// Most bytes of experts; `None` is no bound.
     limit: Option<u64>,
+    /// The GPU that experts are computed on, if there is one: it hears which are owned.
+    gpu: Option<GpuOffers>,
     /// Counts what changes a description of the node.
     changes: watch::Sender<u64>,
 }
@@ -72,7 +76,7 @@ pub struct Store {
 impl Store {
     fn new(limit: Option<u64>) -> Self {
         let (experts, bytes) = (DashMap::new(), AtomicU64::new(0));
-        Self { experts, bytes, limit, changes: watch::Sender::new(0) }
+        Self { experts, bytes, limit, gpu: None, changes: watch::Sender::new(0) }
     }
 
     /// Maps the shard's experts of every MoE layer, as far as their files are here, and checks their
@@ -102,6 +106,24 @@ impl Store {
             .check_room(mapped.len(), mapped.iter().map(|(_, resident)| resident.bytes()).sum())?;
         store.adopt(mapped);
         Ok(store)
+    }
+
+    /// Has experts brought onto a GPU, those that are owned and those to come.
+    pub fn bring_to(&mut self, gpu: GpuOffers) {
+        let mut owned: Vec<Key> = self.experts.iter().map(|entry| *entry.key()).collect();
+        owned.sort_unstable();
+        for key in owned {
+            let resident = self.experts.get(&key);
+            if let Some(weights) = resident.as_ref().and_then(|found| found.weights.as_ref()) {
+                gpu.offer(weights);
+            }
+        }
+        self.gpu = Some(gpu);
+    }
+
+    /// Where experts are, if a GPU computes them.
+    pub fn tiers(&self) -> Option<Tiers> {
+        self.gpu.as_ref().map(GpuOffers::tiers)
     }
 
     /// The experts `owned` of each of `layers`, without weights.
@@ -248,6 +270,9 @@ impl Store {
                 |_: &Key, resident: &Arc<Resident>| resident.leaving.load(Ordering::Acquire);
             if let Some((_, resident)) = self.experts.remove_if(key, leaving) {
                 self.bytes.fetch_sub(resident.bytes(), Ordering::AcqRel);
+                if let (Some(gpu), Some(weights)) = (&self.gpu, &resident.weights) {
+                    gpu.forget(weights);
+                }
             }
         }
         self.changed();
@@ -270,6 +295,9 @@ impl Store {
         let count = mapped.len();
         for (key, resident) in mapped {
             self.bytes.fetch_add(resident.bytes(), Ordering::AcqRel);
+            if let (Some(gpu), Some(weights)) = (&self.gpu, &resident.weights) {
+                gpu.offer(weights);
+            }
             self.experts.insert(key, resident);
         }
         self.changed();

@@ -7,7 +7,7 @@ use mesh::lifecycle::{Readiness, Shutdown};
 use mesh::metrics::Metrics;
 use mesh::near::Offer;
 use mesh::transport::{self, Endpoint};
-use model::{Checkpoint, Numerics};
+use model::{Checkpoint, ExpertScratch, Numerics};
 use proto::LayerId;
 use proto::frame::Shape;
 
@@ -76,12 +76,14 @@ pub async fn serve(
             id: "stub".to_owned(),
             digest: model.digest,
             numerics: NUMERICS,
-            isa,
+            class: NUMERICS.class(isa),
+            device: format!("cpu/{isa}"),
             shape: model.shape,
             alive_at: None,
             partial: false,
         },
         compute: kernels::Compute::new(isa, 1),
+        experts: Box::new(ExpertScratch::default()),
         store: Arc::new(Store::stub(&model.layers, owned)),
         control: Control::new(None),
         admission: Arc::new(Admission::new(usize::MAX >> 1)),

@@ -439,6 +439,10 @@ impl Identity {
 
 /// What an operator can do about two numerics classes; `+` sets off the kind of device.
 fn remedy(got: &str, want: &str) -> &'static str {
+    const GPU: &str = "+sm90";
+    if got.ends_with(GPU) != want.ends_with(GPU) {
+        return "set `expert_device` of the router to what its nodes have as `device`, cpu or cuda";
+    }
     match got.split('+').next() == want.split('+').next() {
         true => "set the same `isa` on both, one that both CPUs have, such as \"avx512bf16\"",
         false => "set the same `numerics` on both",

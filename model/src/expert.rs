@@ -9,8 +9,10 @@ mod arriving;
 mod tests;
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use half::bf16;
+use kernels::cuda::{ExpertShape, GpuError, LayoutError};
 use kernels::{Compute, Mat, Out, Packed, Pool};
 
 use crate::activations::{WireScratch, from_wire, to_wire};
@@ -29,6 +31,14 @@ pub struct Expert {
     layer: usize,
     index: usize,
     weights: Ffn,
+    /// No other lookup has the same; clones do.
+    key: u64,
+}
+
+/// A key that no other expert has.
+fn next_key() -> u64 {
+    static TAKEN: AtomicU64 = AtomicU64::new(0);
+    TAKEN.fetch_add(1, Ordering::Relaxed)
 }
 
 impl Expert {
@@ -40,7 +50,8 @@ impl Expert {
     ) -> Result<Expert, LoadError> {
         let weights = checkpoint.expert(layer, index)?;
         checkpoint.check_here(&weights)?;
-        Ok(Expert { checkpoint: checkpoint.clone(), layer, index, weights })
+        let key = next_key();
+        Ok(Expert { checkpoint: checkpoint.clone(), layer, index, weights, key })
     }
 
     /// Its layer.
@@ -61,6 +72,16 @@ impl Expert {
     /// Bytes of its weights as stored.
     pub fn bytes(&self) -> usize {
         self.weights.bytes()
+    }
+
+    /// What tells its weights from all others' in this process.
+    pub(crate) fn key(&self) -> u64 {
+        self.key
+    }
+
+    /// Gate, up and down, as they are stored.
+    pub fn mats(&self) -> [Mat<'_>; 3] {
+        self.weights().map(|weight| weight.mat(&self.checkpoint))
     }
 
     /// Gate, up and down.
@@ -128,6 +149,15 @@ impl Checkpoint {
         absent.map_or(Ok(()), |span| Err(self.absent(span)))
     }
 
+    /// The shape of the experts of MoE layer `layer` as a GPU sees them, from what is known without their bytes.
+    pub fn expert_shape(
+        &self,
+        layer: usize,
+    ) -> Result<Result<ExpertShape, LayoutError>, LoadError> {
+        let Ffn { gate, up, down } = self.expert(layer, 0)?;
+        Ok(ExpertShape::of_stored([gate, up, down].map(|weight| weight.stored())))
+    }
+
     /// Bytes of one expert of MoE layer `layer`, as stored.
     pub fn expert_bytes(&self, layer: usize) -> Result<usize, LoadError> {
         self.expert(layer, 0).map(|e| e.bytes())
@@ -141,6 +171,37 @@ pub struct ExpertGroup<'a> {
     pub expert: &'a Expert,
     /// How many of the rows are for it.
     pub rows: usize,
+}
+
+/// Where experts are computed.
+pub trait Experts: Send {
+    /// Computes every group's rows with its expert, as [`forward_experts`] says.
+    ///
+    /// # Errors
+    /// The device that computes cannot any more.
+    fn forward(
+        &mut self,
+        compute: &Compute,
+        numerics: Numerics,
+        groups: &[ExpertGroup<'_>],
+        x: &[u8],
+        out: &mut Vec<u8>,
+    ) -> Result<(), GpuError>;
+}
+
+/// On the CPU.
+impl Experts for ExpertScratch {
+    fn forward(
+        &mut self,
+        compute: &Compute,
+        numerics: Numerics,
+        groups: &[ExpertGroup<'_>],
+        x: &[u8],
+        out: &mut Vec<u8>,
+    ) -> Result<(), GpuError> {
+        forward_experts(compute, numerics, groups, x, out, self);
+        Ok(())
+    }
 }
 
 /// Reusable working memory of [`forward_experts`].

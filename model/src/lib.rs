@@ -5,6 +5,7 @@
 //! - [`Trunk`], [`Step`], [`KvPool`]: embedding, attention over the paged latent cache, gate,
 //!   shared experts, head;
 //! - [`Expert`], [`forward_experts`]: routed experts, wherever they run;
+//! - [`gpu`]: the same on a GPU, with more experts than fit there;
 //! - [`rows`]: rows in other forms than the class's, and sums where the experts are;
 //! - [`sample`]: logits to a token;
 //! - [`Numerics`]: what activations are rounded to.
@@ -25,6 +26,7 @@ mod error;
 mod expert;
 mod ffn;
 mod gate;
+pub mod gpu;
 mod kv;
 #[doc(hidden)]
 pub mod local;
@@ -46,9 +48,10 @@ mod weight;
 pub use checkpoint::{Checkpoint, Dtype, Head, QuantizeError, Quantized, TensorView, blocks};
 pub use config::{Config, Rope};
 pub use error::{LoadError, StepError};
-pub use expert::{Arriving, Expert, ExpertGroup, ExpertScratch, forward_experts};
+pub use expert::{Arriving, Expert, ExpertGroup, ExpertScratch, Experts, forward_experts};
+pub use kernels::cuda::GpuError;
 pub use kernels::{Compute, Isa, Kernels};
 pub use kv::{KvError, KvPool, PageId};
-pub use numerics::{Numerics, UnknownNumerics};
+pub use numerics::{ExpertDevice, Numerics, UnknownNumerics, mesh_class};
 pub use step::{Chunk, LogitRows, Routed, Step};
 pub use trunk::{Share, Trunk};

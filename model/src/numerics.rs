@@ -9,6 +9,10 @@ use std::fmt;
 use std::str::FromStr;
 
 use kernels::Isa;
+use kernels::cuda::Coding;
+
+use crate::checkpoint::Checkpoint;
+use crate::error::LoadError;
 
 /// What activations are rounded to where they enter a product, the KV cache or the wire.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -34,6 +38,71 @@ impl Numerics {
         match (self, isa.bf16_kind()) {
             (Numerics::Bf16, Some(kind)) => format!("{self}+{kind}"),
             _ => self.to_string(),
+        }
+    }
+}
+
+/// What a mesh's experts are computed on. One kind for all of a mesh's nodes, as each is a class of its own.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum ExpertDevice {
+    #[default]
+    Cpu,
+    Cuda,
+}
+
+impl ExpertDevice {
+    /// The class of experts of `checkpoint` in `numerics`, where CPUs compute with `isa`. On Hopper products add up in
+    /// another order: `bf16+sm90`; and rows of FP8 experts are coded in FP8 as well: `fp8+sm90`.
+    pub fn class(
+        self,
+        numerics: Numerics,
+        isa: Isa,
+        checkpoint: &Checkpoint,
+    ) -> Result<String, LoadError> {
+        if self == ExpertDevice::Cpu {
+            return Ok(numerics.class(isa));
+        }
+        let Some(layer) = checkpoint.config().moe_layers().next() else {
+            return Ok(gpu_class(Coding::Bf16).to_owned());
+        };
+        // Experts that a GPU does not take are refused by the node that has it.
+        let coding = checkpoint.expert_shape(layer)?.map_or(Coding::Bf16, |shape| shape.coding);
+        Ok(gpu_class(coding).to_owned())
+    }
+}
+
+const fn gpu_class(coding: Coding) -> &'static str {
+    match coding {
+        Coding::Bf16 => "bf16+sm90",
+        Coding::Fp8 => "fp8+sm90",
+    }
+}
+
+/// A mesh's class as a whole: the trunk's, and the experts' where it is another.
+pub fn mesh_class(trunk: &str, experts: &str) -> String {
+    match trunk == experts {
+        true => trunk.to_owned(),
+        false => format!("{trunk}/{experts}"),
+    }
+}
+
+impl fmt::Display for ExpertDevice {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            ExpertDevice::Cpu => "cpu",
+            ExpertDevice::Cuda => "cuda",
+        })
+    }
+}
+
+impl FromStr for ExpertDevice {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text {
+            "cpu" => Ok(ExpertDevice::Cpu),
+            "cuda" => Ok(ExpertDevice::Cuda),
+            _ => Err(format!("`{text}` is neither cpu nor cuda")),
         }
     }
 }
@@ -67,6 +136,7 @@ impl FromStr for Numerics {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::synthetic::{Recipe, TempDir};
 
     #[test]
     fn a_device_that_adds_up_in_another_order_has_a_class_of_its_own() {
@@ -75,5 +145,17 @@ mod tests {
         for isa in [Isa::Scalar, Isa::Avx2, Isa::Avx512, Isa::Avx512Bf16] {
             assert_eq!(Numerics::Bf16.class(isa), "bf16");
         }
+    }
+
+    #[test]
+    fn a_mesh_names_its_experts_class_where_it_is_another() {
+        assert_eq!(mesh_class("bf16+amx", "bf16+amx"), "bf16+amx");
+        assert_eq!(mesh_class("bf16+amx", "fp8+sm90"), "bf16+amx/fp8+sm90");
+        let dir = TempDir::with(&Recipe::small()).unwrap();
+        let checkpoint = Checkpoint::open(dir.path()).unwrap();
+        let class =
+            |device: ExpertDevice| device.class(Numerics::Bf16, Isa::Amx, &checkpoint).unwrap();
+        assert_eq!(class(ExpertDevice::Cpu), "bf16+amx");
+        assert_eq!(class(ExpertDevice::Cuda), "bf16+sm90");
     }
 }

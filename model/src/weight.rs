@@ -50,6 +50,15 @@ impl Weight {
         Weight { n, k, span, stored: Stored::Fp8 { scales, block } }
     }
 
+    /// What is known of it without its bytes.
+    pub fn stored(&self) -> kernels::cuda::Stored {
+        let block = match self.stored {
+            Stored::Fp8 { block, .. } => Some(block),
+            Stored::F32 | Stored::Bf16 => None,
+        };
+        kernels::cuda::Stored { n: self.n, k: self.k, block }
+    }
+
     /// Rows: outputs of the product.
     pub fn n(&self) -> usize {
         self.n

@@ -49,7 +49,7 @@ use mesh::pump::Pump;
 use mesh::tls::{self, TlsError};
 use mesh::transport::{self, Endpoint, TransportError};
 use model::sample::Scratch;
-use model::{Checkpoint, KvError, KvPool, LoadError, Numerics, Trunk};
+use model::{Checkpoint, ExpertDevice, KvError, KvPool, LoadError, Numerics, Trunk, mesh_class};
 use proto::v1::Dtype;
 use proto::v1::inference_server::InferenceServer;
 use proto::v1::operations_server::OperationsServer;
@@ -100,6 +100,8 @@ pub struct Config {
     pub first_cpu: Option<usize>,
     /// `None` takes the best the CPU has.
     pub isa: Option<Isa>,
+    /// What the nodes compute experts on.
+    pub expert_device: ExpertDevice,
     /// Tokens the KV cache holds, over all sequences.
     pub kv_tokens: usize,
     pub page_tokens: usize,
@@ -272,11 +274,14 @@ pub async fn serve(config: Config, shutdown: Shutdown) -> Result<(), Error> {
         shutdown: shutdown.clone(),
     });
     let class = config.numerics.class(isa);
+    // Experts inside the router are computed as the trunk is.
+    let nodes = if alone { ExpertDevice::Cpu } else { config.expert_device };
+    let experts = nodes.class(config.numerics, isa, &checkpoint)?;
     let combine = if config.nodes.is_empty() { Combine::Router } else { config.combine };
     let facts = Facts {
         router_id: config.id.clone(),
         model_digest: checkpoint.digest(),
-        numerics: exchange::class(class.clone(), config.wire, combine),
+        numerics: exchange::class(mesh_class(&class, &experts), config.wire, combine),
         device: format!("cpu/{isa}"),
         vocab: model.vocab,
         max_context: model.max_positions,
@@ -324,7 +329,7 @@ pub async fn serve(config: Config, shutdown: Shutdown) -> Result<(), Error> {
         intake: Some((intake_parts, view.clone())),
         identity: Identity {
             model_digest: facts.model_digest.to_vec(),
-            numerics: class,
+            numerics: experts,
             hidden: model.hidden as u32,
         },
         link_events,

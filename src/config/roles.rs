@@ -200,6 +200,12 @@ fn router(reader: &mut Reader<'_>) -> Result<Process, ConfigError> {
         threads: threads(reader)?,
         first_cpu: first_cpu(reader)?,
         isa: isa(reader)?,
+        expert_device: reader.or(
+            "expert_device",
+            model::ExpertDevice::Cpu,
+            "What the nodes compute experts on: cpu or cuda. All nodes of a mesh have the same kind,\n\
+             which is part of the numerics class.",
+        )?,
         kv_tokens: reader.within(
             "kv_tokens",
             65_536,

@@ -185,6 +185,7 @@ macro_rules! as_shown {
 }
 
 as_shown!(router::Splitting, router::Wire, router::Combine, mesh::near::LocalSocket);
+as_shown!(expert_node::device::Device, model::ExpertDevice);
 
 /// What the weights of a local mesh are stored as.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

@@ -19,9 +19,12 @@
 //!   times its scale, rounded once. In the class of AMX tiles, bf16 activations and a weight stored as bf16 are taken
 //!   as in its other products, in steps of 32 rows, zeros after the last one seen.
 //!
+//! GPUs ([`cuda`]) are not a [`Device`]: they take whole layers of work, and are classes of their own.
+//!
 //! NaNs compare as NaN: their payload is unspecified. The crate refuses to know about models, files or queues.
 
 mod compute;
+pub mod cuda;
 mod device;
 mod dot;
 mod isa;

@@ -278,6 +278,11 @@ impl<'a> Mat<'a> {
         self.stride
     }
 
+    /// The edges of its FP8 blocks, if it is in FP8.
+    pub(crate) fn block(&self) -> Option<(usize, usize)> {
+        self.scales.map(|scales| (scales.bn, scales.bk))
+    }
+
     pub(crate) fn scales(&self) -> Option<Scales<'a>> {
         self.scales
     }

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use memmap2::MmapMut;
 use sha2::{Digest as _, Sha256};
 
-use super::Expert;
+use super::{Expert, next_key};
 use crate::checkpoint::Checkpoint;
 use crate::error::LoadError;
 use crate::ffn::Ffn;
@@ -107,6 +107,7 @@ impl Arriving {
             layer,
             index,
             weights: weights.packed(),
+            key: next_key(),
         })
     }
 }

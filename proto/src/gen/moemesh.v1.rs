@@ -130,6 +130,14 @@ pub struct NodeDescription {
     /// It is to own nothing, as an operator wants it emptied.
     #[prost(bool, tag = "23")]
     pub drained: bool,
+    /// Where the experts that it knows of are, on a node with a GPU: on the device,
+    /// in pinned host memory, on disk only. All 0 on a CPU.
+    #[prost(uint32, tag = "30")]
+    pub on_device: u32,
+    #[prost(uint32, tag = "31")]
+    pub in_host_memory: u32,
+    #[prost(uint32, tag = "32")]
+    pub on_disk: u32,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct LayerExperts {

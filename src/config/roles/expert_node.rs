@@ -1,6 +1,8 @@
 //! The keys of an expert node.
 
+use ::expert_node::device::Device;
 use mesh::transport::Endpoint;
+use model::gpu::GpuBudget;
 
 use super::{
     Process, Role, RoleConfig, admin, first_cpu, id, isa, listen, model_dir, numerics, telemetry,
@@ -31,6 +33,25 @@ pub(super) fn expert_node(reader: &mut Reader<'_>) -> Result<Process, ConfigErro
         advertise,
         threads: threads(reader)?,
         first_cpu: first_cpu(reader)?,
+        device: reader.or(
+            "device",
+            Device::Cpu,
+            "What computes the experts: cpu, or cuda:N for an NVIDIA GPU of the Hopper generation. \
+             All\nnodes of a mesh have the same kind, which routers are told as `expert_device`.",
+        )?,
+        gpu: GpuBudget {
+            device: bytes(
+                reader,
+                "device_memory",
+                "Bytes of the GPU's memory for experts. Unset: what is free, but for 3 GiB.",
+            )?,
+            host: reader.within(
+                "host_memory",
+                1 << 30,
+                0..=1 << 50,
+                "Bytes of pinned host memory for experts that are not on the GPU; at least one's.",
+            )? as u64,
+        },
         isa: isa(reader)?,
         local_socket: reader.or(
             "local_socket",
@@ -74,12 +95,17 @@ fn join(
 }
 
 fn memory_limit(reader: &mut Reader<'_>) -> Result<Option<u64>, ConfigError> {
-    let limit: Option<usize> = reader.optional(
-        "memory_limit",
-        "68719476736",
-        "Most bytes of experts that the node may own. Unset: no bound.",
-    )?;
-    Ok(limit.map(|bytes| bytes as u64))
+    bytes(reader, "memory_limit", "Most bytes of experts that the node may own. Unset: no bound.")
+}
+
+/// A number of bytes that may be unset.
+fn bytes(
+    reader: &mut Reader<'_>,
+    key: &'static str,
+    about: &'static str,
+) -> Result<Option<u64>, ConfigError> {
+    let given: Option<usize> = reader.optional(key, "68719476736", about)?;
+    Ok(given.map(|bytes| bytes as u64))
 }
 
 fn shard(reader: &mut Reader<'_>, joins: bool) -> Result<::expert_node::Shard, ConfigError> {
