@@ -266,6 +266,8 @@ pub enum BenchCommand {
     Dispatch(BenchDispatchArgs),
     /// Measure products and experts beside what the machine does at most
     Kernels(BenchKernelsArgs),
+    /// Check and measure experts on a GPU beside what it does at most
+    Device(BenchDeviceArgs),
     /// Write a checkpoint with random weights to measure with
     MakeCheckpoint(MakeCheckpointArgs),
 }

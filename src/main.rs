@@ -116,6 +116,7 @@ async fn run(command: Command) -> anyhow::Result<()> {
             BenchCommand::Compare(args) => bench::compare::run(args).await,
             BenchCommand::Dispatch(args) => bench::dispatch::run(args).await,
             BenchCommand::Kernels(args) => bench::kernels::run(&args),
+            BenchCommand::Device(args) => bench::device::run(&args),
             BenchCommand::MakeCheckpoint(args) => bench::checkpoint::make(&args),
         },
         Command::Completions { shell } => {

@@ -107,7 +107,7 @@ fn completion_scripts_are_printed() {
 fn help_lists_every_benchmark() {
     let (success, stdout, _) = run(moemesh().args(["bench", "--help"]));
     assert!(success);
-    for what in ["serve", "compare", "kernels", "make-checkpoint"] {
+    for what in ["serve", "compare", "kernels", "device", "make-checkpoint"] {
         let listed = stdout.lines().any(|line| line.trim_start().starts_with(what));
         assert!(listed, "{what} is not in:\n{stdout}");
         let (success, stdout, _) = run(moemesh().args(["bench", what, "--help"]));

@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use clap::{Args, ValueEnum};
+use expert_node::device::Device;
 
 use crate::bench::Length;
 use crate::cli::MeshArgs;
@@ -248,3 +249,29 @@ const KERNELS_EXAMPLES: &str = "\
 Examples:
   moemesh bench kernels --model bench-m
   moemesh bench kernels --threads 2 --rows 1,256 --isa avx2";
+
+#[derive(Debug, Args)]
+#[command(after_help = DEVICE_EXAMPLES)]
+pub struct BenchDeviceArgs {
+    /// The GPU
+    #[arg(long, value_name = "cuda:N", default_value = "cuda:0")]
+    pub device: Device,
+    /// Experts of DeepSeek-V3 that are resident: 44 MB each in FP8, 88 MB in bf16
+    #[arg(long, value_name = "N", default_value_t = 64)]
+    pub experts: usize,
+    /// Rows of each
+    #[arg(long, value_name = "N,…", value_delimiter = ',', default_values_t = [1, 4, 16, 64, 256, 1024])]
+    pub rows: Vec<usize>,
+    /// Only compare with the reference
+    #[arg(long)]
+    pub check: bool,
+    /// Of the random inputs [default: another one in each run]
+    #[arg(long, value_name = "N")]
+    pub seed: Option<u64>,
+}
+
+const DEVICE_EXAMPLES: &str = "\
+Examples:
+  moemesh bench device
+  moemesh bench device --device cuda:1 --check
+  moemesh bench device --experts 256 --rows 1,4,16,64";

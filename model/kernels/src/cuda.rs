@@ -5,10 +5,13 @@
 //! none; nothing here is called without one.
 
 mod arena;
+#[doc(hidden)]
+pub mod call;
 mod error;
 mod ffn;
 mod gpu;
 mod layout;
+mod measure;
 mod memory;
 pub mod schedule;
 mod tensor_map;
@@ -17,6 +20,6 @@ pub use arena::Arena;
 pub use error::GpuError;
 pub use ffn::{GroupedFfn, Piece};
 pub use gpu::{Gpu, Grid, Kernel, Lane, SHARED_BYTES};
-pub use layout::{BLOCK, Coding, ExpertShape, Layout, LayoutError};
+pub use layout::{BLOCK, Coding, ExpertShape, Layout, LayoutError, stride};
 pub use memory::{Memory, Pinned};
 pub use tensor_map::{Element, TensorMap, Tiled};

@@ -1,15 +1,11 @@
 //! The device's slots: equal places for experts, each filled from pinned memory while others are computed with.
 
+use super::call;
 use super::error::GpuError;
 use super::gpu::{Gpu, Lane};
-use super::layout::{Coding, Layout};
+use super::layout::Layout;
 use super::memory::Memory;
-use super::tensor_map::{Element, TensorMap, Tiled};
-
-/// Weight rows of a box: what a warpgroup multiplies.
-const BOX_ROWS: u32 = 64;
-/// Bytes of k in a box: a swizzled row.
-pub(super) const BOX_BYTES: usize = 128;
+use super::tensor_map::TensorMap;
 
 /// See the module's text. Who computes with a slot sees to it that it is not filled meanwhile.
 pub struct Arena {
@@ -26,21 +22,7 @@ impl Arena {
     pub fn new(gpu: &Gpu, layout: Layout, slots: usize) -> Result<Arena, GpuError> {
         let slots = slots.max(1);
         let memory = gpu.allocate("slots for experts", layout.bytes.saturating_mul(slots))?;
-        let element = match layout.shape.coding {
-            Coding::Fp8 => Element::U8,
-            Coding::Bf16 => Element::Bf16,
-        };
-        let map = |part: usize| {
-            let part = &layout.parts[part];
-            gpu.tensor_map(Tiled {
-                element,
-                address: memory.address() + part.at as u64,
-                sizes: &[part.k as u64, part.n as u64, slots as u64],
-                strides: &[part.stride as u64, layout.bytes as u64],
-                tile: &[(BOX_BYTES / layout.shape.coding.size()) as u32, BOX_ROWS, 1],
-                swizzled: true,
-            })
-        };
+        let map = |part| gpu.tensor_map(&call::weights(&layout, part, slots, memory.address()));
         let maps = [map(0)?, map(1)?, map(2)?];
         Ok(Arena { gpu: gpu.clone(), layout, slots, memory, maps })
     }
@@ -77,8 +59,8 @@ impl Arena {
         self.maps[part]
     }
 
-    /// Where a part's scales lie in slot 0.
-    pub(super) fn scales(&self, part: usize) -> u64 {
-        self.memory.address() + self.layout.parts[part].scales as u64
+    /// Where slot 0 begins.
+    pub(super) fn address(&self) -> u64 {
+        self.memory.address()
     }
 }

@@ -7,18 +7,17 @@
 use std::ffi::c_void;
 use std::ops::Range;
 use std::sync::Arc;
+use std::time::Instant;
 
-use super::arena::{Arena, BOX_BYTES};
+use super::arena::Arena;
+use super::call::{self, Call, Product, QUANTIZE_ROWS, QUANTIZE_THREADS, THREADS};
 use super::error::GpuError;
 use super::gpu::{Gpu, Grid, Kernel, Lane, SHARED_BYTES};
 use super::layout::{BLOCK, Coding, stride};
 use super::memory::{Memory, Pinned};
-use super::schedule::{DOWN_COLUMNS, GATED_COLUMNS, Group, Launch, RowTile, schedule};
-use super::tensor_map::{Element, TensorMap, Tiled};
+use super::schedule::{Group, Launch, RowTile, Schedule, schedule};
+use super::tensor_map::TensorMap;
 
-/// Threads of a product's block, and rows that a quantiser's block takes (experts.cu).
-const THREADS: u32 = 384;
-const QUANTIZE: (u32, usize) = (128, 4);
 /// Rows below which a batch is not cut.
 const WHOLE: usize = 512;
 /// The streams that chunks take turns on.
@@ -29,22 +28,6 @@ pub struct Piece<'a> {
     pub slot: u32,
     pub x: &'a [u8],
     pub out: &'a mut [u8],
-}
-
-/// What one product's launch is told (`Call` in experts.cu).
-#[repr(C)]
-struct Call {
-    scales: [u64; 2],
-    slot_bytes: u64,
-    groups: u64,
-    out: u64,
-    out_stride: u32,
-    group_count: u32,
-    tiles: u32,
-    column_tiles: u32,
-    columns: u32,
-    k_blocks: u32,
-    second: u32,
 }
 
 /// Activations as a product reads them: bf16 rows, and their codes and scales if weights are FP8.
@@ -70,27 +53,11 @@ impl Operand {
             )),
         };
         let map = |tile: RowTile| {
-            let (element, memory) = match &codes {
-                Some((codes, _)) => (Element::U8, codes),
-                None => (Element::Bf16, &rows),
-            };
-            let values = gpu.tensor_map(Tiled {
-                element,
-                address: memory.address(),
-                sizes: &[k as u64, capacity as u64],
-                strides: &[stride(k, coding) as u64],
-                tile: &[(BOX_BYTES / coding.size()) as u32, tile.rows() as u32],
-                swizzled: true,
-            })?;
+            let memory = codes.as_ref().map_or(&rows, |(codes, _)| codes);
+            let values = call::values(k, capacity, coding, tile, memory.address());
+            let values = gpu.tensor_map(&values)?;
             let Some((_, scales)) = &codes else { return Ok((values, values)) };
-            let scales = gpu.tensor_map(Tiled {
-                element: Element::F32,
-                address: scales.address(),
-                sizes: &[capacity as u64, blocks as u64],
-                strides: &[(capacity * size_of::<f32>()) as u64],
-                tile: &[tile.rows() as u32, 1],
-                swizzled: false,
-            })?;
+            let scales = gpu.tensor_map(&call::scales(k, capacity, tile, scales.address()))?;
             Ok((values, scales))
         };
         let maps = [map(RowTile::R16)?, map(RowTile::R64)?, map(RowTile::R128)?];
@@ -146,20 +113,15 @@ impl GroupedFfn {
     pub fn new(arena: Arc<Arena>, capacity: usize) -> Result<GroupedFfn, GpuError> {
         let capacity = capacity.max(16).next_multiple_of(16);
         let gpu = arena.gpu();
-        let coding = match arena.layout().shape.coding {
-            Coding::Fp8 => "fp8",
-            Coding::Bf16 => "bf16",
-        };
-        let kernel = |name: &str, tile: RowTile| {
-            gpu.kernel("experts", &format!("{name}_{coding}_{}", tile.rows()), SHARED_BYTES)
-        };
-        let kernels = |name: &str| {
-            let [small, middle, large] = RowTile::ALL.map(|tile| kernel(name, tile));
+        let coding = arena.layout().shape.coding;
+        let kernels = |product: Product| {
+            let kernel = |tile| gpu.kernel("experts", &product.kernel(coding, tile), SHARED_BYTES);
+            let [small, middle, large] = RowTile::ALL.map(kernel);
             Ok::<_, GpuError>([small?, middle?, large?])
         };
         let turn = |lane| Turn::new(&arena, lane, capacity);
         let turns = [turn(LANES[0])?, turn(LANES[1])?];
-        let (gate_up, down) = (kernels("gate_up")?, kernels("down")?);
+        let (gate_up, down) = (kernels(Product::GateUp)?, kernels(Product::Down)?);
         let quantize = gpu.kernel("experts", "quantize", 0)?;
         Ok(GroupedFfn { capacity, turns, gate_up, down, quantize, arena })
     }
@@ -197,6 +159,42 @@ impl GroupedFfn {
         }
         self.collect(0, pieces)?;
         self.collect(1, pieces)
+    }
+
+    /// Seconds that the products of `pieces` take, which fit into one chunk, without the rows' way there and back: the
+    /// mean of `repeats` times.
+    pub fn time(&mut self, pieces: &mut [Piece<'_>], repeats: u32) -> Result<f64, GpuError> {
+        let repeats = repeats.max(1);
+        let width = self.arena.layout().shape.hidden * 2;
+        let rows: Vec<usize> = pieces.iter().map(|piece| piece.x.len() / width).collect();
+        let all: usize = rows.iter().sum();
+        assert!(all <= self.capacity, "{all} rows in a chunk of {}", self.capacity);
+        let chunk: Vec<_> = rows.iter().map(|rows| 0..*rows).enumerate().collect();
+        let work: Vec<(u32, usize)> =
+            pieces.iter().zip(&rows).map(|(piece, rows)| (piece.slot, *rows)).collect();
+        let plan = schedule(&work);
+        self.start(0, chunk, pieces)?;
+        self.collect(0, pieces)?;
+        let start = Instant::now();
+        for _ in 0..repeats {
+            self.launch(0, &plan, all)?;
+        }
+        self.arena.gpu().wait(LANES[0])?;
+        Ok(start.elapsed().as_secs_f64() / f64::from(repeats))
+    }
+
+    /// Overwrites all working memory with codes of NaN, so that a check sees what reads more than it was given.
+    pub fn poison(&mut self) -> Result<(), GpuError> {
+        for turn in &self.turns {
+            let mut all = vec![&turn.out];
+            for operand in [&turn.x, &turn.h] {
+                all.push(&operand.rows);
+                all.extend(operand.codes.iter().flat_map(|(codes, scales)| [codes, scales]));
+            }
+            all.into_iter().try_for_each(|memory| memory.fill(turn.lane, 0xff))?;
+            self.arena.gpu().wait(turn.lane)?;
+        }
+        Ok(())
     }
 
     /// Waits for a turn's chunk, if it has one, and copies its results out.
@@ -243,21 +241,14 @@ impl GroupedFfn {
             to.copy_from_slice(&group.to_bytes());
         }
 
-        let Turn { lane, x, h, groups, from, table, .. } = &self.turns[turn];
+        let Turn { lane, x, groups, from, table, .. } = &self.turns[turn];
         let lane = *lane;
         // SAFETY: pinned memory is not touched until `collect` has waited for the lane, and the device's is this turn's.
         unsafe {
             x.rows.copy_in(lane, 0, &from[..all * pitch])?;
             groups.copy_in(lane, 0, &table[..plan.groups.len() * Group::BYTES])?;
         }
-        self.quantize(lane, x, all)?;
-        for launch in &plan.launches {
-            self.product(&self.turns[turn], launch, true)?;
-        }
-        self.quantize(lane, h, all)?;
-        for launch in &plan.launches {
-            self.product(&self.turns[turn], launch, false)?;
-        }
+        self.launch(turn, &plan, all)?;
         let Turn { out, to, .. } = &mut self.turns[turn];
         // SAFETY: as above.
         unsafe { out.copy_out(lane, 0, &mut to[..all * pitch])? };
@@ -265,11 +256,22 @@ impl GroupedFfn {
         Ok(())
     }
 
+    /// Has a turn's lane compute `plan`, of so many rows in all.
+    fn launch(&self, turn: usize, plan: &Schedule, rows: usize) -> Result<(), GpuError> {
+        let turn = &self.turns[turn];
+        self.quantize(turn.lane, &turn.x, rows)?;
+        for launch in &plan.launches {
+            self.product(turn, launch, Product::GateUp)?;
+        }
+        self.quantize(turn.lane, &turn.h, rows)?;
+        plan.launches.iter().try_for_each(|launch| self.product(turn, launch, Product::Down))
+    }
+
     /// Codes and scales of `rows` bf16 rows, if weights are FP8.
     fn quantize(&self, lane: Lane, operand: &Operand, rows: usize) -> Result<(), GpuError> {
         let Some((codes, scales)) = &operand.codes else { return Ok(()) };
         let k = operand.k;
-        let blocks = (rows.div_ceil(QUANTIZE.1) as u32, k.div_ceil(BLOCK) as u32, 1);
+        let blocks = (rows.div_ceil(QUANTIZE_ROWS) as u32, k.div_ceil(BLOCK) as u32, 1);
         let mut from = operand.rows.address();
         let mut from_stride = (stride(k, Coding::Bf16) / 2) as u32;
         let (mut rows, mut columns) = (rows as u32, k as u32);
@@ -287,41 +289,22 @@ impl GroupedFfn {
             pointer(&mut table),
             pointer(&mut table_stride),
         ];
-        let grid = Grid { blocks, threads: QUANTIZE.0, shared: 0 };
+        let grid = Grid { blocks, threads: QUANTIZE_THREADS, shared: 0 };
         // SAFETY: the parameters of `quantize` in its order; memory holds `capacity` rows, of which these are the first.
         unsafe { self.arena.gpu().launch(lane, &self.quantize, grid, &mut args) }
     }
 
-    /// One product of one launch: gate and up, or down.
-    fn product(&self, turn: &Turn, launch: &Launch, gated: bool) -> Result<(), GpuError> {
+    /// One product of one launch.
+    fn product(&self, turn: &Turn, launch: &Launch, product: Product) -> Result<(), GpuError> {
         let arena = &*self.arena;
-        let layout = arena.layout();
-        let shape = layout.shape;
-        let (input, output, parts) = match gated {
-            true => (&turn.x, &turn.h.rows, [0, 1]),
-            false => (&turn.h, &turn.out, [2, 2]),
+        let (input, output, kernels) = match product {
+            Product::GateUp => (&turn.x, &turn.h.rows, &self.gate_up),
+            Product::Down => (&turn.h, &turn.out, &self.down),
         };
-        let (columns, width) = match gated {
-            true => (shape.inner, GATED_COLUMNS),
-            false => (shape.hidden, DOWN_COLUMNS),
-        };
+        let (slots, groups) = (arena.address(), turn.groups.address());
+        let mut call = Call::new(arena.layout(), product, launch, slots, groups, output.address());
         let at = RowTile::ALL.iter().position(|tile| *tile == launch.tile).unwrap_or(0);
-        let kernel = if gated { &self.gate_up[at] } else { &self.down[at] };
-        let tiles = launch.tiles(columns, width);
-        let mut call = Call {
-            scales: parts.map(|part| arena.scales(part)),
-            slot_bytes: layout.bytes as u64,
-            groups: turn.groups.address() + (launch.groups.start * Group::BYTES) as u64,
-            out: output.address(),
-            out_stride: (stride(columns, Coding::Bf16) / 2) as u32,
-            group_count: launch.groups.len() as u32,
-            tiles: tiles as u32,
-            column_tiles: columns.div_ceil(width) as u32,
-            columns: columns as u32,
-            k_blocks: (input.k * shape.coding.size()).div_ceil(BOX_BYTES) as u32,
-            second: if gated { 0 } else { (DOWN_COLUMNS / 2) as u32 },
-        };
-        let [mut first, mut second] = parts.map(|part| arena.map(part));
+        let [mut first, mut second] = product.parts().map(|part| arena.map(part));
         let (mut values, mut scales) = input.maps[at];
         let mut args = [
             pointer(&mut first),
@@ -333,7 +316,7 @@ impl GroupedFfn {
         let blocks = arena.gpu().processors().min(call.tiles).max(1);
         let grid = Grid { blocks: (blocks, 1, 1), threads: THREADS, shared: SHARED_BYTES };
         // SAFETY: the parameters of a product in their order; slots, rows and outputs that the schedule names are inside.
-        unsafe { arena.gpu().launch(turn.lane, kernel, grid, &mut args) }
+        unsafe { arena.gpu().launch(turn.lane, &kernels[at], grid, &mut args) }
     }
 }
 
@@ -372,13 +355,6 @@ fn chunks(rows: &[usize], capacity: usize) -> Vec<Vec<(usize, Range<usize>)>> {
 mod tests {
     use super::*;
     use proptest::prelude::*;
-
-    #[test]
-    fn a_call_is_as_long_as_the_device_thinks() {
-        assert_eq!((size_of::<Call>(), align_of::<Call>()), (72, 8));
-        assert_eq!(size_of::<Group>(), Group::BYTES);
-        assert_eq!((size_of::<TensorMap>(), align_of::<TensorMap>()), (128, 64));
-    }
 
     proptest! {
         /// Every row is in one chunk, in order, and no chunk is too large.

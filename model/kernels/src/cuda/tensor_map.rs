@@ -16,7 +16,7 @@ pub enum Element {
 }
 
 impl Element {
-    const fn size(self) -> u64 {
+    pub const fn size(self) -> u64 {
         match self {
             Element::U8 => 1,
             Element::Bf16 => 2,
@@ -26,15 +26,15 @@ impl Element {
 }
 
 /// A tensor in device memory and the box of it that one copy brings. Innermost dimension first.
-#[derive(Clone, Copy, Debug)]
-pub struct Tiled<'a> {
+#[derive(Clone, Debug)]
+pub struct Tiled {
     pub element: Element,
     pub address: u64,
-    pub sizes: &'a [u64],
+    pub sizes: Vec<u64>,
     /// Bytes between neighbours in each dimension but the innermost.
-    pub strides: &'a [u64],
+    pub strides: Vec<u64>,
     /// Elements of a box in each dimension.
-    pub tile: &'a [u32],
+    pub tile: Vec<u32>,
     /// Whether boxes are swizzled by 128 bytes, as wgmma reads them.
     pub swizzled: bool,
 }
@@ -44,7 +44,7 @@ pub struct Tiled<'a> {
 #[repr(C, align(64))]
 pub struct TensorMap(sys::CUtensorMap);
 
-impl Tiled<'_> {
+impl Tiled {
     /// Why the driver would refuse it, by the rules of its documentation; `None` if it would not.
     fn problem(&self) -> Option<String> {
         let rank = self.sizes.len();
@@ -72,7 +72,7 @@ impl Tiled<'_> {
 
 impl Gpu {
     /// Makes a tensor's map.
-    pub fn tensor_map(&self, tensor: Tiled<'_>) -> Result<TensorMap, GpuError> {
+    pub fn tensor_map(&self, tensor: &Tiled) -> Result<TensorMap, GpuError> {
         if let Some(code) = tensor.problem() {
             let doing = "describing a tensor";
             return Err(GpuError::Failed { ordinal: self.ordinal(), doing, code });
@@ -122,22 +122,29 @@ mod tests {
 
     #[test]
     fn what_the_driver_would_refuse_is_said() {
-        let good = Tiled {
+        let good = || Tiled {
             element: Element::U8,
             address: 1024,
-            sizes: &[7168, 2048, 256],
-            strides: &[7168, 44_050_944],
-            tile: &[128, 64, 1],
+            sizes: vec![7168, 2048, 256],
+            strides: vec![7168, 44_050_944],
+            tile: vec![128, 64, 1],
             swizzled: true,
         };
-        assert_eq!(good.problem(), None);
-        let said = |tensor: Tiled<'_>| tensor.problem().unwrap_or_default();
-        assert!(said(Tiled { address: 8, ..good }).starts_with("an address"));
-        assert!(said(Tiled { sizes: &[0, 1, 1], ..good }).starts_with("a size"));
-        assert!(said(Tiled { strides: &[7160, 16], ..good }).starts_with("a stride"));
-        assert!(said(Tiled { tile: &[128, 257, 1], ..good }).starts_with("a box beyond"));
-        assert!(said(Tiled { tile: &[8, 64, 1], ..good }).contains("no multiple of 16 bytes"));
-        assert!(said(Tiled { element: Element::F32, ..good }).contains("longer than the swizzle"));
-        assert!(said(Tiled { strides: &[7168], ..good }).contains("3 dimensions with 1 strides"));
+        assert_eq!(good().problem(), None);
+        let said = |tensor: Tiled| tensor.problem().unwrap_or_default();
+        assert!(said(Tiled { address: 8, ..good() }).starts_with("an address"));
+        assert!(said(Tiled { sizes: vec![0, 1, 1], ..good() }).starts_with("a size"));
+        assert!(said(Tiled { strides: vec![7160, 16], ..good() }).starts_with("a stride"));
+        assert!(said(Tiled { tile: vec![128, 257, 1], ..good() }).starts_with("a box beyond"));
+        assert!(said(Tiled { tile: vec![8, 64, 1], ..good() }).contains("no multiple of 16 bytes"));
+        let wide = said(Tiled { element: Element::F32, ..good() });
+        assert!(wide.contains("longer than the swizzle"));
+        let short = said(Tiled { strides: vec![7168], ..good() });
+        assert!(short.contains("3 dimensions with 1 strides"));
+    }
+
+    #[test]
+    fn a_map_is_as_long_as_the_device_thinks() {
+        assert_eq!((size_of::<TensorMap>(), align_of::<TensorMap>()), (128, 64));
     }
 }

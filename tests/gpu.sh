@@ -1,0 +1,69 @@
+#!/usr/bin/env bash
+# Builds, checks and times everything that needs a GPU, in one call on a machine that has one:
+#   every kernel against the reference in double, over poisoned memory, rows alone bit for bit
+#   the same under compute-sanitizer, if it is there
+#   times beside the device's copy and matmul rates
+#   the bundled model with its experts on cuda:0: greedy text beside the CPU's
+# Needs a Rust toolchain, or target/release/moemesh built elsewhere. Says "no device" and ends with 2 where there is none.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+device=${1:-cuda:0}
+say() { printf '\n== %s\n' "$*"; }
+
+if command -v cargo >/dev/null; then
+  say "building"
+  cargo build --release --locked
+fi
+moemesh=target/release/moemesh
+[ -x "$moemesh" ] || { echo "no $moemesh and no cargo to build it" >&2; exit 1; }
+
+say "checking kernels on $device"
+if ! out=$("$moemesh" bench device --device "$device" --check 2>&1); then
+  echo "$out"
+  case $out in *"no CUDA driver"* | *"there is no cuda:"*) echo "no device"; exit 2 ;; esac
+  exit 1
+fi
+echo "$out"
+
+say "compute-sanitizer"
+if command -v compute-sanitizer >/dev/null; then
+  for tool in memcheck racecheck; do
+    compute-sanitizer --tool "$tool" --error-exitcode 1 "$moemesh" bench device --device "$device" --check
+  done
+else
+  echo "not found: left out"
+fi
+
+say "times"
+"$moemesh" bench device --device "$device"
+
+say "the bundled model, experts on $device"
+folder=$(mktemp -d)
+mesh=
+trap '[ -z "$mesh" ] || kill "$mesh"; rm -rf "$folder"' EXIT
+generate() { # FILE of configuration
+  local port=$((20000 + RANDOM % 20000))
+  "$moemesh" up --no-demo --expert-nodes 1 --http "127.0.0.1:$port" --config "$1" >"$folder/log" 2>&1 &
+  mesh=$!
+  for _ in $(seq 300); do
+    kill -0 "$mesh" 2>/dev/null || { cat "$folder/log" >&2; mesh=; return 1; }
+    if "$moemesh" generate "Once upon a time" --max-tokens 64 --url "http://127.0.0.1:$port" 2>"$folder/error"; then
+      kill "$mesh"; wait "$mesh" || true; mesh=
+      return 0
+    fi
+    sleep 0.2
+  done
+  cat "$folder/log" "$folder/error" >&2
+  return 1
+}
+: >"$folder/cpu.toml"
+printf '[router]\nexpert_device = "cuda"\n[expert-node]\ndevice = "%s"\ndevice_memory = 1073741824\n' "$device" >"$folder/gpu.toml"
+generate "$folder/cpu.toml" >"$folder/cpu.txt"
+generate "$folder/gpu.toml" >"$folder/gpu.txt"
+cat "$folder/gpu.txt"
+if cmp -s "$folder/cpu.txt" "$folder/gpu.txt"; then
+  echo "the same text as on the CPU"
+else
+  echo "another text than on the CPU (near-ties may fall otherwise):"
+  diff "$folder/cpu.txt" "$folder/gpu.txt" || true
+fi
