@@ -164,6 +164,50 @@ __device__ __forceinline__ void barrier_sync(u32 id, u32 threads) {
     asm volatile("barrier.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
+// --- products of a warp ("Warp Level Matrix Instructions": ldmatrix, mma.m16n8k16) ---
+
+// Four 8 x 8 matrices of 16-bit values in shared memory: lane i gives the address of row i % 8 of matrix i / 8, 16-byte
+// aligned. Lane t has in x[m] the values 2 (t % 4) and the next one of matrix m's row t / 4.
+__device__ __forceinline__ void load_matrices(u32 (&x)[4], const void* row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared::cta.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
+                 : "r"(shared_address(row))
+                 : "memory");
+}
+
+// The same of the transposed matrices: x[m] has column t / 4 of matrix m, rows 2 (t % 4) and the next one.
+__device__ __forceinline__ void load_matrices_transposed(u32 (&x)[4], const void* row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared::cta.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
+                 : "r"(shared_address(row))
+                 : "memory");
+}
+
+// d[16, 8] += a[16, 16] b[8, 16]^T in bf16. Lane t has of a rows t / 4 and, in a[1] and a[3], t / 4 + 8; columns 2 (t % 4)
+// and the next one and, in a[2] and a[3], these + 8. It has of b row t / 4, the same columns; of d rows t / 4 and, in d[2]
+// and d[3], t / 4 + 8, columns 2 (t % 4) and the next one.
+__device__ __forceinline__ void mma_bf16(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) {
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// --- copies by threads ("Data Movement and Conversion Instructions: cp.async") ---
+
+// Starts copying 16 bytes, 16-byte aligned on both sides, to shared memory.
+__device__ __forceinline__ void copy_async(void* to, const void* from) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(to)), "l"(from) : "memory");
+}
+__device__ __forceinline__ void copy_async_commit() {
+    asm volatile("cp.async.commit_group;" ::: "memory");
+}
+// Waits for all copies that this thread has committed.
+__device__ __forceinline__ void copy_async_wait() {
+    asm volatile("cp.async.wait_group 0;" ::: "memory");
+}
+
 // --- conversions ("Data Movement and Conversion Instructions: cvt"), to nearest even ---
 
 __device__ __forceinline__ float bf16_to_f32(u16 x) {

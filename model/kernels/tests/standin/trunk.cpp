@@ -1,0 +1,39 @@
+// The trunk's kernels through the stand-in, as a library that tests/trunk.rs calls.
+#define STANDIN "warps.h"
+#include "attention.cu"
+#include "gate.cu"
+#include "rows.cu"
+#include "sample.cu"
+
+#include <utility>
+
+template <typename... P, size_t... I>
+static void call(void (*kernel)(P...), void** args, std::index_sequence<I...>) {
+    kernel(*static_cast<P*>(args[I])...);
+}
+
+template <typename... P>
+static void launch(void (*kernel)(P...), Dim grid, u32 threads, u64 seed, void** args) {
+    standin::launch(grid, threads, seed, [=] { call(kernel, args, std::index_sequence_for<P...>{}); });
+}
+
+// Runs a kernel by its name, `args` pointing to its parameters as in a launch on a GPU; 0 if there is none.
+extern "C" int standin_launch(const char* name, u32 blocks_x, u32 blocks_y, u32 threads, u64 seed, void** args) {
+#define KERNEL(kernel) \
+    if (!strcmp(name, #kernel)) return launch(kernel, {blocks_x, blocks_y, 1}, threads, seed, args), 1
+    KERNEL(attend);
+    KERNEL(merge);
+    KERNEL(gate_scores_bf16);
+    KERNEL(gate_scores_f32);
+    KERNEL(gate_choose);
+    KERNEL(embed_bf16);
+    KERNEL(embed_f32);
+    KERNEL(rms_norm);
+    KERNEL(queries);
+    KERNEL(latent);
+    KERNEL(join);
+    KERNEL(silu_mul);
+    KERNEL(combine);
+    KERNEL(sample);
+    return 0;
+}

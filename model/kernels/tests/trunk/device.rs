@@ -1,0 +1,150 @@
+//! The stand-in as tests see it: memory, arguments, launches.
+
+use std::ffi::{CString, c_char, c_int, c_void};
+use std::path::Path;
+use std::process::Command;
+use std::sync::OnceLock;
+
+use bytemuck::{AnyBitPattern, NoUninit};
+use half::bf16;
+use libloading::{Library, Symbol};
+
+type Launch =
+    unsafe extern "C" fn(*const c_char, u32, u32, u32, u64, *const *const c_void) -> c_int;
+
+/// The stand-in with the kernels in it, compiled once; nothing where there is no C++ compiler.
+pub fn library() -> Option<&'static Library> {
+    static BUILT: OnceLock<Option<Library>> = OnceLock::new();
+    let built = BUILT.get_or_init(|| {
+        let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+        let out = std::env::temp_dir().join(format!("moemesh-trunk-{}.so", std::process::id()));
+        let mut command = Command::new("c++");
+        command.args(["-std=c++17", "-O2", "-Wall", "-Wno-unknown-pragmas", "-Wno-psabi"]);
+        command.args(["-ffp-contract=off", "-fPIC", "-shared", "-I"]).arg(root.join("src/cuda"));
+        command.arg("-I").arg(root.join("tests/standin")).arg("-o").arg(&out);
+        let output = match command.arg(root.join("tests/standin/trunk.cpp")).output() {
+            Ok(output) => output,
+            Err(error) => {
+                println!("skipped: no C++ compiler: {error}");
+                return None;
+            }
+        };
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        // SAFETY: what was just built; it has no initialisers but those of plain values.
+        let library = unsafe { Library::new(&out) }.unwrap();
+        std::fs::remove_file(out).unwrap();
+        Some(library)
+    });
+    built.as_ref()
+}
+
+/// Bytes before and after that nothing may write to, in words of 16.
+const FENCE: usize = 64;
+
+/// "Device" memory, aligned to 16 bytes. What was not put there is all ones: NaN in every float format.
+pub struct Memory {
+    words: Vec<u128>,
+    len: usize,
+}
+
+impl Memory {
+    pub fn poisoned<T>(count: usize) -> Memory {
+        let len = count * size_of::<T>();
+        Memory { words: vec![u128::MAX; len.div_ceil(16) + 2 * FENCE], len }
+    }
+
+    pub fn of<T: NoUninit>(values: &[T]) -> Memory {
+        let mut memory = Memory::poisoned::<T>(values.len());
+        memory.bytes().copy_from_slice(bytemuck::cast_slice(values));
+        memory
+    }
+
+    fn bytes(&mut self) -> &mut [u8] {
+        &mut bytemuck::cast_slice_mut(&mut self.words[FENCE..])[..self.len]
+    }
+
+    /// What is there now; panics if something was written around it.
+    pub fn read<T: AnyBitPattern>(&self) -> Vec<T> {
+        let all: &[u8] = bytemuck::cast_slice(&self.words);
+        let (before, rest) = all.split_at(16 * FENCE);
+        let (mine, after) = rest.split_at(self.len);
+        assert!(before.iter().chain(after).all(|byte| *byte == 0xff), "a write beyond the memory");
+        mine.chunks_exact(size_of::<T>()).map(bytemuck::pod_read_unaligned).collect()
+    }
+
+    pub fn address(&self) -> u64 {
+        self.words[FENCE..].as_ptr() as u64
+    }
+
+    /// As an argument.
+    pub fn arg(&self) -> Arg {
+        Arg(vec![self.address()])
+    }
+}
+
+/// A kernel's argument.
+pub struct Arg(pub Vec<u64>);
+
+impl From<usize> for Arg {
+    fn from(value: usize) -> Arg {
+        Arg(vec![value as u64])
+    }
+}
+
+impl From<f32> for Arg {
+    fn from(value: f32) -> Arg {
+        Arg(vec![u64::from(value.to_bits())])
+    }
+}
+
+/// No memory.
+pub const NULL: usize = 0;
+
+/// Runs `kernel` on a grid of `blocks`. Threads take turns in the order that `seed` gives.
+pub fn launch(kernel: &str, blocks: (usize, usize), threads: u32, seed: u64, args: &[Arg]) {
+    /// The stand-in has one block's state for the whole process.
+    static ONE_AT_A_TIME: parking_lot::Mutex<()> = parking_lot::Mutex::new(());
+    let _turn = ONE_AT_A_TIME.lock();
+    let name = CString::new(kernel).unwrap();
+    let args: Vec<*const c_void> = args.iter().map(|arg| arg.0.as_ptr().cast()).collect();
+    // SAFETY: that is its type (standin/trunk.cpp).
+    let launch: Symbol<'_, Launch> = unsafe { library().unwrap().get(b"standin_launch") }.unwrap();
+    let (x, y) = (blocks.0 as u32, blocks.1 as u32);
+    // SAFETY: arguments outlive the run, and tests give each kernel those that it takes.
+    let found = unsafe { launch(name.as_ptr(), x, y, threads, seed, args.as_ptr()) };
+    assert_eq!(found, 1, "{kernel} is not in the stand-in");
+}
+
+/// Numbers that are the same for a seed.
+pub struct Random(pub u64);
+
+impl Random {
+    pub fn below(&mut self, end: usize) -> usize {
+        self.0 = self.0.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+        (self.0 >> 33) as usize % end
+    }
+
+    /// In -1..1.
+    pub fn unit(&mut self) -> f32 {
+        self.below(20_001) as f32 / 10_000.0 - 1.0
+    }
+
+    pub fn floats(&mut self, count: usize) -> Vec<f32> {
+        (0..count).map(|_| self.unit()).collect()
+    }
+
+    pub fn halves(&mut self, count: usize) -> Vec<bf16> {
+        (0..count).map(|_| kernels::round_bf16(self.unit())).collect()
+    }
+}
+
+/// ‖out − reference‖ / ‖reference‖; NaN if anything is.
+pub fn distance(out: &[f32], reference: &[f64]) -> f64 {
+    assert_eq!(out.len(), reference.len());
+    let off: f64 = out.iter().zip(reference).map(|(x, y)| (f64::from(*x) - y).powi(2)).sum();
+    (off / reference.iter().map(|y| y * y).sum::<f64>()).sqrt()
+}
+
+pub fn widened(values: &[bf16]) -> Vec<f32> {
+    values.iter().map(|x| x.to_f32()).collect()
+}
