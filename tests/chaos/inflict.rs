@@ -152,6 +152,21 @@ impl<'a> Inflict<'a> {
                 }
                 format!("{what:?} {direction:?} after {after} bytes")
             }
+            Fault::Etcd { gone, hold } => {
+                let etcd = mesh.etcd.as_ref().expect("a mesh with etcd");
+                if gone {
+                    etcd.kill()
+                } else {
+                    etcd.stop()
+                }
+                tokio::time::sleep(hold).await;
+                if gone {
+                    etcd.restart()
+                } else {
+                    etcd.go_on()
+                }
+                format!("etcd {} for {hold:?}", if gone { "gone" } else { "stopped" })
+            }
             Fault::Slow { percent, hold } => {
                 let at = self.next(Role::Node, mesh.nodes.len());
                 let node = &mesh.nodes[at];

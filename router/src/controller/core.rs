@@ -3,11 +3,14 @@
 //! is worked out from what they say they own, so a lost order or a restarted
 //! controller needs no repair.
 
+mod office;
+
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
 use mesh::placement::plan::steps::{self, Step};
 use mesh::placement::plan::{Aim, Node, Plan, Problem, plan};
+use mesh::registry::office::Drained;
 use proto::v1::{LayerExperts, Move, Order};
 
 use super::grid::Grid;
@@ -111,6 +114,8 @@ impl Goal {
 pub struct Core {
     settings: Settings,
     order: Order,
+    /// It takes its term itself, above all that nodes have obeyed.
+    self_appointed: bool,
     started: Instant,
     /// Experts that have had a live owner.
     had: Vec<bool>,
@@ -127,7 +132,7 @@ pub struct Core {
     /// Since when experts have fewer owners than they should.
     short: Option<Instant>,
     /// Nodes that are to own nothing, in which incarnation.
-    draining: BTreeMap<String, u64>,
+    draining: Drained,
     sore: BTreeMap<String, Instant>,
     goal: Option<Goal>,
     not_before: Instant,
@@ -142,6 +147,7 @@ impl Core {
         Self {
             settings,
             order: Order { term, epoch: 0 },
+            self_appointed: true,
             started: now,
             had,
             was_whole: false,
@@ -202,11 +208,12 @@ impl Core {
             }
             // A node that was started anew is at everybody's service.
             let known = &self.known;
-            self.draining.retain(|endpoint, life| known.get(endpoint) == Some(life));
+            self.draining
+                .retain(|endpoint, life| known.get(endpoint).is_none_or(|known| known == life));
             (self.changed, self.not_before, self.goal) = (now, now, None);
         }
         self.sore.retain(|_, until| now < *until);
-        if self.order.epoch == 0 {
+        if self.self_appointed && self.order.epoch == 0 {
             // Whoever controlled before had a clock that is ahead of ours.
             let newest = nodes.iter().map(|node| node.term + 1).max();
             self.order.term = self.order.term.max(newest.unwrap_or(0));

@@ -245,6 +245,48 @@ fn a_term_is_above_what_nodes_have_obeyed() {
 }
 
 #[test]
+fn who_is_elected_has_seen_what_was_there_and_heals_at_once() {
+    let mut world = World::new(1, 8, 1);
+    world.core = Core::standby(world.core.settings.clone(), world.now);
+    for (index, name) in ["a", "b", "c"].into_iter().enumerate() {
+        world.start(name, index, 3);
+    }
+    // Whoever was in office before had this term obeyed; it is not outbid here.
+    world.node("a").term = 41;
+    let (nodes, now) = (world.nodes.clone(), world.now);
+    world.core.watch(&nodes, now);
+    world.stop("b");
+    let (nodes, now) = (world.nodes.clone(), world.now);
+    world.core.watch(&nodes, now);
+    world.core.take_office(9, Drained::new(), now);
+    let orders = world.decide().expect("at once");
+    assert_eq!(orders.order, Order { term: 9, epoch: 1 });
+    world.obey(orders);
+    assert!(world.whole());
+}
+
+#[test]
+fn drains_outlive_a_controller_and_end_with_the_node() {
+    let mut world = World::new(1, 8, 1);
+    world.start("a", 0, 2);
+    world.start("b", 1, 2);
+    world.core = Core::standby(world.core.settings.clone(), world.now);
+    let drained = Drained::from([("a".to_owned(), world.node("a").incarnation)]);
+    world.core.take_office(3, drained.clone(), world.now);
+    // Links to them come up one by one.
+    let nodes = std::mem::take(&mut world.nodes);
+    world.pass(SECOND);
+    world.nodes = nodes;
+    world.pass(20 * SECOND);
+    assert_eq!((world.counts(), world.core.draining()), (vec![0, 8], &drained));
+    world.stop("a");
+    world.start("a", 0, 2);
+    world.pass(20 * SECOND);
+    assert_eq!(world.counts(), [4, 4]);
+    assert!(world.core.draining().is_empty());
+}
+
+#[test]
 fn a_node_without_room_is_passed_over() {
     let mut world = World::new(1, 9, 1);
     for (index, name) in ["a", "b", "c"].into_iter().enumerate() {
