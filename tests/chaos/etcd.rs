@@ -5,6 +5,9 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use mesh::lifecycle::Shutdown;
+use mesh::registry::Member;
+use mesh::registry::office::Office;
 use mesh::tls::{Expected, Role};
 use mesh::transport::{Endpoint, channel};
 use proto::v1::expert_control_client::ExpertControlClient;
@@ -275,6 +278,60 @@ fn without_etcd_members_stay_and_nothing_is_moved() {
         assert!(all.await.is_some(), "not everybody has registered again");
         streams.end().await;
         mesh.stop();
+    });
+}
+
+#[test]
+fn a_name_is_one_process_and_a_term_is_had_once() {
+    let Some(etcd) = EtcdServer::start() else { return };
+    alone(async {
+        let registered = |port: u16| {
+            let endpoint = Endpoint::Tcp(format!("127.0.0.1:{port}"));
+            let (role, id, model) = (Role::ExpertNode, "same".to_owned(), String::new());
+            let stop = Shutdown::new();
+            let member = Member { role, id, endpoint, model };
+            (tokio::spawn(etcd.client().register(member, stop.clone())), stop)
+        };
+        let is = async |port: u16| {
+            let there = [format!("127.0.0.1:{port}")].into();
+            until(PATIENCE, async || etcd.members(Role::ExpertNode).await == there).await.is_some()
+        };
+        let (first, stop_first) = registered(1);
+        assert!(is(1).await);
+        let (second, stop_second) = registered(2);
+        tokio::time::sleep(Duration::from_secs(1)).await;
+        assert!(is(1).await, "the name was taken over from a living process");
+        stop_first.trigger();
+        first.await.unwrap();
+        assert!(is(2).await, "the name is free, and nobody takes it");
+        stop_second.trigger();
+        second.await.unwrap();
+
+        // Two stand for the office; what nodes have obeyed is outbid by who holds it.
+        let stand = |id: &str| {
+            let (office, stop) = (Office::default(), Shutdown::new());
+            let campaign = etcd.client().campaign(id.to_owned(), office.clone(), stop.clone());
+            (tokio::spawn(campaign), office, stop)
+        };
+        let term = async |office: &Office, above: u64| {
+            let now = || office.term(Instant::now()).unwrap_or(0);
+            until(PATIENCE, async || now() > above).await.unwrap_or_else(|| panic!("no term"));
+            now()
+        };
+        let (first, one, stop) = stand("one");
+        let low = term(&one, 0).await;
+        one.saw(5000);
+        let high = term(&one, low).await;
+        assert_eq!(high, 5001);
+        one.remember([("127.0.0.1:9".to_owned(), 77)].into());
+        let (_second, two, _stop) = stand("two");
+        tokio::time::sleep(Duration::from_secs(2)).await;
+        assert!(two.term(Instant::now()).unwrap_err().contains("the controller is one"));
+        stop.trigger();
+        first.await.unwrap();
+        assert!(one.term(Instant::now()).is_err());
+        assert_eq!(term(&two, 0).await, high + 1, "it has never heard of 5000 itself");
+        assert_eq!(two.drained(), one.drained());
     });
 }
 

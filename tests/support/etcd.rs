@@ -84,10 +84,15 @@ impl EtcdServer {
         *self.child.lock() = spawn(&self.dir, self.ports, self.certificates.as_deref());
     }
 
+    /// What a process of a mesh has of it.
+    pub fn client(&self) -> Etcd {
+        let server = url(self.ports[0], None).parse().unwrap();
+        Etcd::new(vec![server], "default", None).unwrap()
+    }
+
     /// The endpoints that are registered now.
     pub async fn members(&self, role: Role) -> BTreeSet<String> {
-        let server = format!("http://127.0.0.1:{}", self.ports[0]).parse().unwrap();
-        let etcd = Etcd::new(vec![server], "default", None).unwrap();
+        let etcd = self.client();
         let heard = Mutex::new(BTreeSet::new());
         let hear = |at: &mesh::transport::Endpoint| _ = heard.lock().insert(at.to_string());
         let _ = tokio::time::timeout(LOOK, etcd.follow(role, hear)).await;

@@ -18,6 +18,8 @@ use crate::lifecycle::Shutdown;
 const CONTROLLER: &str = "controller";
 const TERM: &str = "term";
 const DRAINED: &str = "drained/";
+/// etcd takes 128 operations in a transaction unless it is told otherwise.
+const MOST_WRITES: usize = 100;
 
 /// What this router wrote when it took office.
 struct Won {
@@ -96,7 +98,7 @@ impl Etcd {
         let lease = Lease::grant(client.clone()).await?;
         let last = timeout(PATIENCE, client.get(self.key(TERM), None)).await??;
         let last = last.kvs().first();
-        let term = last.and_then(number).unwrap_or(0).max(office.obeyed()) + 1;
+        let term = last.and_then(number).unwrap_or(0).max(office.obeyed()).saturating_add(1);
         let drained = self.drained(client).await?;
         let vacant = Compare::create_revision(self.key(CONTROLLER), CompareOp::Equal, 0);
         let latest = Compare::mod_revision(
@@ -127,7 +129,7 @@ impl Etcd {
         loop {
             // Nodes that obeyed a controller from before etcd, or from another one.
             if office.obeyed() > won.term {
-                let term = office.obeyed() + 1;
+                let term = office.obeyed().saturating_add(1);
                 let raise = vec![TxnOp::put(self.key(TERM), term.to_string(), None)];
                 self.write(&mut client, won, raise).await?;
                 tracing::info!(term, "its term is raised, as nodes obeyed a higher one");
@@ -135,8 +137,9 @@ impl Etcd {
             }
             let drained = office.drained();
             if drained != stored {
-                let operations = self.changes(&stored, &drained);
-                self.write(&mut client, won, operations).await?;
+                for part in self.changes(&stored, &drained).chunks(MOST_WRITES) {
+                    self.write(&mut client, won, part.to_vec()).await?;
+                }
                 stored = drained;
             }
             won.lease.renew().await?;

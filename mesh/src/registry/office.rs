@@ -92,7 +92,7 @@ impl Office {
     /// Orders were given in `term` by somebody who does not know them any more: the
     /// next ones need a term of their own.
     pub fn use_up(&self, term: u64) {
-        self.saw(term + 1);
+        self.saw(term.saturating_add(1));
     }
 }
 
