@@ -4,6 +4,7 @@
 mod bench;
 mod certs;
 mod operate;
+mod plan;
 
 use std::path::PathBuf;
 
@@ -13,6 +14,7 @@ use clap_complete::Shell;
 pub use self::bench::*;
 pub use self::certs::*;
 pub use self::operate::*;
+pub use self::plan::*;
 use crate::config::local::Flag;
 
 /// A service mesh for mixture-of-experts language models: experts are services,
@@ -61,6 +63,8 @@ pub enum Command {
     Join(MemberArgs),
     /// Have routers forget an expert node
     Leave(MemberArgs),
+    /// Say how many devices of which size a model needs
+    Plan(PlanArgs),
     /// Make a development authority and certificates for mutual TLS, or read one
     Certs(CertsArgs),
     /// Measure throughput and latency

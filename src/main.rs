@@ -14,6 +14,8 @@ mod exit;
 mod generate;
 mod model_dir;
 mod operate;
+mod plan;
+mod published;
 mod role;
 mod status;
 mod up;
@@ -104,6 +106,7 @@ async fn run(command: Command) -> anyhow::Result<()> {
         Command::Rebalance(args) => operate::rebalance(args).await,
         Command::Join(args) => operate::join(args).await,
         Command::Leave(args) => operate::leave(args).await,
+        Command::Plan(args) => plan::run(&args),
         Command::Certs(args) => certs::run(args.what),
         Command::Bench(args) => match args.what {
             BenchCommand::Serve(args) => bench::serve::run(args).await,

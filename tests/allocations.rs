@@ -78,8 +78,9 @@ fn per_frame(nodes: u32, rows: usize) -> f64 {
                 experts: EXPERTS,
                 top_k: TOP_K as u32,
             };
-            let owned = (0..EXPERTS).filter(move |expert| expert % nodes == node);
-            expert_node::stub::serve(&endpoint, shape, owned, stop).await.unwrap();
+            let model = expert_node::stub::Model::of_one_layer(shape);
+            let owned: Vec<u32> = (0..EXPERTS).filter(|expert| expert % nodes == node).collect();
+            expert_node::stub::serve(&endpoint, &model, &owned, stop).await.unwrap();
         });
     }
     let mut dispatcher = Dispatcher::connect(Config {

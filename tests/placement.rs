@@ -10,8 +10,9 @@ use proto::v1::expert_control_client::ExpertControlClient;
 use proto::v1::expert_data_client::ExpertDataClient;
 use proto::v1::operations_client::OperationsClient;
 use proto::v1::{
-    DescribeRequest, DispatchFrame, DropRequest, Dtype, ErrorCode, LayerExperts, LoadRequest,
-    NodeDescription, Order, PlacementReply, PlacementRequest, WatchRequest,
+    DescribeRequest, DispatchFrame, DropRequest, Dtype, ErrorCode, FetchRequest, LayerExperts,
+    LoadRequest, NodeDescription, Order, PlacementReply, PlacementRequest, Source, WatchRequest,
+    fetch_part,
 };
 use serde_json::{Value, json};
 use tokio::task::JoinSet;
@@ -29,7 +30,13 @@ fn to(mesh: &Sandbox, name: &str) -> Channel {
 
 async fn placement(mesh: &Sandbox) -> PlacementReply {
     let mut router = OperationsClient::new(to(mesh, "router-0"));
-    router.placement(PlacementRequest {}).await.unwrap().into_inner()
+    for _ in 0..1200 {
+        if let Ok(placement) = router.placement(PlacementRequest {}).await {
+            return placement.into_inner();
+        }
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    panic!("the router never answered");
 }
 
 /// Waits for a placement as `wanted`; long enough for a loaded machine.
@@ -182,6 +189,42 @@ fn a_node_joins_another_is_drained_and_stopped_and_no_token_changes() {
     });
 }
 
+#[test]
+fn a_node_stays_drained_when_the_controller_is_killed() {
+    block_on(async {
+        let fixture = Fixture::load("plain");
+        let mut mesh = plan(&fixture, 3).start().await;
+        let router = format!("unix:{}", mesh.socket("router-0").display());
+        let drain = |more: &[&str]| {
+            let arguments = ["drain", "expert-node-1", "--router", &router];
+            let done = run(moemesh().args(arguments).args(more));
+            assert!(done.0, "{}", done.2);
+        };
+        let drained = |now: &PlacementReply| {
+            let found = now.nodes.iter().find(|node| node.node_id == "expert-node-1");
+            found.is_some_and(|node| node.draining && node.owned.is_empty())
+        };
+        drain(&[]);
+        assert!(drained(&placement(&mesh).await));
+        mesh.routers[0].kill();
+        mesh.routers[0].restart();
+        mesh.wait_ready().await;
+        // A node that was not drained, and comes back empty, is given experts: by then this one
+        // would have been, too.
+        mesh.nodes[2].kill();
+        mesh.nodes[2].restart();
+        placed(&mesh, |now| calm(now) && counts(now).get("expert-node-2").is_some_and(|n| *n > 0))
+            .await;
+        let after = placement(&mesh).await;
+        assert!(drained(&after), "{:?}", after.nodes);
+        drain(&["--cancel"]);
+        let back = |now: &PlacementReply| calm(now) && counts(now)["expert-node-1"] > 0;
+        assert!(!drained(&placed(&mesh, back).await));
+        mesh.wait_idle().await;
+        mesh.stop();
+    });
+}
+
 fn layer(owned: &[LayerExperts], layer: u32) -> Vec<u32> {
     let found = owned.iter().find(|of| of.layer == layer);
     found.map(|of| of.experts.clone()).unwrap_or_default()
@@ -240,7 +283,11 @@ fn a_node_obeys_the_newest_order_and_no_older_one() {
         assert_eq!((about.owned.len(), about.capacity_bytes), (0, 3 * each));
 
         let some = |experts: &[u32]| vec![LayerExperts { layer: 1, experts: experts.to_vec() }];
-        let load = |at, experts: &[u32]| LoadRequest { order: at, experts: some(experts) };
+        let load = |at, experts: &[u32]| LoadRequest {
+            order: at,
+            experts: some(experts),
+            sources: Vec::new(),
+        };
         let loaded = node.load(load(order(5, 1), &[0, 1])).await.unwrap().into_inner();
         assert_eq!((loaded.loaded, loaded.resident_bytes), (2, 2 * each));
         let about = changes.message().await.unwrap().unwrap();
@@ -283,6 +330,126 @@ fn a_node_obeys_the_newest_order_and_no_older_one() {
             }
         }
         drop(changes);
+        mesh.stop();
+    });
+}
+
+#[test]
+fn a_node_without_weights_is_given_experts_by_its_peers_and_no_token_changes() {
+    block_on(async {
+        let fixture = Fixture::load("plain");
+        let mut mesh = plan(&fixture, 2).start().await;
+        let before = placement(&mesh).await;
+        let router = format!("unix:{}", mesh.socket("router-0").display());
+        // Nothing of the model but its configuration.
+        let bare = mesh.dir.join("bare");
+        std::fs::create_dir(&bare).unwrap();
+        std::fs::copy(fixture.dir.join("config.json"), bare.join("config.json")).unwrap();
+        let streams = Streams::start(&mesh, &fixture).await;
+        let settings = [("join", format!("[{router:?}]")), ("model_dir", format!("{bare:?}"))];
+        mesh.add_node("expert-node-2", &settings);
+        let joined = |now: &PlacementReply| {
+            calm(now) && counts(now).get("expert-node-2").is_some_and(|count| *count > 0)
+        };
+        let given = placed(&mesh, joined).await;
+        streams.end().await;
+
+        // What it serves is what came, and what came is what others gave.
+        let number = |text: &str, name: &str| -> u64 {
+            let line = text.lines().find(|line| line.starts_with(&format!("{name} "))).unwrap();
+            line.rsplit_once(' ').unwrap().1.parse().unwrap()
+        };
+        let member = given.nodes.iter().find(|node| node.node_id == "expert-node-2").unwrap();
+        let mut node = ExpertControlClient::new(to(&mesh, "expert-node-2"));
+        let about = node.describe(DescribeRequest {}).await.unwrap().into_inner();
+        assert!(about.partial && about.resident_bytes >= member.resident_bytes);
+        let fetched = "moemesh_expert_node_fetched_bytes_total";
+        let given_bytes = "moemesh_expert_node_given_bytes_total";
+        let came = number(&mesh.metrics("expert-node-2").await, fetched);
+        let mut gave = 0;
+        for peer in ["expert-node-0", "expert-node-1"] {
+            gave += number(&mesh.metrics(peer).await, given_bytes);
+        }
+        assert_eq!((came, gave), (about.resident_bytes, about.resident_bytes));
+
+        // It is the only owner of some, so these streams were computed by it.
+        let streams = Streams::start(&mesh, &fixture).await;
+        streams.end().await;
+        assert!(number(&mesh.metrics("expert-node-2").await, "moemesh_expert_node_rows_total") > 0);
+        assert!(given.epoch > before.epoch);
+        mesh.wait_idle().await;
+        mesh.stop();
+    });
+}
+
+#[test]
+fn weights_go_to_a_node_of_the_same_model_only_and_a_bad_source_changes_nothing() {
+    block_on(async {
+        let fixture = Fixture::load("plain");
+        let mut mesh = Sandbox::of(&fixture.dir).expert_nodes(1).start().await;
+        let router = format!("unix:{}", mesh.socket("router-0").display());
+        let bare = mesh.dir.join("bare");
+        std::fs::create_dir(&bare).unwrap();
+        std::fs::copy(fixture.dir.join("config.json"), bare.join("config.json")).unwrap();
+        let settings = [("join", format!("[{router:?}]")), ("model_dir", format!("{bare:?}"))];
+        mesh.add_node("expert-node-7", &settings);
+        let mut node = ExpertControlClient::new(to(&mesh, "expert-node-7"));
+        let about = loop {
+            match node.describe(DescribeRequest {}).await {
+                Ok(about) => break about.into_inner(),
+                Err(_) => tokio::time::sleep(Duration::from_millis(20)).await,
+            }
+        };
+        let mut owner = ExpertControlClient::new(to(&mesh, "expert-node-0"));
+        let other = FetchRequest { model_digest: vec![7; 32].into(), experts: Vec::new() };
+        let refused = owner.fetch(other).await.unwrap_err();
+        assert!(refused.message().contains("another model"), "{refused}");
+        let some = |experts: &[u32]| vec![LayerExperts { layer: 1, experts: experts.to_vec() }];
+        let theirs = FetchRequest { model_digest: about.model_digest.clone(), experts: some(&[1]) };
+        let refused = node.fetch(theirs).await.unwrap_err();
+        assert_eq!(refused.code(), Code::NotFound, "{refused}");
+
+        let source = |name: &str, experts: &[u32]| Source {
+            endpoint: format!("unix:{}", mesh.socket(name).display()),
+            node_id: name.to_owned(),
+            experts: some(experts),
+        };
+        let load = |epoch, sources| LoadRequest {
+            order: order(9, epoch),
+            experts: some(&[0, 1]),
+            sources,
+        };
+        for (epoch, sources, code, why) in [
+            (1, vec![], Code::NotFound, "layer 1 expert 0: its file is not here"),
+            (2, vec![source("expert-node-0", &[0])], Code::NotFound, "layer 1 expert 1"),
+            (3, vec![source("nobody", &[0, 1])], Code::Unavailable, "nobody at unix:"),
+            // Half of it from one that has it, half from one that has not.
+            (
+                4,
+                vec![source("expert-node-0", &[0]), source("expert-node-7", &[1])],
+                Code::Unavailable,
+                "layer 1 expert 1 is not resident here",
+            ),
+        ] {
+            let refused = node.load(load(epoch, sources)).await.unwrap_err();
+            assert_eq!(refused.code(), code, "{refused}");
+            assert!(refused.message().contains(why), "{refused}");
+            let now = node.describe(DescribeRequest {}).await.unwrap().into_inner();
+            assert_eq!((now.owned.len(), now.resident_bytes), (0, 0), "all or nothing");
+        }
+        let loaded = node.load(load(5, vec![source("expert-node-0", &[0, 1])])).await.unwrap();
+        assert_eq!(loaded.into_inner().loaded, 2);
+        assert!(ask(to(&mesh, "expert-node-7"), &about, 1).await.is_ok());
+        // What has come is given on.
+        let again =
+            FetchRequest { model_digest: about.model_digest.clone(), experts: some(&[0, 1]) };
+        let mut parts = node.fetch(again).await.unwrap().into_inner();
+        let mut digests = 0;
+        while let Some(part) = parts.message().await.unwrap() {
+            digests += usize::from(matches!(part.part, Some(fetch_part::Part::Sha256(_))));
+        }
+        assert_eq!(digests, 2);
+        drop(parts);
         mesh.stop();
     });
 }

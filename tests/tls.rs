@@ -12,8 +12,9 @@ use proto::v1::expert_control_server::{ExpertControl, ExpertControlServer};
 use proto::v1::expert_data_client::ExpertDataClient;
 use proto::v1::inference_client::InferenceClient;
 use proto::v1::{
-    DescribeRequest, DrainReply, DrainRequest, DropReply, DropRequest, GenerateRequest, LoadReply,
-    LoadRequest, NodeDescription, NodeStatus, NodeStatusRequest, WatchRequest,
+    DescribeRequest, DrainReply, DrainRequest, DropReply, DropRequest, FetchPart, FetchRequest,
+    GenerateRequest, LoadReply, LoadRequest, NodeDescription, NodeStatus, NodeStatusRequest,
+    SetDrainedReply, SetDrainedRequest, WatchRequest,
 };
 use serde_json::json;
 use tonic::{Code, Request, Response, Status};
@@ -151,6 +152,19 @@ impl ExpertControl for Pretender {
     }
 
     async fn drop(&self, _: Request<DropRequest>) -> Result<Response<DropReply>, Status> {
+        Err(Status::unimplemented(""))
+    }
+
+    async fn set_drained(
+        &self,
+        _: Request<SetDrainedRequest>,
+    ) -> Result<Response<SetDrainedReply>, Status> {
+        Err(Status::unimplemented(""))
+    }
+
+    type FetchStream = tokio_stream::Empty<Result<FetchPart, Status>>;
+
+    async fn fetch(&self, _: Request<FetchRequest>) -> Result<Response<Self::FetchStream>, Status> {
         Err(Status::unimplemented(""))
     }
 }

@@ -4,21 +4,24 @@
 //! what its successor did.
 
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use model::Checkpoint;
 use parking_lot::Mutex;
 use proto::v1::expert_control_server::ExpertControl;
 use proto::v1::{
-    DescribeRequest, DrainReply, DrainRequest, DropReply, DropRequest, LayerExperts, LoadReply,
-    LoadRequest, NodeDescription, NodeStatus, NodeStatusRequest, Order, WatchRequest,
+    DescribeRequest, DrainReply, DrainRequest, DropReply, DropRequest, FetchPart, FetchRequest,
+    LayerExperts, LoadReply, LoadRequest, NodeDescription, NodeStatus, NodeStatusRequest, Order,
+    SetDrainedReply, SetDrainedRequest, WatchRequest,
 };
 use proto::{ExpertId, LayerId};
+use tokio::runtime::Handle;
 use tokio::sync::mpsc;
+use tokio::task::JoinSet;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status};
 
+use crate::fetch::{self, FetchError, Fetcher, Served};
 use crate::service::Service;
 use crate::store::{Key, StoreError};
 
@@ -27,21 +30,36 @@ const LOOK_AGAIN: Duration = Duration::from_millis(1);
 
 /// What the control service keeps.
 pub struct Control {
-    /// Where experts come from; a stub has none.
-    checkpoint: Option<Arc<Checkpoint>>,
+    /// Where experts come from, and the runtime that fetches them, beside the thread that
+    /// computes; a stub has none.
+    origin: Option<(Fetcher, Handle)>,
+    served: Served,
     obeyed: Mutex<Order>,
+    /// It is to own nothing.
+    drained: AtomicBool,
     /// Held by the order that is being carried out.
     turn: Arc<tokio::sync::Mutex<()>>,
 }
 
 impl Control {
-    pub fn new(checkpoint: Option<Arc<Checkpoint>>) -> Self {
-        let obeyed = Mutex::new(Order::default());
-        Self { checkpoint, obeyed, turn: Arc::default() }
+    /// Called on the runtime that is to fetch.
+    pub fn new(fetcher: Option<Fetcher>) -> Self {
+        let (obeyed, served) = (Mutex::new(Order::default()), Served::default());
+        let origin = fetcher.map(|fetcher| (fetcher, Handle::current()));
+        let (drained, turn) = (AtomicBool::new(false), Arc::default());
+        Self { origin, served, obeyed, drained, turn }
+    }
+
+    fn origin(&self) -> Result<&(Fetcher, Handle), Status> {
+        self.origin.as_ref().ok_or_else(|| Status::unimplemented("a stub's experts do not change"))
     }
 
     pub fn obeyed(&self) -> Order {
         *self.obeyed.lock()
+    }
+
+    pub fn drained(&self) -> bool {
+        self.drained.load(Ordering::Acquire)
     }
 
     /// Obeys the order from now on, unless a newer one was obeyed; whether it is the
@@ -63,11 +81,8 @@ impl Control {
 impl Service {
     /// The experts an order names, if the model has them all.
     fn keys(&self, layers: &[LayerExperts]) -> Result<Vec<Key>, Status> {
-        let control = &self.0.control;
-        let Some(checkpoint) = &control.checkpoint else {
-            return Err(Status::unimplemented("a stub's experts do not change"));
-        };
-        let model = checkpoint.config();
+        let (fetcher, _) = self.0.control.origin()?;
+        let model = fetcher.checkpoint.config();
         let named = |&LayerExperts { layer, ref experts }: &LayerExperts| {
             let mut keys = Vec::with_capacity(experts.len());
             for &expert in experts {
@@ -93,7 +108,10 @@ fn of(order: Option<Order>) -> Result<Order, Status> {
 fn refused(error: &StoreError) -> Status {
     match error {
         StoreError::Full { .. } => Status::resource_exhausted(error.to_string()),
-        StoreError::Load(_) => Status::not_found(error.to_string()),
+        StoreError::Load(_) | StoreError::Fetch(FetchError::NoSource(..)) => {
+            Status::not_found(error.to_string())
+        }
+        StoreError::Fetch(_) => Status::unavailable(error.to_string()),
     }
 }
 
@@ -152,23 +170,36 @@ impl ExpertControl for Service {
     }
 
     async fn load(&self, request: Request<LoadRequest>) -> Result<Response<LoadReply>, Status> {
-        let LoadRequest { order, experts } = request.into_inner();
+        let LoadRequest { order, experts, sources } = request.into_inner();
         let (order, keys) = (of(order)?, self.keys(&experts)?);
         let control = &self.0.control;
-        let Some(checkpoint) = control.checkpoint.clone() else {
-            return Err(Status::unimplemented("a stub has no checkpoint"));
-        };
+        let (fetcher, runtime) = control.origin()?.clone();
         let turn = control.turn.clone().lock_owned().await;
         if self.0.draining() {
             return Err(Status::unavailable(format!("node {} is draining", self.0.id)));
         }
         let is_first = control.obey(order)?;
         let store = self.0.parts.store.clone();
+        let lacking = store.lacks(&fetcher.checkpoint, &keys).map_err(|error| refused(&error))?;
+        let mut fetched = Vec::new();
+        if !lacking.is_empty() {
+            // Ends with this call: who asks no more gets no expert.
+            let (fetcher, mut fetching) = (fetcher.clone(), JoinSet::new());
+            let fetch = async move { fetcher.fetch(&lacking, &sources).await };
+            fetching.spawn_on(fetch, &runtime);
+            fetched = match fetching.join_next().await {
+                Some(Ok(fetched)) => fetched.map_err(|error| refused(&error.into()))?,
+                Some(Err(panic)) => {
+                    return Err(Status::internal(format!("fetching failed: {panic}")));
+                }
+                None => fetched,
+            };
+        }
         // Mapping and reading happen beside the thread that computes. The turn ends
         // with them, also when nobody waits for the reply any more.
         let loading = tokio::task::spawn_blocking(move || {
             let _turn = turn;
-            let loaded = store.take_in(&checkpoint, &keys);
+            let loaded = store.take_in(&fetcher.checkpoint, &keys, fetched);
             if is_first {
                 // Routers hear whom the node obeys.
                 store.changed();
@@ -213,5 +244,39 @@ impl ExpertControl for Service {
             }
             Err(panic) => Err(Status::internal(format!("dropping failed: {panic}"))),
         }
+    }
+
+    async fn set_drained(
+        &self,
+        request: Request<SetDrainedRequest>,
+    ) -> Result<Response<SetDrainedReply>, Status> {
+        let SetDrainedRequest { order, drained } = request.into_inner();
+        let control = &self.0.control;
+        control.obey(of(order)?)?;
+        control.drained.store(drained, Ordering::Release);
+        self.0.parts.store.changed();
+        Ok(Response::new(SetDrainedReply {}))
+    }
+
+    type FetchStream = ReceiverStream<Result<FetchPart, Status>>;
+
+    async fn fetch(
+        &self,
+        request: Request<FetchRequest>,
+    ) -> Result<Response<Self::FetchStream>, Status> {
+        let FetchRequest { model_digest, experts } = request.into_inner();
+        if *model_digest != self.0.digest {
+            let problem = format!("node {} serves another model", self.0.id);
+            return Err(Status::failed_precondition(problem));
+        }
+        let parts = &self.0.parts;
+        let held = |key: Key| match parts.store.held(key.0, key.1, 0) {
+            Ok(resident) => Ok((key, resident)),
+            Err((_, why)) => Err(Status::not_found(why)),
+        };
+        let keys = self.keys(&experts)?;
+        let experts = keys.into_iter().map(held).collect::<Result<Vec<_>, _>>()?;
+        let permit = self.0.control.served.enter()?;
+        Ok(Response::new(ReceiverStream::new(fetch::send(experts, permit, parts.metrics.clone()))))
     }
 }

@@ -11,6 +11,7 @@
 //! - [`results`]: what a reply is made of
 //! - [`store`]: which experts are resident, and how much each has worked
 //! - [`control`]: the control service: which experts are to be resident, fenced
+//! - [`heads`], [`fetch`]: a checkpoint of which not all files are here, and experts from other nodes
 //! - [`announce`]: tells routers of a running mesh that the node is there
 //! - [`stub`]: a node without weights, to measure the way of a row
 
@@ -21,6 +22,8 @@ pub mod announce;
 pub mod batcher;
 pub mod control;
 pub mod executor;
+pub mod fetch;
+pub mod heads;
 pub mod metrics;
 pub mod results;
 pub mod service;
@@ -40,7 +43,7 @@ use mesh::pump::Pump;
 use mesh::registry::{Etcd, Member};
 use mesh::tls::{self, Tls, TlsError};
 use mesh::transport::{self, Endpoint, Listener, TransportError};
-use model::{Checkpoint, LoadError, Numerics};
+use model::{LoadError, Numerics};
 use proto::frame::Shape;
 use proto::v1::expert_control_server::ExpertControlServer;
 use tokio::sync::mpsc::UnboundedReceiver;
@@ -50,6 +53,7 @@ use tonic::service::Routes;
 use crate::admission::Admission;
 use crate::control::Control;
 use crate::executor::{Executor, Job};
+use crate::fetch::Fetcher;
 use crate::metrics::NodeMetrics;
 use crate::service::{Facts, Service};
 use crate::store::{Store, StoreError};
@@ -141,14 +145,16 @@ pub async fn serve(config: Config, shutdown: Shutdown) -> Result<(), Error> {
         tokio::spawn(admin::serve(listener, metrics, ready, async move { stop.wait().await }))
     });
 
-    let checkpoint = Checkpoint::open(&config.model_dir)?;
+    let routers = (&config.join[..], tls.as_ref());
+    let opened = heads::open(&config.model_dir, routers, &readiness, &shutdown).await?;
+    let Some(checkpoint) = opened else { return Ok(()) };
     let progress = |mapped, all| {
         readiness.set(Err(format!("{mapped} of {all} experts mapped")));
     };
     let store = match Store::load(&checkpoint, config.shard, config.memory_limit, progress) {
         Ok(store) => Arc::new(store),
         Err(StoreError::Load(error)) => return Err(Error::Load(error)),
-        Err(full) => return Err(Error::Memory(full)),
+        Err(other) => return Err(Error::Memory(other)),
     };
     tracing::info!(
         experts = store.len(),
@@ -172,9 +178,11 @@ pub async fn serve(config: Config, shutdown: Shutdown) -> Result<(), Error> {
             top_k: model.top_k as u32,
         },
         alive_at,
+        partial: !checkpoint.is_whole(),
     };
     let compute = kernels::Compute::bound(isa, config.threads, config.first_cpu);
-    let control = Control::new(Some(checkpoint));
+    let fetcher = Fetcher { checkpoint, tls: tls.clone(), metrics: node.clone() };
+    let control = Control::new(Some(fetcher));
     let endpoint = config.advertise.unwrap_or_else(|| listener.local());
     let registering = config.etcd.map(|etcd| {
         let (role, id) = (tls::Role::ExpertNode, facts.id.clone());

@@ -25,6 +25,8 @@ pub struct NodeMetrics {
     pub queue_seconds: Histogram,
     pub compute_seconds: Histogram,
     pub rows_per_expert: Histogram,
+    pub fetched_bytes: Counter,
+    pub given_bytes: Counter,
     refused: Family<CodeLabel, Counter>,
 }
 
@@ -37,6 +39,8 @@ impl NodeMetrics {
             queue_seconds: Histogram::new(step_seconds()),
             compute_seconds: Histogram::new(step_seconds()),
             rows_per_expert: Histogram::new(rows()),
+            fetched_bytes: Counter::default(),
+            given_bytes: Counter::default(),
             refused: Family::default(),
         };
         let registry = registry.sub_registry_with_prefix("expert_node");
@@ -57,6 +61,16 @@ impl NodeMetrics {
             "rows_per_expert",
             "Rows of one expert in one batch",
             new.rows_per_expert.clone(),
+        );
+        registry.register(
+            "fetched_bytes",
+            "Weights that came from other nodes",
+            new.fetched_bytes.clone(),
+        );
+        registry.register(
+            "given_bytes",
+            "Weights that other nodes fetched from this one",
+            new.given_bytes.clone(),
         );
         registry.register("refused_frames", "Frames refused, by reason", new.refused.clone());
         new

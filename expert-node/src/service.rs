@@ -46,11 +46,13 @@ pub struct Facts {
     pub shape: Shape,
     /// Where `/healthz` is served, if anywhere.
     pub alive_at: Option<Endpoint>,
+    /// Not all weight files are here.
+    pub partial: bool,
 }
 
 pub(crate) struct Inner {
     pub(crate) id: String,
-    digest: [u8; 32],
+    pub(crate) digest: [u8; 32],
     numerics: String,
     device: String,
     dtype: Dtype,
@@ -58,6 +60,7 @@ pub(crate) struct Inner {
     /// When the process started, which tells one life of a node from the next.
     incarnation: u64,
     alive_at: String,
+    partial: bool,
     pub(crate) parts: Parts,
     pub(crate) control: Control,
     offer: Offer,
@@ -86,6 +89,7 @@ impl Service {
             shape: facts.shape,
             incarnation: started.map_or(0, |since| since.as_nanos() as u64),
             alive_at: facts.alive_at.map(|at| at.to_string()).unwrap_or_default(),
+            partial: facts.partial,
             parts,
             offer,
             control,
@@ -151,6 +155,8 @@ impl Inner {
             obeyed: Some(self.control.obeyed()),
             incarnation: self.incarnation,
             alive_at: self.alive_at.clone(),
+            partial: self.partial,
+            drained: self.control.drained(),
         }
     }
 }

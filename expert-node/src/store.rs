@@ -18,6 +18,7 @@ use proto::{ExpertId, LayerId};
 use tokio::sync::watch;
 
 use crate::Shard;
+use crate::fetch::FetchError;
 
 /// One expert's address.
 pub type Key = (LayerId, ExpertId);
@@ -49,6 +50,8 @@ impl Resident {
 pub enum StoreError {
     #[error(transparent)]
     Load(#[from] LoadError),
+    #[error(transparent)]
+    Fetch(#[from] FetchError),
     #[error(
         "{experts} experts need {need} bytes, {free} of the {limit} bytes of memory_limit are \
          free: {} are missing", .need - .free
@@ -72,7 +75,8 @@ impl Store {
         Self { experts, bytes, limit, changes: watch::Sender::new(0) }
     }
 
-    /// Maps the shard's experts of every MoE layer and checks their tensors.
+    /// Maps the shard's experts of every MoE layer, as far as their files are here, and checks their
+    /// tensors.
     /// `progress` hears, layer by layer, how many of all are mapped.
     ///
     /// # Errors
@@ -92,18 +96,19 @@ impl Store {
             progress(mapped.len(), all);
             let layer = LayerId(layer as u32);
             let keys: Vec<Key> = owned.iter().map(|&expert| (layer, ExpertId(expert))).collect();
-            mapped.extend(map(checkpoint, &keys)?);
+            mapped.extend(map(checkpoint, &here(checkpoint, &keys)?.0)?);
         }
-        store.check_room(&mapped)?;
+        store
+            .check_room(mapped.len(), mapped.iter().map(|(_, resident)| resident.bytes()).sum())?;
         store.adopt(mapped);
         Ok(store)
     }
 
-    /// The experts `owned` of layer `layer`, without weights.
-    pub fn stub(layer: LayerId, owned: impl IntoIterator<Item = u32>) -> Self {
+    /// The experts `owned` of each of `layers`, without weights.
+    pub fn stub(layers: &[LayerId], owned: &[u32]) -> Self {
         let store = Self::new(None);
-        let stub = |expert| ((layer, ExpertId(expert)), Resident::new(None));
-        store.adopt(owned.into_iter().map(stub).collect());
+        let keys = layers.iter().flat_map(|&l| owned.iter().map(move |&e| (l, ExpertId(e))));
+        store.adopt(keys.map(|key| (key, Resident::new(None))).collect());
         store
     }
 
@@ -174,24 +179,49 @@ impl Store {
         Ok(resident.clone())
     }
 
+    /// Which of `keys` are neither resident nor in a file that is here, if all that are not resident
+    /// would fit.
+    ///
+    /// # Errors
+    /// They would not.
+    pub fn lacks(&self, checkpoint: &Checkpoint, keys: &[Key]) -> Result<Vec<Key>, StoreError> {
+        let missing = self.missing(keys);
+        let bytes = |&(layer, _): &Key| checkpoint.expert_bytes(layer.0 as usize);
+        let need =
+            missing.iter().map(|key| Ok(bytes(key)? as u64)).sum::<Result<_, LoadError>>()?;
+        self.check_room(missing.len(), need)?;
+        Ok(here(checkpoint, &missing)?.1)
+    }
+
     /// Takes in those of `keys` that are not resident, all or none, and reads
-    /// their weights in; says how many. Blocks: not for a thread that computes.
+    /// their weights in; says how many. Those that have no file here are among
+    /// `fetched`. Blocks: not for a thread that computes.
     ///
     /// # Errors
     /// One cannot be mapped, or they do not fit; then nothing has changed.
-    pub fn take_in(&self, checkpoint: &Arc<Checkpoint>, keys: &[Key]) -> Result<usize, StoreError> {
-        let (here, missing): (Vec<Key>, Vec<Key>) =
-            keys.iter().partition(|key| self.experts.contains_key(key));
-        let mapped = map(checkpoint, &missing)?;
-        self.check_room(&mapped)?;
+    pub fn take_in(
+        &self,
+        checkpoint: &Arc<Checkpoint>,
+        keys: &[Key],
+        fetched: Vec<(Key, Expert)>,
+    ) -> Result<usize, StoreError> {
+        let resident: Vec<Key> =
+            keys.iter().copied().filter(|key| self.experts.contains_key(key)).collect();
+        let came = |key: &Key| fetched.iter().any(|(fetched, _)| fetched == key);
+        let files: Vec<Key> = self.missing(keys).into_iter().filter(|key| !came(key)).collect();
+        let mut mapped = map(checkpoint, &files)?;
         for weights in mapped.iter().filter_map(|(_, resident)| resident.weights.as_ref()) {
             weights.warm();
         }
+        mapped
+            .extend(fetched.into_iter().map(|(key, weights)| (key, Resident::new(Some(weights)))));
+        let need = mapped.iter().map(|(_, resident)| resident.bytes()).sum();
+        self.check_room(mapped.len(), need)?;
         let stayed = |key: &&Key| {
             let found = self.experts.get(*key);
             found.is_some_and(|resident| resident.leaving.swap(false, Ordering::AcqRel))
         };
-        let stayed = here.iter().filter(stayed).count();
+        let stayed = resident.iter().filter(stayed).count();
         Ok(stayed + self.adopt(mapped))
     }
 
@@ -223,12 +253,15 @@ impl Store {
         self.changed();
     }
 
-    fn check_room(&self, mapped: &[(Key, Arc<Resident>)]) -> Result<(), StoreError> {
+    fn missing(&self, keys: &[Key]) -> Vec<Key> {
+        keys.iter().copied().filter(|key| !self.experts.contains_key(key)).collect()
+    }
+
+    fn check_room(&self, experts: usize, need: u64) -> Result<(), StoreError> {
         let Some(limit) = self.limit else { return Ok(()) };
-        let need: u64 = mapped.iter().map(|(_, resident)| resident.bytes()).sum();
         let free = limit.saturating_sub(self.bytes());
         match need > free {
-            true => Err(StoreError::Full { experts: mapped.len(), need, free, limit }),
+            true => Err(StoreError::Full { experts, need, free, limit }),
             false => Ok(()),
         }
     }
@@ -245,18 +278,8 @@ impl Store {
 
     /// What is owned, by layer, ascending.
     pub fn owned(&self) -> Vec<LayerExperts> {
-        let mut layers: BTreeMap<u32, Vec<u32>> = BTreeMap::new();
-        for entry in self.experts.iter().filter(|entry| !entry.leaving.load(Ordering::Acquire)) {
-            let (layer, expert) = entry.key();
-            layers.entry(layer.0).or_default().push(expert.0);
-        }
-        layers
-            .into_iter()
-            .map(|(layer, mut experts)| {
-                experts.sort_unstable();
-                LayerExperts { layer, experts }
-            })
-            .collect()
+        let owned = self.experts.iter().filter(|entry| !entry.leaving.load(Ordering::Acquire));
+        by_layer(owned.map(|entry| *entry.key()))
     }
 
     /// Rows computed per expert since start, by layer and expert.
@@ -273,6 +296,31 @@ impl Store {
         loads.sort_unstable_by_key(|load| (load.layer, load.expert));
         loads
     }
+}
+
+/// Keys as they go over the wire, ascending.
+pub fn by_layer(keys: impl Iterator<Item = Key>) -> Vec<LayerExperts> {
+    let mut layers: BTreeMap<u32, Vec<u32>> = BTreeMap::new();
+    for (layer, expert) in keys {
+        layers.entry(layer.0).or_default().push(expert.0);
+    }
+    layers
+        .into_iter()
+        .map(|(layer, mut experts)| {
+            experts.sort_unstable();
+            LayerExperts { layer, experts }
+        })
+        .collect()
+}
+
+/// Which of `keys` have their files here, and which have not.
+fn here(checkpoint: &Checkpoint, keys: &[Key]) -> Result<(Vec<Key>, Vec<Key>), LoadError> {
+    let (mut here, mut absent) = (Vec::new(), Vec::new());
+    for &(layer, expert) in keys {
+        let found = checkpoint.has_expert(layer.0 as usize, expert.0 as usize)?;
+        if found { &mut here } else { &mut absent }.push((layer, expert));
+    }
+    Ok((here, absent))
 }
 
 /// Looks the experts up in the checkpoint; reads no weights.

@@ -7,7 +7,7 @@ use mesh::lifecycle::{Readiness, Shutdown};
 use mesh::metrics::Metrics;
 use mesh::near::Offer;
 use mesh::transport::{self, Endpoint};
-use model::Numerics;
+use model::{Checkpoint, Numerics};
 use proto::LayerId;
 use proto::frame::Shape;
 
@@ -18,21 +18,55 @@ use crate::service::Facts;
 use crate::store::Store;
 use crate::{Error, Run};
 
-/// The one layer of a stub's model.
+/// The layer of a [`Model::of_one_layer`].
 pub const LAYER: LayerId = LayerId(0);
-/// The digest of the model that every stub serves.
+/// The digest of such a model.
 pub const DIGEST: [u8; 32] = [0; 32];
-/// Its class: rows are bf16 on the wire.
+/// The class of every stub: rows are bf16 on the wire.
 pub const NUMERICS: Numerics = Numerics::Bf16;
 
-/// Serves the experts `owned` of a model of `shape` until `shutdown`.
+/// What stubs say that they serve.
+#[derive(Clone, Debug)]
+pub struct Model {
+    digest: [u8; 32],
+    shape: Shape,
+    layers: Vec<LayerId>,
+}
+
+impl Model {
+    /// A model that is nothing but one layer of experts.
+    pub fn of_one_layer(shape: Shape) -> Self {
+        Self { digest: DIGEST, shape, layers: vec![LAYER] }
+    }
+
+    /// All layers of a checkpoint that have experts, for a router with its trunk.
+    pub fn of(checkpoint: &Checkpoint) -> Self {
+        let config = checkpoint.config();
+        Self {
+            digest: checkpoint.digest(),
+            shape: Shape {
+                hidden: config.hidden as u32,
+                experts: config.experts as u32,
+                top_k: config.top_k as u32,
+            },
+            layers: config.moe_layers().map(|layer| LayerId(layer as u32)).collect(),
+        }
+    }
+
+    /// Experts of a layer.
+    pub fn experts(&self) -> u32 {
+        self.shape.experts
+    }
+}
+
+/// Serves the experts `owned` of each of the model's layers until `shutdown`.
 ///
 /// # Errors
 /// It cannot listen there, or the server fails.
 pub async fn serve(
     listen: &Endpoint,
-    shape: Shape,
-    owned: impl IntoIterator<Item = u32>,
+    model: &Model,
+    owned: &[u32],
     shutdown: Shutdown,
 ) -> Result<(), Error> {
     let listener = transport::bind(listen).await?;
@@ -40,14 +74,15 @@ pub async fn serve(
     let run = Run {
         facts: Facts {
             id: "stub".to_owned(),
-            digest: DIGEST,
+            digest: model.digest,
             numerics: NUMERICS,
             isa,
-            shape,
+            shape: model.shape,
             alive_at: None,
+            partial: false,
         },
         compute: kernels::Compute::new(isa, 1),
-        store: Arc::new(Store::stub(LAYER, owned)),
+        store: Arc::new(Store::stub(&model.layers, owned)),
         control: Control::new(None),
         admission: Arc::new(Admission::new(usize::MAX >> 1)),
         node: Metrics::default().register(NodeMetrics::new),

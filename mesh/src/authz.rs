@@ -14,7 +14,7 @@ use crate::tls::Role::{self, ExpertNode, Gateway, Operator, Router};
 use crate::tls::{Caller, Principal, TlsMetrics};
 
 /// Every gRPC method of the mesh and its callers.
-pub const METHODS: [(&str, &[Role]); 18] = [
+pub const METHODS: [(&str, &[Role]); 21] = [
     ("/moemesh.v1.ExpertData/Dispatch", &[Router]),
     ("/moemesh.v1.ExpertControl/Describe", &[Router, Operator]),
     ("/moemesh.v1.ExpertControl/Status", &[Router, Operator]),
@@ -22,6 +22,8 @@ pub const METHODS: [(&str, &[Role]); 18] = [
     ("/moemesh.v1.ExpertControl/Watch", &[Router, Operator]),
     ("/moemesh.v1.ExpertControl/Load", &[Router]),
     ("/moemesh.v1.ExpertControl/Drop", &[Router]),
+    ("/moemesh.v1.ExpertControl/SetDrained", &[Router]),
+    ("/moemesh.v1.ExpertControl/Fetch", &[ExpertNode]),
     ("/moemesh.v1.Inference/Generate", &[Gateway, Operator]),
     ("/moemesh.v1.Inference/Status", &[Gateway, Operator]),
     ("/moemesh.v1.Operations/Join", &[ExpertNode, Operator]),
@@ -29,6 +31,7 @@ pub const METHODS: [(&str, &[Role]); 18] = [
     ("/moemesh.v1.Operations/Placement", &[Operator]),
     ("/moemesh.v1.Operations/Drain", &[Operator]),
     ("/moemesh.v1.Operations/Rebalance", &[Operator]),
+    ("/moemesh.v1.Operations/Heads", &[ExpertNode]),
     ("/grpc.health.v1.Health/Check", &[Gateway, Router, ExpertNode, Operator]),
     ("/grpc.health.v1.Health/List", &[Gateway, Router, ExpertNode, Operator]),
     ("/grpc.health.v1.Health/Watch", &[Gateway, Router, ExpertNode, Operator]),
@@ -150,7 +153,8 @@ mod tests {
                 .map(|name| name.strip_prefix("/moemesh.v1.").unwrap())
                 .collect()
         };
-        assert_eq!(may(Role::ExpertNode), ["Operations/Join"]);
+        let node = ["ExpertControl/Fetch", "Operations/Join", "Operations/Heads"];
+        assert_eq!(may(Role::ExpertNode), node);
         assert_eq!(may(Role::Gateway), ["Inference/Generate", "Inference/Status"]);
         assert_eq!(
             may(Role::Router),
@@ -161,7 +165,8 @@ mod tests {
                 "ExpertControl/Drain",
                 "ExpertControl/Watch",
                 "ExpertControl/Load",
-                "ExpertControl/Drop"
+                "ExpertControl/Drop",
+                "ExpertControl/SetDrained"
             ]
         );
         assert_eq!(

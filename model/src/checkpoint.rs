@@ -9,6 +9,7 @@
 pub mod blocks;
 mod fp8;
 mod header;
+mod partial;
 #[cfg(test)]
 mod tests;
 
@@ -27,6 +28,7 @@ use crate::error::LoadError;
 use crate::weight::{Span, Weight};
 pub use fp8::{QuantizeError, Quantized};
 pub use header::Dtype;
+pub use partial::Head;
 
 /// Longest `config.json`, in bytes.
 const MAX_CONFIG: u64 = 1 << 20;
@@ -49,7 +51,10 @@ pub struct Checkpoint {
 
 struct Shard {
     path: String,
-    map: Mmap,
+    /// Bytes of the file.
+    len: usize,
+    /// `None` when the file is not here.
+    map: Option<Mmap>,
 }
 
 struct Entry {
@@ -111,12 +116,15 @@ impl Checkpoint {
 
     /// Bytes of all weight files.
     pub fn bytes(&self) -> usize {
-        self.shards.iter().map(|s| s.map.len()).sum()
+        self.shards.iter().map(|s| s.len).sum()
     }
 
     /// The tensor `name`, which has to have `shape`.
     pub fn tensor(&self, name: &str, shape: &[usize]) -> Result<TensorView<'_>, LoadError> {
         let entry = self.entry(name, shape)?;
+        if self.is_absent(entry.span) {
+            return Err(self.refuse(entry.span, name, "the file is not here"));
+        }
         Ok(TensorView { dtype: &entry.dtype, shape: &entry.shape, bytes: self.span(entry.span) })
     }
 
@@ -144,16 +152,18 @@ impl Checkpoint {
         LoadError::tensor(&self.shards[span.file as usize].path, name, problem)
     }
 
-    /// The mapped bytes of `span`.
+    /// The mapped bytes of `span`, whose file has to be here.
     pub(crate) fn span(&self, span: Span) -> &[u8] {
-        &self.shards[span.file as usize].map[span.start..span.start + span.len]
+        let map = self.shards[span.file as usize].map.as_deref().unwrap_or_default();
+        &map[span.start..span.start + span.len]
     }
 
     /// Asks the operating system to start reading `span`; only a hint.
     pub(crate) fn prefetch(&self, span: Span) {
-        let map = &self.shards[span.file as usize].map;
-        // A refused hint costs nothing but a slower first use.
-        let _ = map.advise_range(memmap2::Advice::WillNeed, span.start, span.len);
+        if let Some(map) = &self.shards[span.file as usize].map {
+            // A refused hint costs nothing but a slower first use.
+            let _ = map.advise_range(memmap2::Advice::WillNeed, span.start, span.len);
+        }
     }
 
     /// The vector `name` of `n` values, copied and widened to f32 (norm weights, biases).
@@ -281,8 +291,8 @@ fn map_shard(path: &Path) -> Result<(Shard, Vec<header::Item>), LoadError> {
     // A hint; refused, it costs nothing.
     #[cfg(target_os = "linux")]
     let _ = map.advise(memmap2::Advice::HugePage);
-    let items = header::parse(path, &map)?;
-    Ok((Shard { path: path.display().to_string(), map }, items))
+    let items = header::parse(path, &map, map.len())?;
+    Ok((Shard { path: path.display().to_string(), len: map.len(), map: Some(map) }, items))
 }
 
 fn entry_of(item: header::Item, file: usize) -> (String, Entry) {
@@ -296,27 +306,37 @@ fn open_single(path: &Path) -> Result<Opened, LoadError> {
     Ok((vec![shard], tensors))
 }
 
-fn open_sharded(dir: &Path, index: &Path) -> Result<Opened, LoadError> {
+/// Which file each tensor is in, as the index says, and all files, ascending.
+struct Index {
+    files: serde_json::Map<String, Value>,
+    names: Vec<String>,
+}
+
+/// Only files of the checkpoint's directory: nothing must lead anywhere else.
+fn is_file_name(name: &str) -> bool {
+    !(name.is_empty() || name.contains(['/', '\\', '\0']) || name.starts_with('.'))
+}
+
+fn read_index(index: &Path) -> Result<Index, LoadError> {
     let text = read_text(index, MAX_INDEX)?;
     let value: Value = serde_json::from_str(&text)
         .map_err(|e| LoadError::file(index, format!("not valid JSON: {e}")))?;
     let index_name = index.display().to_string();
-    let Some(weight_map) = value.get("weight_map").and_then(Value::as_object) else {
+    let Value::Object(mut value) = value else {
+        return Err(LoadError::file(index, "not a JSON object"));
+    };
+    let Some(Value::Object(files)) = value.remove("weight_map") else {
         return Err(LoadError::field(&index_name, "weight_map", "missing or not an object"));
     };
     let mut names: Vec<&str> = Vec::new();
-    for (tensor, file) in weight_map {
+    for (tensor, file) in &files {
         let field = || format!("weight_map.{tensor}");
         let Some(file) = file.as_str() else {
             return Err(LoadError::field(&index_name, &field(), "not a string"));
         };
-        // Only files of this directory: the index must not lead anywhere else.
-        if file.is_empty() || file.contains(['/', '\\', '\0']) || file.starts_with('.') {
-            return Err(LoadError::field(
-                &index_name,
-                &field(),
-                format!("`{file}` is not a file name"),
-            ));
+        if !is_file_name(file) {
+            let problem = format!("`{file}` is not a file name");
+            return Err(LoadError::field(&index_name, &field(), problem));
         }
         names.push(file);
     }
@@ -326,7 +346,12 @@ fn open_sharded(dir: &Path, index: &Path) -> Result<Opened, LoadError> {
         let problem = format!("names {} files, at most {MAX_SHARDS}", names.len());
         return Err(LoadError::field(&index_name, "weight_map", problem));
     }
+    let names = names.into_iter().map(str::to_owned).collect();
+    Ok(Index { files, names })
+}
 
+fn open_sharded(dir: &Path, index: &Path) -> Result<Opened, LoadError> {
+    let Index { files: weight_map, names } = read_index(index)?;
     let mut shards = Vec::with_capacity(names.len());
     let mut tensors = HashMap::with_capacity(weight_map.len());
     for name in &names {
@@ -334,7 +359,7 @@ fn open_sharded(dir: &Path, index: &Path) -> Result<Opened, LoadError> {
         for item in items {
             // The index decides: a tensor that it places in another file is not taken from this
             // one.
-            if weight_map.get(&item.name).and_then(Value::as_str) == Some(name) {
+            if weight_map.get(&item.name).and_then(Value::as_str) == Some(name.as_str()) {
                 let (tensor, entry) = entry_of(item, shards.len());
                 tensors.insert(tensor, entry);
             }
@@ -359,7 +384,7 @@ fn digest(config: &str, shards: &[Shard], tensors: &HashMap<String, Entry>) -> [
         hash.update(format!("{name}\0{}\0{:?}\n", entry.dtype, entry.shape));
     }
     for shard in shards {
-        hash.update((shard.map.len() as u64).to_le_bytes());
+        hash.update((shard.len as u64).to_le_bytes());
     }
     hash.finalize().into()
 }

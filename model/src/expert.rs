@@ -4,6 +4,7 @@
 //! expert and by columns into tiles, first for the inner layer, then for the outer one. How it is
 //! cut changes no bit, as every value is computed from its own row by one kernel call.
 
+mod arriving;
 #[cfg(test)]
 mod tests;
 
@@ -19,6 +20,7 @@ use crate::ffn::Ffn;
 use crate::numerics::Numerics;
 use crate::parallel::{Arena, for_each, grown};
 use crate::weight::Weight;
+pub use arriving::Arriving;
 
 /// One routed expert: offsets into its mapped checkpoint, which it keeps open.
 #[derive(Clone)]
@@ -37,6 +39,7 @@ impl Expert {
         index: usize,
     ) -> Result<Expert, LoadError> {
         let weights = checkpoint.expert(layer, index)?;
+        checkpoint.check_here(&weights)?;
         Ok(Expert { checkpoint: checkpoint.clone(), layer, index, weights })
     }
 
@@ -113,6 +116,16 @@ impl Checkpoint {
         ids: impl IntoIterator<Item = usize>,
     ) -> Result<(), LoadError> {
         ids.into_iter().try_for_each(|index| self.expert(layer, index).map(drop))
+    }
+
+    /// Whether the files of that expert's weights are here.
+    pub fn has_expert(&self, layer: usize, index: usize) -> Result<bool, LoadError> {
+        Ok(self.check_here(&self.expert(layer, index)?).is_ok())
+    }
+
+    fn check_here(&self, weights: &Ffn) -> Result<(), LoadError> {
+        let absent = weights.spans().find(|span| self.is_absent(*span));
+        absent.map_or(Ok(()), |span| Err(self.absent(span)))
     }
 
     /// Bytes of one expert of MoE layer `layer`, as stored.

@@ -10,7 +10,7 @@ use crate::checkpoint::Checkpoint;
 use crate::error::LoadError;
 use crate::numerics::Numerics;
 use crate::parallel::{Arena, ROWS, for_each, grown};
-use crate::weight::Weight;
+use crate::weight::{Span, Weight};
 
 /// Weights of one network.
 #[derive(Clone, Copy, Debug)]
@@ -53,6 +53,18 @@ impl Ffn {
     /// Bytes of the weights as stored.
     pub fn bytes(&self) -> usize {
         self.gate.bytes() + self.up.bytes() + self.down.bytes()
+    }
+
+    /// Where the bytes are.
+    pub fn spans(&self) -> impl Iterator<Item = Span> + use<> {
+        [self.gate, self.up, self.down].into_iter().flat_map(|weight| weight.spans())
+    }
+
+    /// The same with all bytes one after the other, in the order of [`spans`](Self::spans), in file 0.
+    pub fn packed(self) -> Self {
+        let mut next = 0;
+        let [gate, up, down] = [self.gate, self.up, self.down].map(|w| w.moved(&mut next));
+        Ffn { gate, up, down }
     }
 
     /// Computes `out` `[rows, hidden]` from `x` `[rows, hidden]`.

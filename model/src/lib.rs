@@ -43,10 +43,10 @@ pub mod synthetic;
 mod trunk;
 mod weight;
 
-pub use checkpoint::{Checkpoint, Dtype, QuantizeError, Quantized, TensorView, blocks};
+pub use checkpoint::{Checkpoint, Dtype, Head, QuantizeError, Quantized, TensorView, blocks};
 pub use config::{Config, Rope};
 pub use error::{LoadError, StepError};
-pub use expert::{Expert, ExpertGroup, ExpertScratch, forward_experts};
+pub use expert::{Arriving, Expert, ExpertGroup, ExpertScratch, forward_experts};
 pub use kernels::{Compute, Isa, Kernels};
 pub use kv::{KvError, KvPool, PageId};
 pub use numerics::{Numerics, UnknownNumerics};

@@ -68,6 +68,30 @@ impl Weight {
         }
     }
 
+    /// Where its bytes are: values, then scales.
+    pub fn spans(&self) -> impl Iterator<Item = Span> + use<> {
+        let scales = match self.stored {
+            Stored::Fp8 { scales, .. } => Some(scales),
+            _ => None,
+        };
+        std::iter::once(self.span).chain(scales)
+    }
+
+    /// The same matrix with its bytes elsewhere: one after the other in the order of
+    /// [`spans`](Self::spans), from `next` of file 0 on, which is moved behind them.
+    pub fn moved(self, next: &mut usize) -> Self {
+        let mut place = |span: Span| {
+            let start = std::mem::replace(next, *next + span.len);
+            Span { file: 0, start, len: span.len }
+        };
+        let span = place(self.span);
+        let stored = match self.stored {
+            Stored::Fp8 { scales, block } => Stored::Fp8 { scales: place(scales), block },
+            other => other,
+        };
+        Weight { span, stored, ..self }
+    }
+
     /// The view that the kernels take; `from` is the checkpoint that it was looked up in.
     pub fn mat<'a>(&self, from: &'a Checkpoint) -> Mat<'a> {
         let bytes = from.span(self.span);
@@ -88,6 +112,7 @@ impl Weight {
             from.prefetch(scales);
         }
     }
+
     /// Reads the bytes in, so that whoever uses them next waits for no disk.
     pub fn warm(&self, from: &Checkpoint) {
         self.prefetch(from);

@@ -146,6 +146,8 @@ impl Controller {
                 capacity: (about.capacity_bytes > 0).then_some(about.capacity_bytes),
                 owned: grid.owned(&about.owned),
                 term: about.obeyed.unwrap_or_default().term,
+                partial: about.partial,
+                drained: about.drained,
             })
             .collect();
         seen.sort_by(|a, b| (&a.id, &a.endpoint).cmp(&(&b.id, &b.endpoint)));

@@ -319,6 +319,7 @@ pub async fn serve(config: Config, shutdown: Shutdown) -> Result<(), Error> {
         placement: placement.clone(),
         alone,
         controller: controller.as_ref().map(|parts| parts.door.clone()),
+        checkpoint: checkpoint.clone(),
     };
     let registered = config.etcd.as_ref().map(|etcd| {
         let me = Member {
@@ -358,7 +359,8 @@ pub async fn serve(config: Config, shutdown: Shutdown) -> Result<(), Error> {
     // Draining: the server refuses new connections and calls, and returns when
     // the running ones have ended.
     let stop = shutdown.clone();
-    let routes = Routes::new(service).add_service(OperationsServer::new(operations));
+    let operations = OperationsServer::new(operations).max_encoding_message_size(MAX_MESSAGE_BYTES);
+    let routes = Routes::new(service).add_service(operations);
     transport::serve_grpc(listener, routes, tls.as_ref(), async move { stop.wait().await }).await?;
     if let Some(registered) = registered {
         registered.join_all().await;

@@ -11,10 +11,12 @@ use arc_swap::ArcSwap;
 use mesh::membership::Links;
 use mesh::placement::Placement;
 use mesh::transport::Endpoint;
+use model::{Checkpoint, Head};
 use proto::v1::operations_server::Operations;
 use proto::v1::{
-    ControllerStatus, DrainNodeRequest, DrainProgress, JoinReply, JoinRequest, LeaveReply,
-    LeaveRequest, MemberStatus, PlacementReply, PlacementRequest, RebalanceReply, RebalanceRequest,
+    ControllerStatus, DrainNodeRequest, DrainProgress, HeadsRequest, JoinReply, JoinRequest,
+    LeaveReply, LeaveRequest, MemberStatus, PlacementReply, PlacementRequest, RebalanceReply,
+    RebalanceRequest, WeightFile,
 };
 use tokio::sync::mpsc;
 use tokio_stream::Stream;
@@ -37,6 +39,7 @@ pub struct OperationsService {
     pub alone: bool,
     /// Set on the controller.
     pub controller: Option<Arc<Door>>,
+    pub checkpoint: Arc<Checkpoint>,
 }
 
 type Reports = Pin<Box<dyn Stream<Item = Result<DrainProgress, Status>> + Send>>;
@@ -63,12 +66,13 @@ impl OperationsService {
         text.parse().map_err(|error| Status::invalid_argument(format!("endpoint: {error}")))
     }
 
-    /// How many experts the node at `endpoint` owns; none when it has gone.
-    fn left(&self, endpoint: &str) -> u32 {
+    /// How many experts the node at `endpoint` owns, and whether it knows that it is drained; `None`
+    /// when it has gone.
+    fn left(&self, endpoint: &str) -> Option<(u32, bool)> {
         let members = self.links.members();
         let link = members.iter().find(|link| link.endpoint.to_string() == endpoint);
-        let about = link.and_then(|link| link.description());
-        about.map_or(0, |about| about.owned.iter().map(|of| of.experts.len() as u32).sum())
+        let about = link.and_then(|link| link.description())?;
+        Some((about.owned.iter().map(|of| of.experts.len() as u32).sum(), about.drained))
     }
 }
 
@@ -132,7 +136,9 @@ impl Operations for OperationsService {
             MemberStatus {
                 node_id: about.node_id,
                 connected,
-                draining: about.draining || draining.contains_key(endpoint.as_str()),
+                draining: about.draining
+                    || about.drained
+                    || draining.contains_key(endpoint.as_str()),
                 endpoint,
                 capacity_bytes: about.capacity_bytes,
                 resident_bytes: about.resident_bytes,
@@ -172,9 +178,9 @@ impl Operations for OperationsService {
                     let _ = send.send(Err(Status::aborted(why))).await;
                     return;
                 }
-                let left = service.left(&endpoint);
+                let (left, drained) = service.left(&endpoint).unwrap_or((0, !cancel));
                 let detail = door.report.load().progress.detail.clone();
-                let done = left == 0 || cancel;
+                let done = drained != cancel && (left == 0 || cancel);
                 let report = DrainProgress { left, done, detail };
                 // Whoever asked may go; the drain goes on.
                 if send.send(Ok(report)).await.is_err() || done {
@@ -194,5 +200,21 @@ impl Operations for OperationsService {
         let wish = Rebalance { dry_run: request.get_ref().dry_run };
         let moves = answered(controller.send(wish).await)?;
         Ok(Response::new(RebalanceReply { moves }))
+    }
+
+    type HeadsStream = ReceiverStream<Result<WeightFile, Status>>;
+
+    async fn heads(&self, _: Request<HeadsRequest>) -> Result<Response<Self::HeadsStream>, Status> {
+        let (send, files) = mpsc::channel(1);
+        let checkpoint = self.checkpoint.clone();
+        tokio::spawn(async move {
+            for Head { name, len, bytes } in checkpoint.heads() {
+                let file = WeightFile { name, length: len, header: bytes.into() };
+                if send.send(Ok(file)).await.is_err() {
+                    return;
+                }
+            }
+        });
+        Ok(Response::new(ReceiverStream::new(files)))
     }
 }

@@ -7,7 +7,7 @@
 //! is no checkpoint. Nothing that exists is written over.
 
 mod noise;
-mod plan;
+mod shape;
 mod tokenizer;
 
 use std::fs::{self, File};
@@ -21,9 +21,9 @@ use model::blocks::{Squares, quantize};
 use serde_json::{Map, json};
 
 use self::noise::Stream;
-use self::plan::{Stored, Tensor};
 use crate::cli::MakeCheckpointArgs;
 use crate::config::roles::cpus;
+use crate::published::{self, Stored, Tensor};
 
 /// Values made at a time; a whole number of FP8 blocks' rows in every size below.
 const CHUNK: usize = 8 << 20;
@@ -36,9 +36,9 @@ pub fn make(args: &MakeCheckpointArgs) -> anyhow::Result<()> {
     if occupied || dir.is_file() {
         bail!("{} exists and is not empty: name a new directory", dir.display());
     }
-    let text = serde_json::to_string_pretty(&plan::config(args.size, args.dtype))?;
+    let text = serde_json::to_string_pretty(&shape::config(args.size, args.dtype))?;
     let config = model::Config::from_json(&text, "config.json")?;
-    let tensors = plan::tensors(&config, args.dtype);
+    let tensors = published::tensors(&config);
 
     fs::create_dir_all(dir).with_context(|| format!("cannot make {}", dir.display()))?;
     let put = |name: &str, text: String| {

@@ -1,12 +1,15 @@
 //! `moemesh bench dispatch`: what one layer's dispatch and gather takes. The
 //! router's side (links, placement, exchange) runs here and stub nodes, which
 //! answer with the rows they are given, in a process of their own: [`peer`].
-//! Two questions: how long a round trip takes beside a plain echo ([`trips`]),
-//! and what a token costs with its experts on many nodes ([`spread`]).
+//! Three questions: how long a round trip takes beside a plain echo ([`trips`]),
+//! what a layer costs with its experts on many nodes ([`spread`]), and what a
+//! whole token then costs a router ([`tokens`]).
 
 mod cores;
 mod peer;
+mod router_process;
 mod spread;
+mod tokens;
 mod trips;
 
 use std::io::{BufRead as _, BufReader};
@@ -23,7 +26,7 @@ use serde_json::{Value, json};
 use crate::bench::report::machine;
 use crate::cli::BenchDispatchArgs;
 use cores::Cores;
-use peer::{Ask, Offer};
+use peer::{Ask, Layer, Offer};
 use spread::Cost;
 use trips::Trip;
 
@@ -31,6 +34,10 @@ use trips::Trip;
 pub async fn run(args: BenchDispatchArgs) -> anyhow::Result<()> {
     if let Some(ask) = &args.peer {
         return peer::serve(serde_json::from_str(ask)?).await;
+    }
+    if args.model.is_some() {
+        print!("{}", tokens::run(&args).await?);
+        return Ok(());
     }
     // The dispatcher drives a runtime of its own, so it needs a thread that has none.
     let (said, ended) = tokio::sync::oneshot::channel();
@@ -65,7 +72,6 @@ fn measure(args: &BenchDispatchArgs) -> anyhow::Result<String> {
 /// The other process; ends with this value.
 struct Peer {
     process: Child,
-    ask: Ask,
     offer: Offer,
 }
 
@@ -87,11 +93,12 @@ impl Peer {
             BufReader::new(out).read_line(&mut line)?;
         }
         let offer = serde_json::from_str(&line).context("the stub nodes did not come up")?;
-        Ok(Self { process, ask: ask.clone(), offer })
+        Ok(Self { process, offer })
     }
 
-    fn dispatcher(&self) -> anyhow::Result<Dispatcher> {
-        let Ask { hidden, experts, top_k, .. } = self.ask;
+    /// To the experts of one layer.
+    fn dispatcher(&self, layer: Layer) -> anyhow::Result<Dispatcher> {
+        let Layer { hidden, experts, top_k } = layer;
         let nodes: Result<Vec<Endpoint>, _> = self.offer.nodes.iter().map(|n| n.parse()).collect();
         Dispatcher::connect(Config {
             nodes: nodes?,

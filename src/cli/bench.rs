@@ -110,6 +110,16 @@ pub struct BenchDispatchArgs {
     /// Instead of round trips: what a token costs with its experts on so many nodes
     #[arg(long, value_name = "N,…", value_delimiter = ',')]
     pub nodes: Vec<usize>,
+    /// With --nodes: the CPU time of a whole router process that serves this checkpoint,
+    /// in place of the exchange alone
+    #[arg(long, value_name = "DIR", requires = "nodes", conflicts_with_all = ["bytes", "tcp"])]
+    pub model: Option<PathBuf>,
+    /// Threads of that router
+    #[arg(long, value_name = "N", requires = "model", default_value_t = 1)]
+    pub threads: usize,
+    /// Concurrent streams that ask it for tokens
+    #[arg(long, value_name = "N,…", value_delimiter = ',', default_values_t = [1, 16])]
+    pub streams: Vec<usize>,
     /// Alternating rounds of each payload
     #[arg(long, value_name = "N", default_value_t = 10)]
     pub rounds: usize,
@@ -125,7 +135,8 @@ const DISPATCH_EXAMPLES: &str = "\
 Examples:
   moemesh bench dispatch
   moemesh bench dispatch --tcp
-  moemesh bench dispatch --nodes 4,64";
+  moemesh bench dispatch --nodes 4,64
+  moemesh bench dispatch --nodes 4,64 --model bench-m";
 
 #[derive(Debug, Args)]
 #[command(after_help = COMPARE_EXAMPLES)]

@@ -123,7 +123,8 @@ fn rows<T>(seen: &[Seen<T>], cells: impl Fn(&T) -> Vec<String>) -> Vec<Vec<Strin
 
 /// Columns as wide as their widest cell. The last cell of a row widens nothing,
 /// so that one long reason does not push a whole table aside.
-fn table(head: &[&str], rows: &[Vec<String>]) -> String {
+/// Columns as wide as they need to be, under their titles.
+pub fn table(head: &[&str], rows: &[Vec<String>]) -> String {
     let head: Vec<String> = head.iter().map(|title| title.to_uppercase()).collect();
     let mut widths = vec![0; head.len()];
     for row in std::iter::once(&head).chain(rows) {

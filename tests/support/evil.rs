@@ -19,8 +19,9 @@ use proto::v1::expert_control_server::{ExpertControl, ExpertControlServer};
 use proto::v1::expert_data_client::ExpertDataClient;
 use proto::v1::{
     DescribeRequest, DispatchError, DispatchFrame, DispatchReply, DrainReply, DrainRequest,
-    DropReply, DropRequest, ErrorCode, LoadReply, LoadRequest, NodeDescription, NodeStatus,
-    NodeStatusRequest, WatchRequest,
+    DropReply, DropRequest, ErrorCode, FetchPart, FetchRequest, LoadReply, LoadRequest,
+    NodeDescription, NodeStatus, NodeStatusRequest, SetDrainedReply, SetDrainedRequest,
+    WatchRequest,
 };
 use proto::wire::{self, Messages};
 use tokio::sync::mpsc;
@@ -246,6 +247,19 @@ impl ExpertControl for Node {
     }
 
     async fn drop(&self, _: Request<DropRequest>) -> Result<Response<DropReply>, Status> {
+        Err(Status::unimplemented("evil"))
+    }
+
+    async fn set_drained(
+        &self,
+        _: Request<SetDrainedRequest>,
+    ) -> Result<Response<SetDrainedReply>, Status> {
+        Err(Status::unimplemented("evil"))
+    }
+
+    type FetchStream = tokio_stream::Empty<Result<FetchPart, Status>>;
+
+    async fn fetch(&self, _: Request<FetchRequest>) -> Result<Response<Self::FetchStream>, Status> {
         Err(Status::unimplemented("evil"))
     }
 }

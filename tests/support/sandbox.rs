@@ -358,13 +358,14 @@ impl Sandbox {
     }
 
     fn further(&self, name: &str, settings: &[(&str, String)]) -> Process {
-        let (listen, admin) = (self.socket(name), self.socket(&format!("{name}-admin")));
-        let mut config = format!(
-            "id = \"{name}\"\nlisten = \"unix:{}\"\nadmin = \"unix:{}\"\n{}",
-            listen.display(),
-            admin.display(),
-            self.common
-        );
+        let listen = self.socket(name);
+        let mut config = format!("id = \"{name}\"\nlisten = \"unix:{}\"\n", listen.display());
+        let own =
+            |line: &&str| settings.iter().any(|(key, _)| line.starts_with(&format!("{key} =")));
+        for line in self.common.lines().filter(|line| !own(line)) {
+            writeln!(config, "{line}").unwrap();
+        }
+        writeln!(config, "admin = \"unix:{}-admin.sock\"", self.dir.join(name).display()).unwrap();
         for (key, value) in settings {
             writeln!(config, "{key} = {value}").unwrap();
         }

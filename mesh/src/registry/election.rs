@@ -5,21 +5,16 @@
 use std::convert::Infallible;
 use std::time::SystemTime;
 
-use etcd_client::{
-    Client, Compare, CompareOp, DeleteOptions, GetOptions, KeyValue, PutOptions, Txn, TxnOp,
-};
+use etcd_client::{Client, Compare, CompareOp, KeyValue, PutOptions, Txn, TxnOp};
 use tokio::time::{sleep, timeout};
 
 use super::Etcd;
 use super::etcd::{Lease, PATIENCE, Quiet, RENEW, RETRY, Trouble};
-use super::office::{Drained, Office};
+use super::office::Office;
 use crate::lifecycle::Shutdown;
 
 const CONTROLLER: &str = "controller";
 const TERM: &str = "term";
-const DRAINED: &str = "drained/";
-/// etcd takes 128 operations in a transaction unless it is told otherwise.
-const MOST_WRITES: usize = 100;
 
 /// What this router wrote when it took office.
 struct Won {
@@ -99,7 +94,6 @@ impl Etcd {
         let last = timeout(PATIENCE, client.get(self.key(TERM), None)).await??;
         let last = last.kvs().first();
         let term = last.and_then(number).unwrap_or(0).max(office.obeyed()).saturating_add(1);
-        let drained = self.drained(client).await?;
         let vacant = Compare::create_revision(self.key(CONTROLLER), CompareOp::Equal, 0);
         let latest = Compare::mod_revision(
             self.key(TERM),
@@ -117,30 +111,16 @@ impl Etcd {
             return Ok(None);
         }
         tracing::info!(term, "elected controller");
-        office.recall(drained);
         let revision = elected.header().map_or(0, |header| header.revision());
         Ok(Some(Won { term, revision, lease }))
     }
 
     /// In office until something goes wrong.
     async fn serve(&self, won: &mut Won, office: &Office) -> Result<Infallible, Trouble> {
-        let mut client = won.lease.client.clone();
-        let mut stored = self.drained(&mut client).await?;
         loop {
             // Nodes that obeyed a controller from before etcd, or from another one.
             if office.obeyed() > won.term {
-                let term = office.obeyed().saturating_add(1);
-                let raise = vec![TxnOp::put(self.key(TERM), term.to_string(), None)];
-                self.write(&mut client, won, raise).await?;
-                tracing::info!(term, "its term is raised, as nodes obeyed a higher one");
-                won.term = term;
-            }
-            let drained = office.drained();
-            if drained != stored {
-                for part in self.changes(&stored, &drained).chunks(MOST_WRITES) {
-                    self.write(&mut client, won, part.to_vec()).await?;
-                }
-                stored = drained;
+                self.raise(won, office.obeyed().saturating_add(1)).await?;
             }
             won.lease.renew().await?;
             office.hold(won.term, won.lease.until);
@@ -151,38 +131,17 @@ impl Etcd {
         }
     }
 
-    /// Writes only while in office.
-    async fn write(
-        &self,
-        client: &mut Client,
-        won: &Won,
-        operations: Vec<TxnOp>,
-    ) -> Result<(), Trouble> {
+    /// Goes on in a higher term, if it is still in office.
+    async fn raise(&self, won: &mut Won, term: u64) -> Result<(), Trouble> {
         let mine = Compare::create_revision(self.key(CONTROLLER), CompareOp::Equal, won.revision);
-        let write = Txn::new().when([mine]).and_then(operations);
-        let written = timeout(PATIENCE, client.txn(write)).await??;
-        if written.succeeded() { Ok(()) } else { Err(Trouble::Expired) }
-    }
-
-    /// What operators have had emptied, by endpoint: kept beyond a controller's term.
-    async fn drained(&self, client: &mut Client) -> Result<Drained, Trouble> {
-        let prefix = self.key(DRAINED);
-        let all = Some(GetOptions::new().with_prefix());
-        let listed = timeout(PATIENCE, client.get(prefix.clone(), all)).await??;
-        let one = |pair: &KeyValue| {
-            let endpoint = pair.key_str().ok()?.strip_prefix(&prefix)?.to_owned();
-            Some((endpoint, number(pair)?))
-        };
-        Ok(listed.kvs().iter().filter_map(one).collect())
-    }
-
-    fn changes(&self, before: &Drained, after: &Drained) -> Vec<TxnOp> {
-        let key = |endpoint: &str| self.key(&format!("{DRAINED}{endpoint}"));
-        let gone = before.keys().filter(|endpoint| !after.contains_key(*endpoint));
-        let gone = gone.map(|endpoint| TxnOp::delete(key(endpoint), None::<DeleteOptions>));
-        let new = after.iter().filter(|(endpoint, life)| before.get(*endpoint) != Some(life));
-        let new = new.map(|(endpoint, life)| TxnOp::put(key(endpoint), life.to_string(), None));
-        gone.chain(new).collect()
+        let raise = TxnOp::put(self.key(TERM), term.to_string(), None);
+        let raise = Txn::new().when([mine]).and_then([raise]);
+        if !timeout(PATIENCE, won.lease.client.txn(raise)).await??.succeeded() {
+            return Err(Trouble::Expired);
+        }
+        tracing::info!(term, "its term is raised, as nodes obeyed a higher one");
+        won.term = term;
+        Ok(())
     }
 }
 

@@ -1,17 +1,12 @@
 //! The office of controller as one router sees it: held for a term while its
 //! lease lasts by the router's own clock, or held by another, or by nobody.
 
-use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
 
 use arc_swap::ArcSwap;
-use parking_lot::Mutex;
 use tokio::sync::Notify;
-
-/// Nodes that an operator has had emptied: endpoint and incarnation.
-pub type Drained = BTreeMap<String, u64>;
 
 /// A term in office.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -28,8 +23,6 @@ pub struct Office(Arc<Inner>);
 
 struct Inner {
     state: ArcSwap<State>,
-    /// What is to be remembered beyond this term.
-    drained: Mutex<Drained>,
     /// The highest term that a node was seen to obey.
     obeyed: AtomicU64,
     /// There is something for the campaign to do.
@@ -46,7 +39,6 @@ impl Default for Office {
     fn default() -> Self {
         Self(Arc::new(Inner {
             state: ArcSwap::from_pointee(State::Vacant("etcd has not answered yet".to_owned())),
-            drained: Mutex::default(),
             obeyed: AtomicU64::new(0),
             wish: Notify::new(),
         }))
@@ -65,20 +57,6 @@ impl Office {
                 "etcd does not answer, and term {term} has ended: nothing is moved until it is back"
             )),
             State::Vacant(why) => Err(why.clone()),
-        }
-    }
-
-    /// Nodes that are to own nothing, as far as they are known beyond this term.
-    pub fn drained(&self) -> Drained {
-        self.0.drained.lock().clone()
-    }
-
-    /// Remembers which nodes are to own nothing.
-    pub fn remember(&self, drained: Drained) {
-        let mut known = self.0.drained.lock();
-        if *known != drained {
-            *known = drained;
-            self.0.wish.notify_one();
         }
     }
 
@@ -106,11 +84,6 @@ impl Office {
 
     pub(super) fn leave(&self, why: String) {
         self.0.state.store(Arc::new(State::Vacant(why)));
-    }
-
-    /// What etcd remembers, taken over before a term begins.
-    pub(super) fn recall(&self, drained: Drained) {
-        *self.0.drained.lock() = drained;
     }
 
     pub(super) fn obeyed(&self) -> u64 {
@@ -153,11 +126,6 @@ mod tests {
         assert_eq!((wished(), office.obeyed()), (true, 3));
         office.saw(2);
         assert_eq!((wished(), office.obeyed()), (false, 3));
-        let drained = Drained::from([("a:1".to_owned(), 9)]);
-        office.remember(drained.clone());
-        assert_eq!((wished(), office.drained()), (true, drained.clone()));
-        office.remember(drained);
-        assert!(!wished());
     }
 
     /// Whether there is a wish at once.

@@ -23,8 +23,9 @@ use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 /// How long a helper stays awake after a job, and the caller for the last task: longer than a layer's trip to other
-/// processes, and too short to matter to an idle machine.
-const AWAKE: Duration = Duration::from_millis(2);
+/// processes, which takes 6 ms where 16 rows read most of a layer's experts, and too short to matter to an idle
+/// machine.
+const AWAKE: Duration = Duration::from_millis(10);
 /// Tasks a job can have: what the ticket has bits for.
 const MAX_TASKS: usize = CLOSED as usize - 1;
 /// As the next task of a ticket: nothing to claim.

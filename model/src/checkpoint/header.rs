@@ -118,8 +118,9 @@ impl<'de> serde::Deserialize<'de> for RawHeader {
     }
 }
 
-/// Reads the header of the file whose bytes are `bytes`, mapped and not yet touched.
-pub(crate) fn parse(path: &Path, bytes: &[u8]) -> Result<Vec<Item>, LoadError> {
+/// Reads the header of a file of `len` bytes that begins with `bytes`: all of it, mapped and not yet
+/// touched, or the header alone.
+pub(crate) fn parse(path: &Path, bytes: &[u8], len: usize) -> Result<Vec<Item>, LoadError> {
     let refuse = |problem: String| LoadError::file(path, problem);
     let Some((prefix, rest)) = bytes.split_first_chunk::<8>() else {
         return Err(refuse(format!(
@@ -135,11 +136,12 @@ pub(crate) fn parse(path: &Path, bytes: &[u8]) -> Result<Vec<Item>, LoadError> {
     }
     let length = length as usize;
     let Some(header) = rest.get(..length) else {
-        return Err(refuse(format!(
-            "truncated: a header of {length} bytes in a file of {}",
-            bytes.len()
-        )));
+        return Err(refuse(format!("truncated: a header of {length} bytes in a file of {len}")));
     };
+    if len < 8 + length {
+        let problem = format!("truncated: a header of {length} bytes in a file of {len}");
+        return Err(refuse(problem));
+    }
     let raw: RawHeader = serde_json::from_slice(header)
         .map_err(|e| refuse(format!("malformed safetensors header: {e}")))?;
 
@@ -147,12 +149,12 @@ pub(crate) fn parse(path: &Path, bytes: &[u8]) -> Result<Vec<Item>, LoadError> {
     let data = 8 + length;
     let mut items = Vec::with_capacity(raw.0.len());
     for (name, item) in raw.0 {
-        let checked = check(&item, bytes.len() - data);
+        let checked = check(&item, len - data);
         let (dtype, shape) = checked.map_err(|e| LoadError::tensor(&file, &name, e))?;
         let [start, end] = item.data_offsets.map(|o| o as usize);
         items.push(Item { name, dtype, shape, start: data + start, len: end - start });
     }
-    check_cover(path, &items, data, bytes.len())?;
+    check_cover(path, &items, data, len)?;
     Ok(items)
 }
 

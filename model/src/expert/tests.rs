@@ -3,7 +3,7 @@
 use kernels::Isa;
 
 use super::*;
-use crate::synthetic::{Recipe, TempDir};
+use crate::synthetic::{Recipe, Storage, TempDir};
 
 fn experts() -> (Arc<Checkpoint>, Vec<Expert>) {
     let dir = TempDir::with(&Recipe::small()).unwrap();
@@ -95,4 +95,55 @@ fn rows_of_another_width_are_a_callers_mistake() {
     let (_checkpoint, experts) = experts();
     let groups = [ExpertGroup { expert: &experts[0], rows: 1 }];
     run(1, Numerics::F32, &groups, &[0; 96]);
+}
+
+#[test]
+fn an_expert_that_arrived_gives_the_same_bits_as_the_file() {
+    for storage in [Storage::F32, Storage::Bf16, Storage::Fp8] {
+        for fused in [false, true] {
+            if fused && matches!(storage, Storage::Fp8) {
+                continue;
+            }
+            let blocks = serde_json::json!({ "quantization_config": {
+                "quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [16, 16],
+            }});
+            let small = match storage {
+                Storage::Fp8 => Recipe::small().with(blocks),
+                _ => Recipe::small(),
+            };
+            let recipe = Recipe { storage, fused, ..small };
+            let dir = TempDir::with(&recipe).unwrap();
+            let checkpoint = Checkpoint::open(dir.path()).unwrap();
+            let there = Expert::load(&checkpoint, 1, 5).unwrap();
+            let mut bytes = Vec::new();
+            let digest = there.pass_on(1000, |piece| {
+                bytes.extend_from_slice(piece);
+                piece.len() <= 1000
+            });
+            let digest = digest.unwrap();
+            let arrive = |bytes: &[u8]| {
+                let mut arriving = Arriving::new(&checkpoint, 1, 5).unwrap();
+                assert_eq!(arriving.bytes(), there.bytes());
+                assert!(bytes.chunks(777).all(|piece| arriving.put(piece)));
+                assert_eq!(arriving.missing(), there.bytes() - bytes.len());
+                assert!(!arriving.put(&vec![0; arriving.missing() + 1]), "more than there is");
+                arriving.finish(&digest).map_err(|error| error.to_string())
+            };
+            let short = arrive(&bytes[1..]).err().unwrap();
+            assert!(short.contains("layer 1 expert 5") && short.contains("bytes came"), "{short}");
+            let mut other = bytes.clone();
+            other[77] ^= 16;
+            let other = arrive(&other).err().unwrap();
+            assert!(other.contains("layer 1 expert 5, fetched: other bytes"), "{other}");
+            let here = arrive(&bytes).unwrap();
+            drop(dir);
+            for numerics in [Numerics::F32, Numerics::Bf16] {
+                let x = rows(numerics, 9);
+                let of = |expert| run(1, numerics, &[ExpertGroup { expert, rows: 9 }], &x);
+                assert_eq!(of(&here), of(&there), "{numerics}");
+            }
+            assert_eq!(here.pass_on(4096, |_| true), Some(digest), "it can be passed on");
+            assert_eq!(here.pass_on(4096, |_| false), None);
+        }
+    }
 }

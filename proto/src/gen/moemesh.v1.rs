@@ -116,6 +116,12 @@ pub struct NodeDescription {
     /// the same is the process that was asked.
     #[prost(bytes = "bytes", tag = "21")]
     pub instance: ::prost::bytes::Bytes,
+    /// It has not all weight files: experts that it is to load may have to be fetched.
+    #[prost(bool, tag = "22")]
+    pub partial: bool,
+    /// It is to own nothing, as an operator wants it emptied.
+    #[prost(bool, tag = "23")]
+    pub drained: bool,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct LayerExperts {
@@ -174,6 +180,20 @@ pub struct LoadRequest {
     pub order: ::core::option::Option<Order>,
     #[prost(message, repeated, tag = "2")]
     pub experts: ::prost::alloc::vec::Vec<LayerExperts>,
+    /// Who owns them, for what the node has no file of.
+    #[prost(message, repeated, tag = "3")]
+    pub sources: ::prost::alloc::vec::Vec<Source>,
+}
+/// A node that owns experts.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct Source {
+    #[prost(string, tag = "1")]
+    pub endpoint: ::prost::alloc::string::String,
+    /// With TLS, whoever answers there has to prove to be it.
+    #[prost(string, tag = "2")]
+    pub node_id: ::prost::alloc::string::String,
+    #[prost(message, repeated, tag = "3")]
+    pub experts: ::prost::alloc::vec::Vec<LayerExperts>,
 }
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct LoadReply {
@@ -198,6 +218,50 @@ pub struct DropReply {
     #[prost(uint64, tag = "2")]
     pub resident_bytes: u64,
 }
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct FetchRequest {
+    /// Of the model that both have to serve.
+    #[prost(bytes = "bytes", tag = "1")]
+    pub model_digest: ::prost::bytes::Bytes,
+    #[prost(message, repeated, tag = "2")]
+    pub experts: ::prost::alloc::vec::Vec<LayerExperts>,
+}
+/// For each expert: its head, its bytes in as many parts as it takes, its SHA-256.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct FetchPart {
+    #[prost(oneof = "fetch_part::Part", tags = "1, 2, 3")]
+    pub part: ::core::option::Option<fetch_part::Part>,
+}
+/// Nested message and enum types in `FetchPart`.
+pub mod fetch_part {
+    #[derive(Clone, PartialEq, Eq, Hash, ::prost::Oneof)]
+    pub enum Part {
+        #[prost(message, tag = "1")]
+        Head(super::ExpertHead),
+        #[prost(bytes, tag = "2")]
+        Bytes(::prost::bytes::Bytes),
+        #[prost(bytes, tag = "3")]
+        Sha256(::prost::bytes::Bytes),
+    }
+}
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct ExpertHead {
+    #[prost(uint32, tag = "1")]
+    pub layer: u32,
+    #[prost(uint32, tag = "2")]
+    pub expert: u32,
+    #[prost(uint64, tag = "3")]
+    pub length: u64,
+}
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct SetDrainedRequest {
+    #[prost(message, optional, tag = "1")]
+    pub order: ::core::option::Option<Order>,
+    #[prost(bool, tag = "2")]
+    pub drained: bool,
+}
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct SetDrainedReply {}
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, ::prost::Enumeration)]
 #[repr(i32)]
 pub enum Dtype {
@@ -829,6 +893,59 @@ pub mod expert_control_client {
                 .insert(GrpcMethod::new("moemesh.v1.ExpertControl", "Drop"));
             self.inner.unary(req, path, codec).await
         }
+        /// Remember that an operator has the node emptied, or no longer: a controller that
+        /// comes later finds it in the description. Forgotten when the process ends.
+        pub async fn set_drained(
+            &mut self,
+            request: impl tonic::IntoRequest<super::SetDrainedRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::SetDrainedReply>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/moemesh.v1.ExpertControl/SetDrained",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("moemesh.v1.ExpertControl", "SetDrained"));
+            self.inner.unary(req, path, codec).await
+        }
+        /// The weights of experts that this node owns, as stored, one expert after the
+        /// other in ascending order: for a node that is to own them and has not their
+        /// files. NOT_FOUND: it does not own one of them.
+        pub async fn fetch(
+            &mut self,
+            request: impl tonic::IntoRequest<super::FetchRequest>,
+        ) -> std::result::Result<
+            tonic::Response<tonic::codec::Streaming<super::FetchPart>>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/moemesh.v1.ExpertControl/Fetch",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("moemesh.v1.ExpertControl", "Fetch"));
+            self.inner.server_streaming(req, path, codec).await
+        }
     }
 }
 /// Generated server implementations.
@@ -884,6 +1001,25 @@ pub mod expert_control_server {
             &self,
             request: tonic::Request<super::DropRequest>,
         ) -> std::result::Result<tonic::Response<super::DropReply>, tonic::Status>;
+        /// Remember that an operator has the node emptied, or no longer: a controller that
+        /// comes later finds it in the description. Forgotten when the process ends.
+        async fn set_drained(
+            &self,
+            request: tonic::Request<super::SetDrainedRequest>,
+        ) -> std::result::Result<tonic::Response<super::SetDrainedReply>, tonic::Status>;
+        /// Server streaming response type for the Fetch method.
+        type FetchStream: tonic::codegen::tokio_stream::Stream<
+                Item = std::result::Result<super::FetchPart, tonic::Status>,
+            >
+            + std::marker::Send
+            + 'static;
+        /// The weights of experts that this node owns, as stored, one expert after the
+        /// other in ascending order: for a node that is to own them and has not their
+        /// files. NOT_FOUND: it does not own one of them.
+        async fn fetch(
+            &self,
+            request: tonic::Request<super::FetchRequest>,
+        ) -> std::result::Result<tonic::Response<Self::FetchStream>, tonic::Status>;
     }
     #[derive(Debug)]
     pub struct ExpertControlServer<T> {
@@ -1225,6 +1361,97 @@ pub mod expert_control_server {
                                 max_encoding_message_size,
                             );
                         let res = grpc.unary(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/moemesh.v1.ExpertControl/SetDrained" => {
+                    #[allow(non_camel_case_types)]
+                    struct SetDrainedSvc<T: ExpertControl>(pub Arc<T>);
+                    impl<
+                        T: ExpertControl,
+                    > tonic::server::UnaryService<super::SetDrainedRequest>
+                    for SetDrainedSvc<T> {
+                        type Response = super::SetDrainedReply;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::Response>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::SetDrainedRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as ExpertControl>::set_drained(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = SetDrainedSvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.unary(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/moemesh.v1.ExpertControl/Fetch" => {
+                    #[allow(non_camel_case_types)]
+                    struct FetchSvc<T: ExpertControl>(pub Arc<T>);
+                    impl<
+                        T: ExpertControl,
+                    > tonic::server::ServerStreamingService<super::FetchRequest>
+                    for FetchSvc<T> {
+                        type Response = super::FetchPart;
+                        type ResponseStream = T::FetchStream;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::ResponseStream>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::FetchRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as ExpertControl>::fetch(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = FetchSvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.server_streaming(method, req).await;
                         Ok(res)
                     };
                     Box::pin(fut)
@@ -2017,6 +2244,18 @@ pub struct Move {
     #[prost(uint64, tag = "5")]
     pub bytes: u64,
 }
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct HeadsRequest {}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct WeightFile {
+    #[prost(string, tag = "1")]
+    pub name: ::prost::alloc::string::String,
+    #[prost(uint64, tag = "2")]
+    pub length: u64,
+    /// Eight bytes of length and the header itself (safetensors).
+    #[prost(bytes = "bytes", tag = "3")]
+    pub header: ::prost::bytes::Bytes,
+}
 /// Generated client implementations.
 pub mod operations_client {
     #![allow(
@@ -2225,6 +2464,32 @@ pub mod operations_client {
                 .insert(GrpcMethod::new("moemesh.v1.Operations", "Rebalance"));
             self.inner.unary(req, path, codec).await
         }
+        /// What the checkpoint's weight files begin with, in the order of their names:
+        /// for a node that has not all of them.
+        pub async fn heads(
+            &mut self,
+            request: impl tonic::IntoRequest<super::HeadsRequest>,
+        ) -> std::result::Result<
+            tonic::Response<tonic::codec::Streaming<super::WeightFile>>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/moemesh.v1.Operations/Heads",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("moemesh.v1.Operations", "Heads"));
+            self.inner.server_streaming(req, path, codec).await
+        }
     }
 }
 /// Generated server implementations.
@@ -2275,6 +2540,18 @@ pub mod operations_server {
             &self,
             request: tonic::Request<super::RebalanceRequest>,
         ) -> std::result::Result<tonic::Response<super::RebalanceReply>, tonic::Status>;
+        /// Server streaming response type for the Heads method.
+        type HeadsStream: tonic::codegen::tokio_stream::Stream<
+                Item = std::result::Result<super::WeightFile, tonic::Status>,
+            >
+            + std::marker::Send
+            + 'static;
+        /// What the checkpoint's weight files begin with, in the order of their names:
+        /// for a node that has not all of them.
+        async fn heads(
+            &self,
+            request: tonic::Request<super::HeadsRequest>,
+        ) -> std::result::Result<tonic::Response<Self::HeadsStream>, tonic::Status>;
     }
     #[derive(Debug)]
     pub struct OperationsServer<T> {
@@ -2570,6 +2847,52 @@ pub mod operations_server {
                                 max_encoding_message_size,
                             );
                         let res = grpc.unary(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/moemesh.v1.Operations/Heads" => {
+                    #[allow(non_camel_case_types)]
+                    struct HeadsSvc<T: Operations>(pub Arc<T>);
+                    impl<
+                        T: Operations,
+                    > tonic::server::ServerStreamingService<super::HeadsRequest>
+                    for HeadsSvc<T> {
+                        type Response = super::WeightFile;
+                        type ResponseStream = T::HeadsStream;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::ResponseStream>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::HeadsRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as Operations>::heads(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = HeadsSvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.server_streaming(method, req).await;
                         Ok(res)
                     };
                     Box::pin(fut)

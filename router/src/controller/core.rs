@@ -10,8 +10,7 @@ use std::time::{Duration, Instant};
 
 use mesh::placement::plan::steps::{self, Step};
 use mesh::placement::plan::{Aim, Node, Plan, Problem, plan};
-use mesh::registry::office::Drained;
-use proto::v1::{LayerExperts, Move, Order};
+use proto::v1::{LayerExperts, Move, Order, Source};
 
 use super::grid::Grid;
 
@@ -28,7 +27,7 @@ const RETRY: Duration = Duration::from_secs(1);
 const SORE: Duration = Duration::from_secs(60);
 /// Nodes of the past that are remembered.
 const MOST_KNOWN: usize = 4096;
-/// Experts that one order has a node load when nothing is missing.
+/// Experts that one order has a node load when nothing is missing, or that it has to fetch.
 const CALM: usize = 32;
 
 /// What the controller is told.
@@ -51,14 +50,22 @@ pub struct Seen {
     pub owned: Vec<bool>,
     /// Term of the newest order it obeyed.
     pub term: u64,
+    /// It has not all weight files.
+    pub partial: bool,
+    /// It was told that it is to own nothing.
+    pub drained: bool,
 }
 
 /// Orders to be given now, by endpoint. Either list is empty.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, Default, PartialEq)]
 pub struct Orders {
     pub order: Order,
     pub load: Vec<(String, Vec<LayerExperts>)>,
     pub drop: Vec<(String, Vec<LayerExperts>)>,
+    /// From whom nodes that have not all files fetch what they are to load.
+    pub sources: BTreeMap<String, Vec<Source>>,
+    /// Nodes that are to remember that they are drained, or no longer.
+    pub drained: Vec<(String, bool)>,
 }
 
 /// How a node took an order that it did not carry out.
@@ -132,7 +139,7 @@ pub struct Core {
     /// Since when experts have fewer owners than they should.
     short: Option<Instant>,
     /// Nodes that are to own nothing, in which incarnation.
-    draining: Drained,
+    draining: BTreeMap<String, u64>,
     sore: BTreeMap<String, Instant>,
     goal: Option<Goal>,
     not_before: Instant,
@@ -187,6 +194,18 @@ impl Core {
         if self.deposed.is_some() || now < self.not_before {
             return None;
         }
+        let mut orders = self.place(nodes, load, now);
+        let differs = |node: &&Seen| node.drained != self.is_draining(&node.endpoint);
+        let marks: Vec<_> =
+            nodes.iter().filter(differs).map(|n| (n.endpoint.clone(), !n.drained)).collect();
+        if !marks.is_empty() {
+            let bare = || Orders { order: self.order, ..Orders::default() };
+            orders.get_or_insert_with(bare).drained = marks;
+        }
+        orders
+    }
+
+    fn place(&mut self, nodes: &[Seen], load: &[u64], now: Instant) -> Option<Orders> {
         if self.goal.is_none() {
             let aim = self.choose(nodes, now)?;
             self.aim_at(aim, nodes, load, now)?;
@@ -199,17 +218,21 @@ impl Core {
         if self.is_outdated(nodes) {
             let seen = nodes.iter().map(|node| (node.endpoint.clone(), node.incarnation));
             self.live = seen.collect();
-            for (endpoint, incarnation) in &self.live {
+            for Seen { endpoint, incarnation, drained, .. } in nodes {
                 let before = self.known.insert(endpoint.clone(), *incarnation);
-                self.uneven |= before != Some(*incarnation) && self.was_whole;
+                let new = before != Some(*incarnation);
+                self.uneven |= new && self.was_whole;
+                if new && *drained {
+                    // Whoever controlled before has drained it.
+                    self.draining.insert(endpoint.clone(), *incarnation);
+                }
             }
             if self.known.len() > MOST_KNOWN {
                 self.known.clone_from(&self.live);
             }
             // A node that was started anew is at everybody's service.
             let known = &self.known;
-            self.draining
-                .retain(|endpoint, life| known.get(endpoint).is_none_or(|known| known == life));
+            self.draining.retain(|endpoint, life| known.get(endpoint) == Some(life));
             (self.changed, self.not_before, self.goal) = (now, now, None);
         }
         self.sore.retain(|_, until| now < *until);
@@ -314,15 +337,17 @@ impl Core {
         }
         let Step { load, drop, .. } = step;
         let calm = goal.aim == Aim::Balance;
-        let mut orders = Orders { order: self.order, load: Vec::new(), drop: Vec::new() };
+        let mut orders = Orders { order: self.order, ..Orders::default() };
         if load.is_empty() {
             if now - *goal.loaded.get_or_insert(now) < PUBLISH {
                 return None;
             }
-            orders.drop = self.by_node(nodes, &drop, usize::MAX);
+            orders.drop = self.by_node(nodes, &drop, |_| usize::MAX);
         } else {
             goal.loaded = None;
-            orders.load = self.by_node(nodes, &load, if calm { CALM } else { usize::MAX });
+            let most = |node: &Seen| if calm || node.partial { CALM } else { usize::MAX };
+            orders.load = self.by_node(nodes, &load, most);
+            orders.sources = sources::of(&self.settings.grid, nodes, &orders);
         }
         Some(orders)
     }
@@ -331,18 +356,18 @@ impl Core {
         &self,
         nodes: &[Seen],
         cells: &[(usize, usize)],
-        most: usize,
+        most: impl Fn(&Seen) -> usize,
     ) -> Vec<(String, Vec<LayerExperts>)> {
         let of = |at: usize| {
             let mine = cells.iter().filter(|(node, _)| *node == at).map(|(_, cell)| *cell);
-            (nodes[at].endpoint.clone(), self.settings.grid.layers(mine.take(most)))
+            (nodes[at].endpoint.clone(), self.settings.grid.layers(mine.take(most(&nodes[at]))))
         };
         (0..nodes.len()).map(of).filter(|(_, layers)| !layers.is_empty()).collect()
     }
 
     /// A node did not carry out its order.
     pub fn failed(&mut self, endpoint: &str, failure: Failure, why: &str, now: Instant) {
-        self.goal = None;
+        let balancing = self.goal.take().is_some_and(|goal| goal.aim == Aim::Balance);
         match failure {
             Failure::Deposed => {
                 self.deposed = Some(format!("another controller is obeyed: {why}"));
@@ -350,7 +375,10 @@ impl Core {
             Failure::Full => {
                 self.sore.insert(endpoint.to_owned(), now + SORE);
             }
-            Failure::Other => self.not_before = now + RETRY / 2,
+            Failure::Other => {
+                self.not_before = now + RETRY / 2;
+                self.uneven |= balancing;
+            }
         }
         self.progress.detail = format!("node at {endpoint}: {why}");
     }
@@ -422,36 +450,6 @@ impl Core {
         self.deposed.clone().map_or(Ok(()), |why| Err(Refusal::Deposed(why)))
     }
 
-    fn moves(&self, nodes: &[Seen], problem: &Problem, planned: &Plan) -> Vec<Move> {
-        let mut moves = Vec::new();
-        for cell in 0..problem.cells() {
-            let name = |node: usize| nodes[node].id.clone();
-            let changed = |before: bool| {
-                let of = move |&node: &usize| {
-                    let (now, then) = (problem.nodes[node].owned[cell], planned.owned[node][cell]);
-                    now == before && then != before
-                };
-                (0..nodes.len()).filter(of).map(name)
-            };
-            let (mut from, mut to) = (changed(true), changed(false));
-            loop {
-                let (from, to) = (from.next(), to.next());
-                if from.is_none() && to.is_none() {
-                    break;
-                }
-                let (layer, expert) = self.settings.grid.experts.name(cell);
-                moves.push(Move {
-                    layer: layer.0,
-                    expert: expert.0,
-                    from: from.unwrap_or_default(),
-                    to: to.unwrap_or_default(),
-                    bytes: problem.bytes[cell],
-                });
-            }
-        }
-        moves
-    }
-
     fn problem(&self, nodes: &[Seen], load: &[u64]) -> Problem {
         let grid = &self.settings.grid;
         let node = |seen: &Seen| {
@@ -477,5 +475,7 @@ impl Core {
     }
 }
 
+mod moves;
+mod sources;
 #[cfg(test)]
 mod tests;

@@ -8,7 +8,9 @@ use std::time::Duration;
 use mesh::tls::{Expected, Role, Tls};
 use mesh::transport::{Endpoint, channel};
 use proto::v1::expert_control_client::ExpertControlClient;
-use proto::v1::{DropRequest, LayerExperts, LoadRequest, NodeStatusRequest, Order};
+use proto::v1::{
+    DropRequest, LayerExperts, LoadRequest, NodeStatusRequest, Order, SetDrainedRequest, Source,
+};
 use tokio::task::JoinSet;
 use tonic::transport::Channel;
 use tonic::{Code, Request, Status};
@@ -18,6 +20,7 @@ use super::tally::Counted;
 
 /// Loading reads weights from disk: many gigabytes when a node is lost.
 const ORDER_TIMEOUT: Duration = Duration::from_secs(120);
+const MARK_TIMEOUT: Duration = Duration::from_secs(2);
 const MEASURE_TIMEOUT: Duration = Duration::from_secs(2);
 /// Most channels that are kept.
 const MOST_CHANNELS: usize = 2048;
@@ -31,8 +34,9 @@ pub struct Target<T> {
 
 /// What a node is told.
 pub enum Told {
-    Load(Order, Vec<LayerExperts>),
+    Load(Order, Vec<LayerExperts>, Vec<Source>),
     Drop(Order, Vec<LayerExperts>),
+    SetDrained(Order, bool),
 }
 
 /// What came of telling it.
@@ -73,10 +77,16 @@ pub fn targets(
     orders: Orders,
     mut channel: impl FnMut(&str) -> Option<Channel>,
 ) -> Vec<Target<Told>> {
-    let Orders { order, load, drop } = orders;
-    let load = load.into_iter().map(|(endpoint, what)| (endpoint, Told::Load(order, what)));
+    let Orders { order, load, drop, mut sources, drained } = orders;
+    let load = load.into_iter().map(|(endpoint, what)| {
+        let sources = sources.remove(&endpoint).unwrap_or_default();
+        (endpoint, Told::Load(order, what, sources))
+    });
     let drop = drop.into_iter().map(|(endpoint, what)| (endpoint, Told::Drop(order, what)));
-    load.chain(drop)
+    let drained = drained.into_iter().map(|(endpoint, on)| (endpoint, Told::SetDrained(order, on)));
+    drained
+        .chain(load)
+        .chain(drop)
         .filter_map(|(endpoint, what)| {
             let channel = channel(&endpoint)?;
             Some(Target { endpoint, channel, what })
@@ -91,13 +101,17 @@ pub async fn give(targets: Vec<Target<Told>>) -> Vec<Outcome> {
         telling.spawn(async move {
             let mut node = ExpertControlClient::new(channel);
             let answer = match what {
-                Told::Load(order, experts) => {
-                    let request = LoadRequest { order: Some(order), experts };
+                Told::Load(order, experts, sources) => {
+                    let request = LoadRequest { order: Some(order), experts, sources };
                     node.load(timed(request, ORDER_TIMEOUT)).await.map(|_| ())
                 }
                 Told::Drop(order, experts) => {
                     let request = DropRequest { order: Some(order), experts };
                     node.drop(timed(request, ORDER_TIMEOUT)).await.map(|_| ())
+                }
+                Told::SetDrained(order, drained) => {
+                    let request = SetDrainedRequest { order: Some(order), drained };
+                    node.set_drained(timed(request, MARK_TIMEOUT)).await.map(|_| ())
                 }
             };
             Outcome { endpoint, failure: answer.err().map(|status| judge(&status)) }

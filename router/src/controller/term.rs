@@ -71,9 +71,7 @@ impl Controller {
         if new {
             elected.term = Some(term);
             elected.told.clear();
-            self.core.take_office(term, elected.office.drained(), now);
-        } else {
-            elected.office.remember(self.core.draining().clone());
+            self.core.take_office(term, seen, now);
         }
         self.tell(seen, term, ctx);
         Ok(())
@@ -88,7 +86,7 @@ impl Controller {
                 continue;
             }
             let load = vec![(node.endpoint.clone(), Vec::new())];
-            let orders = Orders { order: Order { term, epoch: 0 }, load, drop: Vec::new() };
+            let orders = Orders { order: Order { term, epoch: 0 }, load, ..Orders::default() };
             let name = (node.endpoint.clone(), node.incarnation);
             let telling = orders::give(self.targets(orders)).into_actor(self);
             ctx.spawn(telling.map(move |outcomes, controller, _| {

@@ -88,9 +88,9 @@ fn nothing_is_written_over() {
 
 #[test]
 fn the_medium_size_is_the_documented_one() {
-    let text = plan::config(CheckpointSize::M, CheckpointDtype::Bf16).to_string();
+    let text = shape::config(CheckpointSize::M, CheckpointDtype::Bf16).to_string();
     let config = model::Config::from_json(&text, "config.json").unwrap();
-    let tensors = plan::tensors(&config, CheckpointDtype::Bf16);
+    let tensors = published::tensors(&config);
     let values: usize = tensors.iter().map(Tensor::values).sum();
     assert_eq!(values, 1_294_443_200);
 }

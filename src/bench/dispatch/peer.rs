@@ -4,10 +4,14 @@
 use std::io::{self, Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::PathBuf;
+use std::sync::Arc;
 
 use anyhow::Context as _;
+use expert_node::stub;
 use mesh::lifecycle::Shutdown;
 use mesh::transport::Endpoint;
+use model::Checkpoint;
 use proto::frame::Shape;
 use serde::{Deserialize, Serialize};
 
@@ -18,9 +22,36 @@ use crate::up::runtime_dir::RuntimeDir;
 pub struct Ask {
     pub tcp: bool,
     pub nodes: usize,
+    pub model: Model,
+}
+
+/// Whose experts the nodes have.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub enum Model {
+    /// Of a model that is nothing else.
+    Layer(Layer),
+    /// Of all layers of the checkpoint there.
+    Checkpoint(PathBuf),
+}
+
+/// One layer's sizes.
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
+pub struct Layer {
     pub hidden: usize,
     pub experts: u32,
     pub top_k: usize,
+}
+
+impl Model {
+    fn open(&self) -> anyhow::Result<stub::Model> {
+        Ok(match self {
+            &Self::Layer(Layer { hidden, experts, top_k }) => {
+                let (hidden, top_k) = (hidden as u32, top_k as u32);
+                stub::Model::of_one_layer(Shape { hidden, experts, top_k })
+            }
+            Self::Checkpoint(dir) => stub::Model::of(Checkpoint::open(dir)?.as_ref()),
+        })
+    }
 }
 
 /// Where it is.
@@ -34,7 +65,7 @@ pub struct Offer {
 pub async fn serve(ask: Ask) -> anyhow::Result<()> {
     let dir = RuntimeDir::create().context("cannot make a directory for sockets")?;
     let shutdown = Shutdown::new();
-    let shape = Shape { hidden: ask.hidden as u32, experts: ask.experts, top_k: ask.top_k as u32 };
+    let model = Arc::new(ask.model.open()?);
     let mut nodes = Vec::new();
     for node in 0..ask.nodes {
         let endpoint: Endpoint = match ask.tcp {
@@ -43,11 +74,12 @@ pub async fn serve(ask: Ask) -> anyhow::Result<()> {
             false => Endpoint::Unix(dir.path().join(format!("node-{node}.sock"))),
         };
         nodes.push(endpoint.to_string());
-        let owned = (0..ask.experts)
-            .filter(move |&e| e as usize * ask.nodes / ask.experts as usize == node);
-        let stop = shutdown.clone();
+        let experts = model.experts();
+        let owner = |expert: u32| expert as usize * ask.nodes / experts as usize;
+        let owned: Vec<u32> = (0..experts).filter(|&expert| owner(expert) == node).collect();
+        let (model, stop) = (model.clone(), shutdown.clone());
         tokio::spawn(async move {
-            if let Err(error) = expert_node::stub::serve(&endpoint, shape, owned, stop).await {
+            if let Err(error) = stub::serve(&endpoint, &model, &owned, stop).await {
                 eprintln!("stub node {endpoint}: {error}");
             }
         });

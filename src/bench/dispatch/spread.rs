@@ -1,20 +1,21 @@
 //! What a token costs the router's side, by the number of nodes that its experts
 //! are spread over: CPU time of the thread that dispatches and gathers.
 
+use std::path::Path;
 use std::time::{Duration, Instant};
 
-use anyhow::Context as _;
 use model::Routed;
 use serde_json::{Value, json};
 
 use super::Peer;
 use super::cores::Cores;
-use super::peer::Ask;
+use super::peer::{Ask, Layer, Model};
+use super::router_process::on_cpu;
 use crate::bench::stats::{Random, Times};
 use crate::cli::BenchDispatchArgs;
 
 /// The model whose rows are spread over many nodes.
-const SPREAD: (usize, u32, usize) = (1024, 64, 8);
+const SPREAD: Layer = Layer { hidden: 1024, experts: 64, top_k: 8 };
 /// Tokens of a layer in that.
 const SPREAD_TOKENS: [usize; 2] = [1, 16];
 
@@ -44,10 +45,11 @@ impl Cost {
 }
 
 pub fn cost(nodes: usize, args: &BenchDispatchArgs) -> anyhow::Result<Vec<Cost>> {
-    let (hidden, experts, top_k) = SPREAD;
+    let Layer { hidden, experts, top_k } = SPREAD;
     anyhow::ensure!((1..=experts as usize).contains(&nodes), "{nodes} nodes: 1 to {experts}");
-    let peer = Peer::start(&Ask { tcp: args.tcp, nodes, hidden, experts, top_k }, Cores::Any)?;
-    let mut dispatcher = peer.dispatcher()?;
+    let ask = Ask { tcp: args.tcp, nodes, model: Model::Layer(SPREAD) };
+    let peer = Peer::start(&ask, Cores::Any)?;
+    let mut dispatcher = peer.dispatcher(SPREAD)?;
     let mut random = Random::new(1);
     let mut costs = Vec::new();
     for tokens in SPREAD_TOKENS {
@@ -87,9 +89,7 @@ fn choose(random: &mut Random, experts: u32, top_k: usize) -> Vec<u32> {
 
 /// Time this thread has been on a CPU.
 fn thread_cpu() -> anyhow::Result<Duration> {
-    let text = std::fs::read_to_string("/proc/thread-self/schedstat")?;
-    let first = text.split_whitespace().next().context("schedstat is empty")?;
-    Ok(Duration::from_nanos(first.parse()?))
+    on_cpu(Path::new("/proc/thread-self"))
 }
 
 #[cfg(test)]

@@ -13,7 +13,7 @@ use serde_json::{Value, json};
 
 use super::Peer;
 use super::cores::Cores;
-use super::peer::{Ask, Echo, Waiting};
+use super::peer::{Ask, Echo, Layer, Model, Waiting};
 use crate::bench::stats::{Times, median};
 use crate::cli::BenchDispatchArgs;
 
@@ -63,9 +63,9 @@ fn trip(bytes: usize, cores: Cores, args: &BenchDispatchArgs) -> anyhow::Result<
         hidden > 0 && bytes.is_multiple_of(2 * hidden),
         "{bytes} bytes are not whole rows of {HIDDEN} values"
     );
-    let ask = Ask { tcp: args.tcp, nodes: 1, hidden, experts: 1, top_k: 1 };
-    let peer = Peer::start(&ask, cores)?;
-    let mut dispatcher = peer.dispatcher()?;
+    let layer = Layer { hidden, experts: 1, top_k: 1 };
+    let peer = Peer::start(&Ask { tcp: args.tcp, nodes: 1, model: Model::Layer(layer) }, cores)?;
+    let mut dispatcher = peer.dispatcher(layer)?;
     let mut blocking = Echo::connect(&peer.offer.echo, bytes, Waiting::Asleep)?;
     let mut awake = match cores {
         Cores::Apart => Some(Echo::connect(&peer.offer.echo, bytes, Waiting::Awake)?),

@@ -8,8 +8,9 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use proto::v1::expert_control_server::{ExpertControl, ExpertControlServer};
 use proto::v1::{
-    DescribeRequest, DrainReply, DrainRequest, DropReply, DropRequest, LoadReply, LoadRequest,
-    NodeDescription, NodeStatus, NodeStatusRequest, WatchRequest,
+    DescribeRequest, DrainReply, DrainRequest, DropReply, DropRequest, FetchPart, FetchRequest,
+    LoadReply, LoadRequest, NodeDescription, NodeStatus, NodeStatusRequest, SetDrainedReply,
+    SetDrainedRequest, WatchRequest,
 };
 use rcgen::{
     BasicConstraints, CertificateParams, DnType, IsCa, Issuer, KeyPair, KeyUsagePurpose, SanType,
@@ -246,5 +247,18 @@ impl ExpertControl for Fake {
 
     async fn drop(&self, _: Request<DropRequest>) -> Result<Response<DropReply>, Status> {
         Ok(Response::new(DropReply::default()))
+    }
+
+    async fn set_drained(
+        &self,
+        _: Request<SetDrainedRequest>,
+    ) -> Result<Response<SetDrainedReply>, Status> {
+        Ok(Response::new(SetDrainedReply::default()))
+    }
+
+    type FetchStream = tokio_stream::Empty<Result<FetchPart, Status>>;
+
+    async fn fetch(&self, _: Request<FetchRequest>) -> Result<Response<Self::FetchStream>, Status> {
+        Err(Status::unimplemented(""))
     }
 }

@@ -1,6 +1,8 @@
 //! The controller's decisions over simulated nodes and time: what is ordered is
 //! carried out, in part, late or not at all, while nodes come and go.
 
+use std::collections::BTreeSet;
+
 use proptest::prelude::*;
 
 use super::*;
@@ -42,6 +44,8 @@ impl World {
             capacity: None,
             owned: (0..cells).map(mine).collect(),
             term: 0,
+            partial: false,
+            drained: false,
         });
         self.nodes.sort_by(|a, b| a.endpoint.cmp(&b.endpoint));
     }
@@ -81,6 +85,9 @@ impl World {
                 }
             }
         }
+        for (endpoint, drained) in orders.drained {
+            self.node(&endpoint).drained = drained;
+        }
         self.orders += 1;
     }
 
@@ -93,6 +100,26 @@ impl World {
             self.now += Duration::from_millis(50);
         }
     }
+}
+
+/// Every source of `orders`: who fetches what from whom.
+fn fetches(world: &World, orders: &Orders) -> Vec<(String, String, usize)> {
+    let grid = world.grid();
+    let cells = |layers: &[LayerExperts]| {
+        let owned = grid.owned(layers).into_iter().enumerate();
+        owned.filter(|(_, on)| *on).map(|(cell, _)| cell).collect::<Vec<_>>()
+    };
+    let of = |(to, sources): (&String, &Vec<Source>)| {
+        let each = |from: &Source| {
+            let cells = cells(&from.experts);
+            cells
+                .into_iter()
+                .map(|cell| (to.clone(), from.endpoint.clone(), cell))
+                .collect::<Vec<_>>()
+        };
+        sources.iter().flat_map(each).collect::<Vec<_>>()
+    };
+    orders.sources.iter().flat_map(of).collect()
 }
 
 const SECOND: Duration = Duration::from_secs(1);
@@ -258,7 +285,7 @@ fn who_is_elected_has_seen_what_was_there_and_heals_at_once() {
     world.stop("b");
     let (nodes, now) = (world.nodes.clone(), world.now);
     world.core.watch(&nodes, now);
-    world.core.take_office(9, Drained::new(), now);
+    world.core.take_office(9, &nodes, now);
     let orders = world.decide().expect("at once");
     assert_eq!(orders.order, Order { term: 9, epoch: 1 });
     world.obey(orders);
@@ -266,24 +293,26 @@ fn who_is_elected_has_seen_what_was_there_and_heals_at_once() {
 }
 
 #[test]
-fn drains_outlive_a_controller_and_end_with_the_node() {
+fn who_is_elected_finds_what_was_drained() {
     let mut world = World::new(1, 8, 1);
-    world.start("a", 0, 2);
-    world.start("b", 1, 2);
-    world.core = Core::standby(world.core.settings.clone(), world.now);
-    let drained = Drained::from([("a".to_owned(), world.node("a").incarnation)]);
-    world.core.take_office(3, drained.clone(), world.now);
-    // Links to them come up one by one.
-    let nodes = std::mem::take(&mut world.nodes);
-    world.pass(SECOND);
-    world.nodes = nodes;
+    for (index, name) in ["a", "b", "c"].into_iter().enumerate() {
+        world.start(name, index, 3);
+    }
+    let mut standby = Core::standby(world.core.settings.clone(), world.now);
+    standby.watch(&world.nodes, world.now);
+    world.pass(5 * SECOND);
+    // One is drained before its eyes, another while it does not see it.
+    world.core.drain(&world.nodes, "a", false, world.now).unwrap();
+    world.pass(5 * SECOND);
+    let hidden: Vec<Seen> = world.nodes.iter().filter(|n| n.endpoint != "b").cloned().collect();
+    standby.watch(&hidden, world.now);
+    world.core.drain(&world.nodes, "b", false, world.now).unwrap();
+    world.pass(5 * SECOND);
+    standby.take_office(8, &hidden, world.now);
+    world.core = standby;
     world.pass(20 * SECOND);
-    assert_eq!((world.counts(), world.core.draining()), (vec![0, 8], &drained));
-    world.stop("a");
-    world.start("a", 0, 2);
-    world.pass(20 * SECOND);
-    assert_eq!(world.counts(), [4, 4]);
-    assert!(world.core.draining().is_empty());
+    assert_eq!(world.counts(), [0, 0, 8]);
+    assert!(world.node("a").drained && world.node("b").drained && !world.node("c").drained);
 }
 
 #[test]
@@ -370,4 +399,78 @@ proptest! {
         world.pass(60 * SECOND);
         prop_assert_eq!(world.orders, before);
     }
+}
+
+#[test]
+fn a_node_without_files_is_told_owners_and_others_when_those_fail() {
+    let mut world = World::new(2, 64, 2);
+    for (name, index) in [("a", 0), ("b", 0)] {
+        world.start(name, index, 1);
+    }
+    world.pass(3 * SECOND);
+    world.start("c", 0, 0);
+    world.node("c").partial = true;
+    let mut asked = BTreeSet::new();
+    let (mut small, mut failed) = (true, 0);
+    for _ in 0..400 {
+        if let Some(orders) = world.decide() {
+            let fetched = fetches(&world, &orders);
+            for (to, from, cell) in &fetched {
+                assert_eq!(to, "c");
+                assert!(world.node(from).owned[*cell], "{from} does not own {cell}");
+            }
+            let told: usize = orders
+                .load
+                .iter()
+                .filter(|(to, _)| to == "c")
+                .map(|(_, layers)| world.grid().owned(layers).iter().filter(|on| **on).count())
+                .sum();
+            assert_eq!(fetched.len(), told, "each expert has one source");
+            small &= told <= CALM;
+            if told > 0 && failed < 2 {
+                // Whoever was asked fails; in the end the other one is.
+                failed += 1;
+                asked.extend(fetched.into_iter().map(|(_, from, cell)| (cell, from)));
+                world.core.failed("c", Failure::Other, "its source has ended", world.now);
+            } else {
+                world.obey(orders);
+            }
+        }
+        world.now += Duration::from_millis(50);
+    }
+    let mut cells = asked.iter().map(|(cell, _)| asked.iter().filter(|(c, _)| c == cell).count());
+    assert!(failed == 2 && cells.any(|owners| owners == 2), "{asked:?}");
+    assert!(small && world.counts()[2] > 0, "{:?}", world.counts());
+}
+
+#[test]
+fn a_drain_outlives_its_controller_until_it_is_cancelled_or_the_node_starts_anew() {
+    let mut world = World::new(1, 12, 1);
+    for (name, index) in [("a", 0), ("b", 1), ("c", 2)] {
+        world.start(name, index, 3);
+    }
+    world.pass(3 * SECOND);
+    world.core.drain(&world.nodes, "b", false, world.now).unwrap();
+    world.pass(3 * SECOND);
+    assert!(world.node("b").drained && world.counts()[1] == 0, "{:?}", world.counts());
+
+    let replaced = |world: &World| Core::new(world.core.settings.clone(), 99, world.now);
+    for _ in 0..2 {
+        world.core = replaced(&world);
+        world.pass(20 * SECOND);
+        assert_eq!((world.node("b").drained, world.counts()[1]), (true, 0));
+    }
+    world.core.drain(&world.nodes, "b", true, world.now).unwrap();
+    world.pass(5 * SECOND);
+    assert!(!world.node("b").drained && world.counts()[1] > 0, "{:?}", world.counts());
+    world.core = replaced(&world);
+    world.pass(5 * SECOND);
+    assert!(world.counts()[1] > 0, "{:?}", world.counts());
+
+    world.core.drain(&world.nodes, "b", false, world.now).unwrap();
+    world.pass(5 * SECOND);
+    assert_eq!(world.counts()[1], 0);
+    world.start("b", 1, 3);
+    world.pass(5 * SECOND);
+    assert!(!world.node("b").drained && world.counts()[1] > 0, "{:?}", world.counts());
 }

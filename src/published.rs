@@ -1,13 +1,7 @@
-//! What is in a benchmark checkpoint: its configuration and its tensors, in the
-//! names and types that DeepSeek publishes.
+//! The tensors of a checkpoint of a given configuration, in the names and types
+//! that DeepSeek publishes.
 
 use model::Config;
-use serde_json::{Value, json};
-
-use crate::cli::{CheckpointDtype, CheckpointSize};
-
-/// Rows and columns that share an FP8 scale.
-const BLOCK: (usize, usize) = (128, 128);
 
 /// How a tensor is stored.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -62,64 +56,19 @@ impl Tensor {
     }
 }
 
-/// The whole `config.json`.
-pub fn config(size: CheckpointSize, dtype: CheckpointDtype) -> Value {
-    let (hidden, layers, heads) = match size {
-        CheckpointSize::M => (1024, 12, 8),
-        CheckpointSize::Xs => (128, 3, 2),
-    };
-    let (q_lora, kv_lora, nope, rope, v_head) = match size {
-        CheckpointSize::M => (768, 512, 128, 64, 128),
-        CheckpointSize::Xs => (96, 64, 32, 16, 32),
-    };
-    let (experts, top_k, groups, chosen) = match size {
-        CheckpointSize::M => (64, 8, 8, 4),
-        CheckpointSize::Xs => (8, 2, 4, 2),
-    };
-    let (inner, dense, vocab, positions) = match size {
-        CheckpointSize::M => (512, 4096, 49_152, 8192),
-        CheckpointSize::Xs => (64, 256, 1024, 1024),
-    };
-    let mut config = json!({
-        "architectures": ["DeepseekV3ForCausalLM"], "model_type": "deepseek_v3",
-        "vocab_size": vocab, "hidden_size": hidden, "intermediate_size": dense,
-        "moe_intermediate_size": inner, "num_hidden_layers": layers,
-        "num_attention_heads": heads, "num_key_value_heads": heads,
-        "n_shared_experts": 1, "n_routed_experts": experts, "num_experts_per_tok": top_k,
-        "n_group": groups, "topk_group": chosen, "norm_topk_prob": true,
-        "routed_scaling_factor": 2.5, "scoring_func": "sigmoid", "topk_method": "noaux_tc",
-        "moe_layer_freq": 1, "first_k_dense_replace": 1,
-        "q_lora_rank": q_lora, "kv_lora_rank": kv_lora, "qk_nope_head_dim": nope,
-        "qk_rope_head_dim": rope, "v_head_dim": v_head, "hidden_act": "silu",
-        "max_position_embeddings": positions, "rms_norm_eps": 1e-6, "rope_theta": 10000.0,
-        "rope_scaling": null, "rope_interleave": true, "attention_bias": false,
-        "attention_dropout": 0.0, "tie_word_embeddings": false, "initializer_range": 0.02,
-        "use_cache": true, "num_nextn_predict_layers": 0, "ep_size": 1,
-        "bos_token_id": 0, "eos_token_id": 1, "torch_dtype": "bfloat16",
-    });
-    if dtype == CheckpointDtype::Fp8 {
-        config["quantization_config"] = json!({
-            "activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8",
-            "weight_block_size": [BLOCK.0, BLOCK.1],
-        });
-    }
-    config
-}
-
 /// Every tensor, in the order of the file: layer by layer.
-pub fn tensors(config: &Config, dtype: CheckpointDtype) -> Vec<Tensor> {
-    let mut plan = Plan { config, dtype, tensors: Vec::new() };
-    plan.all();
-    plan.tensors
+pub fn tensors(config: &Config) -> Vec<Tensor> {
+    let mut list = List { config, tensors: Vec::new() };
+    list.all();
+    list.tensors
 }
 
-struct Plan<'a> {
+struct List<'a> {
     config: &'a Config,
-    dtype: CheckpointDtype,
     tensors: Vec<Tensor>,
 }
 
-impl Plan<'_> {
+impl List<'_> {
     fn all(&mut self) {
         let Config { hidden, vocab, layers, experts, moe_intermediate, .. } = *self.config;
         // Embeddings as large as what the layers add: a token's identity stays visible.
@@ -137,12 +86,16 @@ impl Plan<'_> {
             self.plain(&format!("{mlp}.gate.weight"), &[experts, hidden], unit(hidden));
             let bias = format!("{mlp}.gate.e_score_correction_bias");
             self.push(bias, &[experts], Stored::F32, 0.0, 0.02);
-            self.ffn(&format!("{mlp}.shared_experts"), self.config.shared_intermediate());
+            if self.config.shared_experts > 0 {
+                self.ffn(&format!("{mlp}.shared_experts"), self.config.shared_intermediate());
+            }
             (0..experts).for_each(|e| self.ffn(&format!("{mlp}.experts.{e}"), moe_intermediate));
         }
         self.norm("model.norm.weight", hidden);
         // Peaked enough that greedy decoding has a clear choice mostly.
-        self.plain("lm_head.weight", &[vocab, hidden], 2.0 * unit(hidden));
+        if !self.config.tied {
+            self.plain("lm_head.weight", &[vocab, hidden], 2.0 * unit(hidden));
+        }
     }
 
     fn attention(&mut self, prefix: &str) {
@@ -170,16 +123,16 @@ impl Plan<'_> {
         self.matrix(format!("{prefix}.down_proj.weight"), hidden, inner);
     }
 
-    /// A projection `[n, k]`, which the FP8 variant quantises.
+    /// A projection `[n, k]`, which FP8 checkpoints quantise.
     fn matrix(&mut self, name: String, n: usize, k: usize) {
-        let stored = match self.dtype {
-            CheckpointDtype::Bf16 => Stored::Bf16,
-            CheckpointDtype::Fp8 => Stored::Fp8 { block: BLOCK },
+        let stored = match self.config.fp8_block {
+            None => Stored::Bf16,
+            Some(block) => Stored::Fp8 { block },
         };
         self.push(name, &[n, k], stored, 0.0, unit(k));
     }
 
-    /// A matrix that no variant quantises.
+    /// A matrix that no checkpoint quantises.
     fn plain(&mut self, name: &str, shape: &[usize], spread: f32) {
         self.push(name.to_owned(), shape, Stored::Bf16, 0.0, spread);
     }
