@@ -37,6 +37,7 @@ Examples:
 One process of a mesh over several machines:
   moemesh router --print-config > router.toml
   moemesh router --config router.toml
+  moemesh router --config router.toml --set etcd=https://etcd-0:2379   find the others through etcd
 
 Exit codes: 0 done, 1 failed, 64 bad command line or configuration, 65 bad checkpoint.";
 

@@ -8,8 +8,10 @@
 //! - [`reader`]: one pass over a section's keys; unknown keys are refused
 //! - [`roles`]: the keys of gateway, router and expert node
 //! - [`tls`]: the keys of a process's identity
+//! - [`etcd`]: the keys of where members are kept
 //! - [`local`]: the keys of `moemesh up`
 
+pub mod etcd;
 pub mod given;
 pub mod local;
 pub mod reader;

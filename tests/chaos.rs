@@ -3,6 +3,8 @@
 //! a run. Short here; `MOEMESH_CHAOS_LONG=1 cargo test --release --test chaos --
 //! --nocapture --test-threads 1` is the long form.
 
+#[path = "chaos/etcd.rs"]
+mod etcd;
 #[path = "chaos/history.rs"]
 mod history;
 #[path = "chaos/inflict.rs"]

@@ -1,9 +1,11 @@
 //! Tells routers of a running mesh that this node is there, again and again: a
-//! router that was started later, or has forgotten the node, hears of it soon.
+//! router that was started later, or has forgotten the node, hears of it soon. Or
+//! has etcd tell them.
 
 use std::time::Duration;
 
 use mesh::lifecycle::{Readiness, Shutdown};
+use mesh::registry::{Etcd, Member};
 use mesh::tls::{Expected, Role, Tls};
 use mesh::transport::{Endpoint, channel};
 use proto::v1::JoinRequest;
@@ -14,6 +16,8 @@ use tonic::transport::Channel;
 /// How often; a router forgets a silent node that has not answered for much longer.
 const EVERY: Duration = Duration::from_secs(2);
 const ANSWER_WITHIN: Duration = Duration::from_secs(2);
+/// How often a node that is registered once it is ready looks whether it is.
+const LOOK: Duration = Duration::from_millis(50);
 
 /// What is said to whom.
 pub struct Announcement {
@@ -40,6 +44,17 @@ pub async fn keep(announcement: Announcement, readiness: Readiness, shutdown: Sh
     }
     // The tasks end with the set.
     shutdown.wait().await;
+}
+
+/// Keeps the node registered from when it is ready until `shutdown`.
+pub async fn register(etcd: Etcd, me: Member, readiness: Readiness, shutdown: Shutdown) {
+    while readiness.get().is_err() {
+        if shutdown.is_triggered() {
+            return;
+        }
+        tokio::time::sleep(LOOK).await;
+    }
+    etcd.register(me, shutdown).await;
 }
 
 /// One router, and what came of telling it the last time.

@@ -62,8 +62,9 @@ impl Control {
         self.drained.load(Ordering::Acquire)
     }
 
-    /// Obeys the order from now on, unless a newer one was obeyed.
-    fn obey(&self, order: Order) -> Result<(), Status> {
+    /// Obeys the order from now on, unless a newer one was obeyed; whether it is the
+    /// first of its term.
+    fn obey(&self, order: Order) -> Result<bool, Status> {
         let mut obeyed = self.obeyed.lock();
         if (order.term, order.epoch) < (obeyed.term, obeyed.epoch) {
             return Err(Status::failed_precondition(format!(
@@ -71,8 +72,9 @@ impl Control {
                 order.term, order.epoch, obeyed.term, obeyed.epoch
             )));
         }
+        let rises = order.term > obeyed.term;
         *obeyed = order;
-        Ok(())
+        Ok(rises)
     }
 }
 
@@ -176,7 +178,7 @@ impl ExpertControl for Service {
         if self.0.draining() {
             return Err(Status::unavailable(format!("node {} is draining", self.0.id)));
         }
-        control.obey(order)?;
+        let is_first = control.obey(order)?;
         let store = self.0.parts.store.clone();
         let lacking = store.lacks(&fetcher.checkpoint, &keys).map_err(|error| refused(&error))?;
         let mut fetched = Vec::new();
@@ -198,6 +200,10 @@ impl ExpertControl for Service {
         let loading = tokio::task::spawn_blocking(move || {
             let _turn = turn;
             let loaded = store.take_in(&fetcher.checkpoint, &keys, fetched);
+            if is_first {
+                // Routers hear whom the node obeys.
+                store.changed();
+            }
             loaded.map(|loaded| (loaded as u32, store.bytes()))
         });
         match loading.await {
@@ -215,7 +221,7 @@ impl ExpertControl for Service {
         let (order, keys) = (of(order)?, self.keys(&experts)?);
         let control = &self.0.control;
         let turn = control.turn.clone().lock_owned().await;
-        control.obey(order)?;
+        let is_first = control.obey(order)?;
         let inner = self.0.clone();
         // Carried to its end also when nobody waits for the reply any more.
         let dropping = tokio::spawn(async move {
@@ -226,6 +232,9 @@ impl ExpertControl for Service {
                 tokio::time::sleep(LOOK_AGAIN).await;
             }
             inner.parts.store.forget(&retired);
+            if is_first {
+                inner.parts.store.changed();
+            }
             (retired.len() as u32, inner.parts.store.bytes())
         });
         match dropping.await {

@@ -42,6 +42,7 @@ use mesh::lifecycle::{Readiness, Shutdown};
 use mesh::metrics::Metrics;
 use mesh::near::{self, LocalSocket, Offer};
 use mesh::pump::Pump;
+use mesh::registry::{Etcd, Member};
 use mesh::tls::{self, Tls, TlsError};
 use mesh::transport::{self, Endpoint, Listener, TransportError};
 use model::gpu::{GpuBudget, GpuStartError};
@@ -89,6 +90,8 @@ pub struct Config {
     pub memory_limit: Option<u64>,
     /// Routers that are told that the node is there.
     pub join: Vec<Endpoint>,
+    /// Where the members of the mesh are kept, if not only in configurations.
+    pub etcd: Option<Etcd>,
     /// Where routers reach it, if not at `listen`.
     pub advertise: Option<Endpoint>,
     pub threads: usize,
@@ -197,12 +200,15 @@ pub async fn serve(config: Config, shutdown: Shutdown) -> Result<(), Error> {
     let compute = kernels::Compute::bound(isa, config.threads, config.first_cpu);
     let fetcher = Fetcher { checkpoint, tls: tls.clone(), metrics: node.clone() };
     let control = Control::new(Some(fetcher));
+    let endpoint = config.advertise.unwrap_or_else(|| listener.local());
+    let registering = config.etcd.map(|etcd| {
+        let (role, id) = (tls::Role::ExpertNode, facts.id.clone());
+        let model = facts.digest.iter().map(|byte| format!("{byte:02x}")).collect();
+        let me = Member { role, id, endpoint: endpoint.clone(), model };
+        tokio::spawn(announce::register(etcd, me, readiness.clone(), shutdown.clone()))
+    });
     let announcing = tokio::spawn(announce::keep(
-        announce::Announcement {
-            routers: config.join,
-            endpoint: config.advertise.unwrap_or_else(|| listener.local()),
-            tls: tls.clone(),
-        },
+        announce::Announcement { routers: config.join, endpoint, tls: tls.clone() },
         readiness.clone(),
         shutdown.clone(),
     ));
@@ -223,6 +229,10 @@ pub async fn serve(config: Config, shutdown: Shutdown) -> Result<(), Error> {
     run.until((listener, near), shutdown, readiness).await?;
     // It ends with the shutdown that ended the serving.
     announcing.abort();
+    if let Some(registering) = registering {
+        // What it holds in etcd is given back; a panic there is no reason to fail.
+        let _ = registering.await;
+    }
     if let Some(Ok(served)) = match side {
         Some(side) => Some(side.await),
         None => None,

@@ -25,6 +25,7 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use mesh::lifecycle::Shutdown;
+use mesh::registry::Etcd;
 use mesh::tls::{self, Tls};
 use mesh::transport::Endpoint;
 use tokio::net::TcpListener;
@@ -44,6 +45,8 @@ pub struct Config {
     /// `host:port`; port 0 takes a free one.
     pub listen: String,
     pub routers: Vec<Endpoint>,
+    /// Where further ones are learned of.
+    pub etcd: Option<Etcd>,
     /// This gateway's certificate and whom it trusts; `None` is plain text. HTTP
     /// to clients is not concerned.
     pub tls: Option<tls::Files>,
@@ -69,6 +72,7 @@ impl Config {
         Self {
             listen: "127.0.0.1:8080".to_owned(),
             routers,
+            etcd: None,
             tls: None,
             model_dir,
             model_name: name.unwrap_or_else(|| "model".to_owned()),
@@ -111,7 +115,10 @@ impl App {
         let owner = tls::Owner { role: tls::Role::Gateway, id: None };
         let tls: Option<Tls> = tls::start(config.tls.as_ref(), owner, &registry, &shutdown)?;
         let vocab_size = profile.vocab_size;
-        let upstream = Upstream::new(&config.routers, tls.as_ref(), vocab_size, metrics.clone())?;
+        if config.routers.is_empty() && config.etcd.is_none() {
+            return Err(Error::NoRouters);
+        }
+        let upstream = Upstream::new(&config.routers, tls, vocab_size, metrics.clone())?;
         let mut eos_ids = profile.eos_ids.clone();
         eos_ids.extend(text.tokenizer.eos_id().filter(|id| !eos_ids.contains(id)));
         let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
@@ -156,6 +163,7 @@ pub struct Gateway {
     app: Arc<App>,
     listener: TcpListener,
     address: SocketAddr,
+    etcd: Option<Etcd>,
 }
 
 impl Gateway {
@@ -167,7 +175,7 @@ impl Gateway {
         let app = Arc::new(App::build(config, shutdown)?);
         let listener = http::server::bind(&config.listen).await?;
         let address = listener.local_addr().map_err(|_| Error::Listen(config.listen.clone()))?;
-        Ok(Self { app, listener, address })
+        Ok(Self { app, listener, address, etcd: config.etcd.clone() })
     }
 
     /// Where it listens, with the port it was given.
@@ -177,7 +185,7 @@ impl Gateway {
 
     /// Serves until shutdown, then drains.
     pub async fn serve(self) {
-        self.app.upstream.watch(&self.app.shutdown);
+        self.app.upstream.watch(&self.app.shutdown, self.etcd);
         tracing::info!(address = %self.address, model = self.app.model_name, "gateway serves");
         let shutdown = self.app.shutdown.clone();
         http::server::serve(self.listener, http::routes(self.app), shutdown).await;

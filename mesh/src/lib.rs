@@ -5,6 +5,7 @@
 //! - [`authz`]: which role may call which method
 //! - [`link`]: the actor that keeps one data stream to one expert node
 //! - [`membership`]: the list of nodes, which grows and shrinks
+//! - [`registry`]: members and the controller's election, where etcd keeps them
 //! - [`pump`]: the runtime that a computing thread drives itself
 //! - [`near`]: Unix sockets between processes of one host that are known by host:port
 //! - [`placement`]: which live node owns which expert, and the pure planner
@@ -28,6 +29,7 @@ pub mod metrics;
 pub mod near;
 pub mod placement;
 pub mod pump;
+pub mod registry;
 pub mod supervise;
 pub mod telemetry;
 pub mod tls;

@@ -1,8 +1,10 @@
 //! The one writer of who owns what: an actor on one router of the mesh, which
 //! watches what nodes own and orders them to load and drop experts. Other routers
-//! follow what nodes say. Rooms:
+//! follow what nodes say; where routers stand for election, the actors of those
+//! not in office only watch. Rooms:
 //!
 //! - [`core`]: what is to be ordered (sans-IO)
+//! - [`term`]: whether this router may order anything now
 //! - [`grid`], [`tally`]: experts and their load as the planner sees them
 //! - [`orders`]: orders given to nodes over gRPC
 
@@ -10,6 +12,7 @@ pub mod core;
 pub mod grid;
 pub mod orders;
 pub mod tally;
+mod term;
 
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
@@ -21,13 +24,15 @@ use actix::{
 use arc_swap::{ArcSwap, ArcSwapOption};
 use mesh::link::LinksChanged;
 use mesh::membership::Links;
+use mesh::registry::office::Office;
 use mesh::supervise::Pulse;
 use mesh::tls::Tls;
 use proto::v1::Move;
 
-use self::core::{Core, Progress, Refusal, Seen, Settings};
-use self::orders::{Channels, Outcome, Target};
+use self::core::{Core, Orders, Progress, Refusal, Seen, Settings};
+use self::orders::{Channels, Outcome, Target, Told};
 use self::tally::{Counted, Tally};
+use self::term::Elected;
 
 /// How often the controller looks around without being told to.
 const TICK: Duration = Duration::from_millis(100);
@@ -39,12 +44,30 @@ pub struct Door {
     pub address: ArcSwapOption<Addr<Controller>>,
     pub report: ArcSwap<Report>,
     pub replicas: usize,
+    /// What it is elected to; `None` where the configuration names one controller.
+    pub office: Option<Office>,
 }
 
 impl Door {
-    pub fn new(replicas: usize) -> Arc<Self> {
+    pub fn new(replicas: usize, office: Option<Office>) -> Arc<Self> {
         let (address, report) = (ArcSwapOption::empty(), ArcSwap::default());
-        Arc::new(Self { address, report, replicas })
+        Arc::new(Self { address, report, replicas, office })
+    }
+
+    /// Whether this router may order anything now.
+    ///
+    /// # Errors
+    /// Why not.
+    pub fn in_office(&self) -> Result<(), String> {
+        self.office.as_ref().map_or(Ok(()), |office| office.term(Instant::now()).map(drop))
+    }
+
+    /// What the controller said last, if it is in office and was when it said so.
+    pub fn account(&self) -> Option<Arc<Report>> {
+        let report = self.report.load_full();
+        let of_now =
+            |office: &Office| office.term(Instant::now()) == Ok(report.progress.order.term);
+        self.office.as_ref().is_none_or(of_now).then_some(report)
     }
 }
 
@@ -89,18 +112,21 @@ pub struct Controller {
     /// The orders that are being carried out.
     busy: Option<SpawnHandle>,
     measuring: bool,
+    /// What it does in its term, if it is elected.
+    elected: Option<Elected>,
     _pulse: Pulse,
 }
 
 impl Controller {
     pub fn new(parts: ControllerParts, pulse: Pulse) -> Self {
-        // Terms rise from life to life of a controller; nodes that obeyed a higher
-        // one raise it further.
-        let term = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
-        let term = term.map_or(1, |since| since.as_millis() as u64);
-        let core = Core::new(parts.settings.clone(), term, Instant::now());
+        let (settings, now) = (parts.settings.clone(), Instant::now());
+        let elected = parts.door.office.clone().map(|office| Elected::new(office, now));
+        let core = match &elected {
+            Some(_) => Core::standby(settings, now),
+            None => Core::new(settings, own_term(), now),
+        };
         let (tally, channels) = (Tally::default(), Channels::default());
-        Self { parts, core, tally, channels, busy: None, measuring: false, _pulse: pulse }
+        Self { parts, core, tally, channels, busy: None, measuring: false, elected, _pulse: pulse }
     }
 
     /// The live nodes that take orders, by name.
@@ -132,6 +158,9 @@ impl Controller {
 
     fn wake(&mut self, ctx: &mut Context<Self>) {
         let seen = self.seen();
+        if self.may_order(&seen, ctx).is_err() {
+            return;
+        }
         if let Some(running) = self.busy {
             if !self.core.is_outdated(&seen) {
                 return;
@@ -145,12 +174,16 @@ impl Controller {
         let orders = self.core.decide(&seen, &load, Instant::now());
         self.report(&seen);
         let Some(orders) = orders else { return };
-        let targets = orders::targets(orders, |endpoint| self.channel(endpoint));
+        let targets = self.targets(orders);
         let carried_out = orders::give(targets).into_actor(self).map(|outcomes, controller, _| {
             controller.busy = None;
             controller.take(outcomes);
         });
         self.busy = Some(ctx.spawn(carried_out));
+    }
+
+    fn targets(&mut self, orders: Orders) -> Vec<Target<Told>> {
+        orders::targets(orders, |endpoint| self.channel(endpoint))
     }
 
     fn channel(&mut self, endpoint: &str) -> Option<tonic::transport::Channel> {
@@ -188,7 +221,7 @@ impl Controller {
     }
 
     fn measure(&mut self, ctx: &mut Context<Self>) {
-        if std::mem::replace(&mut self.measuring, true) {
+        if self.parts.door.in_office().is_err() || std::mem::replace(&mut self.measuring, true) {
             return;
         }
         let nodes: Vec<Target<u64>> = self
@@ -205,6 +238,13 @@ impl Controller {
             controller.tally.take(counted, &controller.parts.settings.grid);
         }));
     }
+}
+
+/// Terms rise from life to life of a controller; nodes that obeyed a higher one
+/// raise it further.
+fn own_term() -> u64 {
+    let term = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
+    term.map_or(1, |since| since.as_millis() as u64)
 }
 
 impl Actor for Controller {
@@ -230,6 +270,7 @@ impl Handler<DrainNode> for Controller {
 
     fn handle(&mut self, wish: DrainNode, ctx: &mut Self::Context) -> Self::Result {
         let seen = self.seen();
+        self.may_order(&seen, ctx)?;
         let drained = self.core.drain(&seen, &wish.node, wish.cancel, Instant::now())?;
         tracing::info!(node = drained, cancel = wish.cancel, "told to drain");
         self.wake(ctx);
@@ -242,6 +283,7 @@ impl Handler<Rebalance> for Controller {
 
     fn handle(&mut self, wish: Rebalance, ctx: &mut Self::Context) -> Self::Result {
         let (seen, load) = (self.seen(), self.tally.rows(&self.parts.settings.grid));
+        self.may_order(&seen, ctx)?;
         let moves = self.core.rebalance(&seen, &load, wish.dry_run, Instant::now())?;
         self.wake(ctx);
         Ok(moves)

@@ -60,6 +60,10 @@ impl Fleet {
         let next = current.next(owned);
         let state = match next.missing() {
             None => Ok(()),
+            Some(_) if live.is_empty() => {
+                let known = links.members().len();
+                Err(format!("waiting for nodes that own experts; {known} known, none connected"))
+            }
             Some((count, layer, expert)) => Err(format!(
                 "{count} experts have no live owner, first layer {layer} expert {expert}"
             )),

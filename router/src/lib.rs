@@ -12,6 +12,7 @@
 //! - [`fleet`]: the actor that publishes placements
 //! - [`controller`]: on one router of the mesh, the actor that decides them
 //! - [`operations`]: gRPC for operators, and for nodes that join
+//! - `registered`: what a router does where etcd keeps the members
 //! - `choice`: which of two ways is measured to be faster here
 //! - [`measure`]: dispatch and gather without an engine, to be timed
 
@@ -30,6 +31,7 @@ pub mod intake;
 pub mod measure;
 pub mod metrics;
 pub mod operations;
+mod registered;
 pub mod scheduler;
 pub mod service;
 
@@ -46,6 +48,8 @@ use mesh::membership::Links;
 use mesh::metrics::Metrics;
 use mesh::placement::{ExpertGrid, Placement};
 use mesh::pump::Pump;
+use mesh::registry::office::Office;
+use mesh::registry::{Etcd, Member};
 use mesh::tls::{self, TlsError};
 use mesh::transport::{self, Endpoint, TransportError};
 use model::sample::Scratch;
@@ -93,8 +97,12 @@ pub struct Config {
     pub tls: Option<tls::Files>,
     pub model_dir: PathBuf,
     pub numerics: Numerics,
-    /// The expert nodes; empty keeps the experts inside the router.
+    /// The expert nodes; empty keeps the experts inside the router, unless etcd knows more.
     pub nodes: Vec<Endpoint>,
+    /// Where the members of the mesh are kept, if not only in configurations.
+    pub etcd: Option<Etcd>,
+    /// Where gateways that learn of it reach it, if not at `listen`.
+    pub advertise: Option<Endpoint>,
     pub threads: usize,
     /// Position of the CPU that the first of them is bound to; `None` leaves them free.
     pub first_cpu: Option<usize>,
@@ -120,7 +128,8 @@ pub struct Config {
     pub combine: Combine,
     pub max_running: usize,
     pub max_waiting: usize,
-    /// This router decides which node owns which expert: one router of a mesh does.
+    /// This router decides which node owns which expert: one router of a mesh does. With
+    /// etcd it stands for election.
     pub controller: bool,
     /// Owners that the controller gives every expert.
     pub replicas: usize,
@@ -191,7 +200,7 @@ pub async fn serve(config: Config, shutdown: Shutdown) -> Result<(), Error> {
     let history = History::open(config.history.as_deref(), &config.id)
         .map_err(|error| Error::History(config.history.clone().unwrap_or_default(), error))?;
 
-    let alone = config.nodes.is_empty();
+    let alone = config.nodes.is_empty() && config.etcd.is_none();
     let links = Links::new(config.nodes.iter().cloned());
     let grid = grid(&checkpoint)?;
     let placement = Arc::new(ArcSwap::from_pointee(Placement::empty(grid.experts.clone())));
@@ -252,7 +261,7 @@ pub async fn serve(config: Config, shutdown: Shutdown) -> Result<(), Error> {
         sampling,
         splitting: match config.micro_batches {
             // Processes of one host share its cores: whoever waits leaves them to the others.
-            Splitting::Auto if config.nodes.iter().all(Endpoint::is_local) => Splitting::Never,
+            Splitting::Auto if alone || one_host(&config) => Splitting::Never,
             other => other,
         },
         jobs: inbox,
@@ -277,7 +286,7 @@ pub async fn serve(config: Config, shutdown: Shutdown) -> Result<(), Error> {
     // Experts inside the router are computed as the trunk is.
     let nodes = if alone { ExpertDevice::Cpu } else { config.expert_device };
     let experts = nodes.class(config.numerics, isa, &checkpoint)?;
-    let combine = if config.nodes.is_empty() { Combine::Router } else { config.combine };
+    let combine = if alone { Combine::Router } else { config.combine };
     let facts = Facts {
         router_id: config.id.clone(),
         model_digest: checkpoint.digest(),
@@ -297,7 +306,9 @@ pub async fn serve(config: Config, shutdown: Shutdown) -> Result<(), Error> {
         shutdown: shutdown.clone(),
         engine_ended: engine_ended.clone(),
     };
-    let controller = (config.controller && !alone).then(|| ControllerParts {
+    let stands = config.controller && !alone;
+    let office = (stands && config.etcd.is_some()).then(Office::default);
+    let controller = stands.then(|| ControllerParts {
         settings: controller::core::Settings {
             grid,
             replicas: config.replicas,
@@ -305,7 +316,7 @@ pub async fn serve(config: Config, shutdown: Shutdown) -> Result<(), Error> {
         },
         links: links.clone(),
         tls: tls.clone(),
-        door: Door::new(config.replicas),
+        door: Door::new(config.replicas, office.clone()),
     });
     let operations = OperationsService {
         router_id: config.id.clone(),
@@ -315,6 +326,15 @@ pub async fn serve(config: Config, shutdown: Shutdown) -> Result<(), Error> {
         controller: controller.as_ref().map(|parts| parts.door.clone()),
         checkpoint: checkpoint.clone(),
     };
+    let registered = config.etcd.as_ref().map(|etcd| {
+        let me = Member {
+            role: tls::Role::Router,
+            id: config.id.clone(),
+            endpoint: config.advertise.clone().unwrap_or_else(|| listener.local()),
+            model: facts.model_digest.iter().map(|byte| format!("{byte:02x}")).collect(),
+        };
+        registered::start(etcd, me, links.clone(), office, &shutdown)
+    });
     let fleet = fleet::FleetParts {
         links,
         placement,
@@ -347,6 +367,9 @@ pub async fn serve(config: Config, shutdown: Shutdown) -> Result<(), Error> {
     let operations = OperationsServer::new(operations).max_encoding_message_size(MAX_MESSAGE_BYTES);
     let routes = Routes::new(service).add_service(operations);
     transport::serve_grpc(listener, routes, tls.as_ref(), async move { stop.wait().await }).await?;
+    if let Some(registered) = registered {
+        registered.join_all().await;
+    }
     let died = *engine_ended.borrow();
     actors.stop();
     if let Some(side) = side
@@ -355,6 +378,11 @@ pub async fn serve(config: Config, shutdown: Shutdown) -> Result<(), Error> {
         served.map_err(Error::Admin)?;
     }
     if died { Err(Error::Engine) } else { Ok(()) }
+}
+
+/// Every node is a process of this host, as far as that is known.
+fn one_host(config: &Config) -> bool {
+    config.etcd.is_none() && config.nodes.iter().all(Endpoint::is_local)
 }
 
 /// What of the model matters for placing its experts.

@@ -52,6 +52,10 @@ impl OperationsService {
                 self.router_id
             )));
         };
+        door.in_office().map_err(|why| {
+            let router = &self.router_id;
+            Status::failed_precondition(format!("router {router} is not the controller: {why}"))
+        })?;
         match door.address.load_full() {
             Some(address) => Ok((door, address)),
             None => Err(Status::unavailable("the controller is starting")),
@@ -120,7 +124,7 @@ impl Operations for OperationsService {
         _: Request<PlacementRequest>,
     ) -> Result<Response<PlacementReply>, Status> {
         let placement = self.placement.load();
-        let report = self.controller.as_ref().map(|door| door.report.load_full());
+        let report = self.controller.as_ref().and_then(|door| door.account());
         let mut draining: HashMap<&str, ()> = HashMap::new();
         if let Some(report) = &report {
             draining.extend(report.draining.iter().map(|endpoint| (endpoint.as_str(), ())));
@@ -169,6 +173,11 @@ impl Operations for OperationsService {
         let (service, door) = (self.clone(), door.clone());
         tokio::spawn(async move {
             loop {
+                if let Err(why) = door.in_office() {
+                    let why = format!("it goes on with the next controller: {why}");
+                    let _ = send.send(Err(Status::aborted(why))).await;
+                    return;
+                }
                 let (left, drained) = service.left(&endpoint).unwrap_or((0, !cancel));
                 let detail = door.report.load().progress.detail.clone();
                 let done = drained != cancel && (left == 0 || cancel);

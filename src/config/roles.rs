@@ -14,7 +14,7 @@ use model::Numerics;
 use crate::config::ConfigError;
 use crate::config::given::{File, Given};
 use crate::config::reader::{Declared, Reader, describe, read};
-use crate::config::tls;
+use crate::config::{etcd, tls};
 
 /// What a process of the mesh can be.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -122,12 +122,16 @@ fn gateway(reader: &mut Reader<'_>) -> Result<Process, ConfigError> {
     let Endpoint::Tcp(listen) = listen else {
         return Err(reader.refuse("listen", "a gateway listens on host:port"));
     };
-    let routers: Vec<Endpoint> = reader.required(
-        "routers",
-        "127.0.0.1:7000",
-        "Routers that requests are sent to, host:port or unix:/path.",
-    )?;
-    if routers.is_empty() {
+    let tls = tls::files(reader)?;
+    let insecure = tls::insecure(reader)?;
+    let etcd = etcd::etcd(reader, tls.as_ref(), insecure)?;
+    let about =
+        "Routers that requests are sent to, host:port or unix:/path. Need not be set with etcd.";
+    let routers: Vec<Endpoint> = match &etcd {
+        Some(_) => reader.or("routers", Vec::new(), about)?,
+        None => reader.required("routers", "127.0.0.1:7000", about)?,
+    };
+    if routers.is_empty() && etcd.is_none() {
         return Err(reader.refuse("routers", "at least one router is needed"));
     }
     let model_dir = model_dir(
@@ -144,7 +148,8 @@ fn gateway(reader: &mut Reader<'_>) -> Result<Process, ConfigError> {
     let config = gateway::Config {
         listen,
         routers,
-        tls: tls::files(reader)?,
+        etcd,
+        tls,
         model_name,
         model_dir,
         max_body_bytes: reader.within(
@@ -185,17 +190,23 @@ fn narrow(number: usize) -> u32 {
 fn router(reader: &mut Reader<'_>) -> Result<Process, ConfigError> {
     let id = id(reader, "router-0")?;
     let listen = listen(reader, "127.0.0.1:7000")?;
+    let (tls, insecure) = tls::files_of_server(reader, &listen)?;
+    let etcd = etcd::etcd(reader, tls.as_ref(), insecure)?;
+    let elects = etcd.is_some();
     let config = router::Config {
         id,
         admin: admin(reader)?,
-        tls: tls::files_of_server(reader, &listen)?,
+        tls,
+        advertise: etcd::advertise(reader, &listen, elects)?,
+        etcd,
         listen,
         model_dir: model_dir(reader, "Directory of the checkpoint, as published on Hugging Face.")?,
         numerics: numerics(reader)?,
         nodes: reader.or(
             "nodes",
             Vec::new(),
-            "Expert nodes, host:port or unix:/path. Empty: experts stay inside the router.",
+            "Expert nodes, host:port or unix:/path. Empty: those in etcd, or without etcd none, and\n\
+             experts stay inside the router.",
         )?,
         threads: threads(reader)?,
         first_cpu: first_cpu(reader)?,
@@ -258,9 +269,10 @@ fn router(reader: &mut Reader<'_>) -> Result<Process, ConfigError> {
         )?,
         controller: reader.or(
             "controller",
-            false,
+            elects,
             "Whether this router decides which node owns which expert. One router of a mesh does;\n\
-             without one, nodes keep what they start with.",
+             without one, nodes keep what they start with. With etcd: whether it stands for election,\n\
+             which is the default there.",
         )?,
         replicas: reader.within(
             "replicas",

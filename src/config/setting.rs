@@ -149,16 +149,17 @@ impl Setting for Endpoint {
     }
 }
 
-impl Setting for Vec<Endpoint> {
+/// A list of where others are.
+impl<T: Setting> Setting for Vec<T> {
     /// As text, entries are separated by commas.
     fn from_text(text: &str) -> Result<Self, String> {
         let entries = text.split(',').map(str::trim).filter(|entry| !entry.is_empty());
-        entries.map(Endpoint::from_text).collect()
+        entries.map(T::from_text).collect()
     }
 
     fn from_value(value: &Value) -> Result<Self, String> {
         match value {
-            Value::Array(entries) => entries.iter().map(Endpoint::from_value).collect(),
+            Value::Array(entries) => entries.iter().map(T::from_value).collect(),
             other => Err(format!("expected a list of endpoints, found {}", found(other))),
         }
     }
@@ -184,7 +185,8 @@ macro_rules! as_shown {
     )*};
 }
 
-as_shown!(router::Splitting, router::Wire, router::Combine, mesh::near::LocalSocket);
+as_shown!(router::Splitting, router::Wire, router::Combine);
+as_shown!(mesh::near::LocalSocket, mesh::registry::Server);
 as_shown!(expert_node::device::Device, model::ExpertDevice);
 
 /// What the weights of a local mesh are stored as.

@@ -66,6 +66,32 @@ fn a_bad_file_is_refused_naming_line_and_key() {
         (Role::Router, "log = \"xml\"", "key `log`: log format `xml`"),
         (Role::Router, "trace_sample = nan", "key `trace_sample`: nan is not within 0.0 to 1.0"),
         (
+            Role::Router,
+            "etcd = [\"etcd-0\"]",
+            "x.toml:3: key `etcd`: `etcd-0` is no etcd server: expected https://host:port",
+        ),
+        (Role::Router, "etcd = []", "x.toml:3: key `etcd`: at least one server"),
+        (
+            Role::Router,
+            "etcd = [\"https://etcd-0:2379\"]",
+            "x.toml:3: key `etcd`: https://etcd-0:2379 needs tls_cert, tls_key and tls_ca",
+        ),
+        (
+            Role::ExpertNode,
+            "etcd = [\"127.0.0.1:1\", \"http://etcd-0:2379\"]",
+            "x.toml:3: key `etcd`: http://etcd-0:2379 is another machine, and without TLS",
+        ),
+        (
+            Role::Router,
+            "etcd_mesh = \"a/b\"\netcd = [\"127.0.0.1:1\"]",
+            "x.toml:3: key `etcd_mesh`: `a/b` must not contain `/`",
+        ),
+        (
+            Role::ExpertNode,
+            "join = [\"r:1\"]\nlisten = \"0.0.0.0:1\"\nmodel_dir = \"/m\"\ninsecure = true",
+            "key `advertise`: has to be set, as others cannot reach a process at 0.0.0.0:1",
+        ),
+        (
             Role::ExpertNode,
             "shard_index = 3\nshard_count = 3",
             "x.toml:3: key `shard_index`: 3 is not below shard_count = 3",
@@ -96,7 +122,7 @@ fn a_bad_file_is_refused_naming_line_and_key() {
             Role::Router if !text.starts_with("listen") && !text.starts_with("model_dir") => {
                 format!("{ROUTER}{text}")
             }
-            Role::ExpertNode => format!("{NODE}{text}"),
+            Role::ExpertNode if !text.contains("listen") => format!("{NODE}{text}"),
             _ => text.to_owned(),
         };
         let error = from_text(role, &whole).expect_err(text).to_string();
@@ -163,8 +189,11 @@ fn keys_of_optional_examples_are_valid() {
     for role in Role::ALL {
         let printed = reader::print("title", &declared(role).unwrap());
         let all_set = printed.replace("# isa = \"scalar\"", "isa = \"scalar\"");
+        // Only some builds can talk to etcd.
+        let here = |line: &&str| cfg!(feature = "etcd") || !line.starts_with("# etcd = ");
         let all_set: String = all_set
             .lines()
+            .filter(here)
             .map(|line| match line.strip_prefix("# ") {
                 Some(rest) if rest.contains(" = ") => format!("{rest}\n"),
                 _ => format!("{line}\n"),
@@ -216,4 +245,30 @@ fn nothing_given_is_nothing_to_refuse() {
         missing,
         "key `listen` is missing: set it in the file, as MOEMESH_ROUTER_LISTEN, or with --set listen=…"
     );
+}
+
+/// With etcd nobody else need be named, and any router may be the controller.
+#[test]
+fn etcd_is_taken_by_builds_that_have_it_and_refused_by_others() {
+    const OWN: [&str; 3] = [
+        "listen = \"h:1\"\nmodel_dir = \"/m\"\n",
+        "listen = \"unix:/r\"\nmodel_dir = \"/m\"\n",
+        "listen = \"unix:/n\"\nmodel_dir = \"/m\"\n",
+    ];
+    for (role, own) in Role::ALL.into_iter().zip(OWN) {
+        let taken = from_text(role, &format!("{own}etcd = [\"http://127.0.0.1:2379\"]"));
+        assert_eq!(taken.is_ok(), cfg!(feature = "etcd"), "{role}");
+        match taken {
+            Ok(RoleConfig::Gateway(config)) => assert!(config.etcd.is_some()),
+            Ok(RoleConfig::Router(config)) => assert!(config.etcd.is_some() && config.controller),
+            Ok(RoleConfig::ExpertNode(config)) => {
+                assert!(config.etcd.is_some() && config.shard.count == 0);
+            }
+            Err(error) => {
+                let want = "x.toml:3: key `etcd`: this binary was built without etcd: build it \
+                            with `cargo build --release --features etcd`";
+                assert!(error.to_string().starts_with(want), "{error}");
+            }
+        }
+    }
 }

@@ -47,17 +47,24 @@ pub fn files(reader: &mut Reader<'_>) -> Result<Option<Files>, ConfigError> {
     }
 }
 
-/// As [`files`], for a process that serves the inside of the mesh on `listen`.
+/// Whether plain text may go where others can read it.
+pub fn insecure(reader: &mut Reader<'_>) -> Result<bool, ConfigError> {
+    reader.or(
+        "insecure",
+        false,
+        "Whether gRPC may be plain text on an address that other machines reach, and to etcd on\n\
+         another machine.",
+    )
+}
+
+/// As [`files`], for a process that serves the inside of the mesh on `listen`; and
+/// whether it may be [`insecure`].
 pub fn files_of_server(
     reader: &mut Reader<'_>,
     listen: &Endpoint,
-) -> Result<Option<Files>, ConfigError> {
+) -> Result<(Option<Files>, bool), ConfigError> {
     let files = files(reader)?;
-    let insecure = reader.or(
-        "insecure",
-        false,
-        "Whether gRPC may be plain text on an address that other machines reach.",
-    )?;
+    let insecure = insecure(reader)?;
     if files.is_none() && !insecure && !listen.is_loopback() {
         let problem = format!(
             "other machines reach {listen}, and without TLS anyone may call it: set tls_cert, \
@@ -66,5 +73,5 @@ pub fn files_of_server(
         );
         return Err(reader.refuse("listen", problem));
     }
-    Ok(files)
+    Ok((files, insecure))
 }

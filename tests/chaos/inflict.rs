@@ -15,12 +15,15 @@ const PATIENCE: Duration = Duration::from_secs(60);
 /// A client that is told of a gateway that goes has its last request under way by then.
 const NOTICE: Duration = Duration::from_millis(150);
 
+/// How long a mesh took that was not whole again in [`PATIENCE`] after the fault.
+pub const NEVER: Duration = Duration::MAX;
+
 /// A fault that was done.
 pub struct Struck {
     pub what: String,
     /// Sequences that ran or waited just before.
     pub running: u64,
-    /// Until the mesh was whole again.
+    /// Until the mesh was whole again, or [`NEVER`].
     pub whole: Duration,
 }
 
@@ -50,13 +53,14 @@ impl<'a> Inflict<'a> {
         let running = running(mesh).await;
         let begun = Instant::now();
         let what = self.strike(fault, mesh, dice).await;
+        let healed = Instant::now();
         let mut whole = false;
-        while !whole && begun.elapsed() < PATIENCE {
+        while !whole && healed.elapsed() < PATIENCE {
             whole = is_whole(mesh).await;
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
         counters.look(mesh).await;
-        let whole = if whole { begun.elapsed() } else { PATIENCE };
+        let whole = if whole { begun.elapsed() } else { NEVER };
         Struck { what, running, whole }
     }
 
@@ -151,6 +155,21 @@ impl<'a> Inflict<'a> {
                     self.notes.push(format!("no {what:?} {direction:?} after {after} bytes"));
                 }
                 format!("{what:?} {direction:?} after {after} bytes")
+            }
+            Fault::Etcd { gone, hold } => {
+                let etcd = mesh.etcd.as_ref().expect("a mesh with etcd");
+                if gone {
+                    etcd.kill()
+                } else {
+                    etcd.stop()
+                }
+                tokio::time::sleep(hold).await;
+                if gone {
+                    etcd.restart()
+                } else {
+                    etcd.go_on()
+                }
+                format!("etcd {} for {hold:?}", if gone { "gone" } else { "stopped" })
             }
             Fault::Slow { percent, hold } => {
                 let at = self.next(Role::Node, mesh.nodes.len());

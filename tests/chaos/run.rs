@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use parking_lot::Mutex;
 
 use super::history;
-use super::inflict::{Inflict, Struck};
+use super::inflict::{Inflict, NEVER, Struck};
 use super::load::{Balancer, Clients, Outcome, asks};
 use super::observe::{Counters, Figures, Report, is_whole, ms, until};
 use super::scenario::{Check, Dice, Scenario, When, is_long, seed};
@@ -173,7 +173,7 @@ fn judge(
     if report.in_flight == 0 {
         wrong.push(format!("none of {} faults hit work in flight", report.faults));
     }
-    for one in struck.iter().filter(|one| one.whole >= PATIENCE) {
+    for one in struck.iter().filter(|one| one.whole == NEVER) {
         wrong.push(format!("never whole again after {}", one.what));
     }
     for check in checks {

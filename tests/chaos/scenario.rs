@@ -70,6 +70,8 @@ pub enum Fault {
     Swizzle { hold: Duration },
     /// The connection to a node is reset, or a bit flipped, so many bytes on.
     Harm { direction: Direction, after: u64, what: Once },
+    /// etcd answers nobody for `hold`; or it is gone meanwhile, and comes back with its keys.
+    Etcd { gone: bool, hold: Duration },
     /// A node gets only so many percent of a CPU for `hold`.
     Slow { percent: u32, hold: Duration },
 }

@@ -2,6 +2,7 @@
 
 use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
@@ -10,6 +11,7 @@ use proto::v1::inference_client::InferenceClient;
 use proto::v1::{RouterStatus, RouterStatusRequest};
 use serde_json::{Value, json};
 
+use super::etcd::EtcdServer;
 use super::faultproxy::FaultProxy;
 use super::http::{self, Address};
 use super::process::{Launch, Process, free_port};
@@ -40,6 +42,8 @@ pub struct Plan {
     fail: bool,
     logged: bool,
     tcp: bool,
+    /// Where processes find each other, if they are not told.
+    etcd: Option<Arc<EtcdServer>>,
 }
 
 pub struct Sandbox {
@@ -55,6 +59,7 @@ pub struct Sandbox {
     pub operator: Option<Tls>,
     /// One before each node, if the plan has them.
     pub proxies: Vec<FaultProxy>,
+    pub etcd: Option<Arc<EtcdServer>>,
     /// What the configuration of every node says.
     common: String,
 }
@@ -77,6 +82,7 @@ impl Sandbox {
             fail: false,
             logged: false,
             tcp: false,
+            etcd: None,
         }
     }
 }
@@ -148,6 +154,12 @@ impl Plan {
         self
     }
 
+    /// Has processes find each other through etcd and through nothing else.
+    pub fn etcd(mut self, server: &Arc<EtcdServer>) -> Self {
+        self.etcd = Some(server.clone());
+        self
+    }
+
     /// Puts a fault proxy before every expert node.
     pub fn proxied(mut self) -> Self {
         self.proxied = true;
@@ -186,7 +198,14 @@ impl Plan {
         let dir = std::env::temp_dir().join(format!("moemesh-{}-{count}", std::process::id()));
         std::fs::create_dir_all(&dir).unwrap();
         let socket = |name: &str| format!("unix:{}", dir.join(format!("{name}.sock")).display());
-        let model = format!("model_dir = {:?}\nlog_filter = \"warn\"\n", self.model);
+        let mut model = format!("model_dir = {:?}\nlog_filter = \"warn\"\n", self.model);
+        if let Some(etcd) = &self.etcd {
+            writeln!(model, "etcd = {}", etcd.setting()).unwrap();
+        }
+        let listed = |key: &str, list: String| match &self.etcd {
+            None => format!("{key} = {list}\n"),
+            Some(_) => String::new(),
+        };
         // Where nodes listen that are known by host:port.
         let ports: Vec<u16> =
             (0..if self.tcp { self.expert_nodes } else { 0 }).map(|_| free_port()).collect();
@@ -246,22 +265,23 @@ impl Plan {
         }
         let list = self.foreign.clone().unwrap_or_else(|| format!("{endpoints:?}"));
         let routers: Vec<Process> = (0..self.routers)
-            .map(|index| start("router", index, format!("nodes = {list}\n")))
+            .map(|index| start("router", index, listed("nodes", list.clone())))
             .collect();
         let upstream: Vec<String> = routers.iter().map(|router| socket(&router.name)).collect();
         let mut addresses = Vec::new();
         let mut gateways = Vec::new();
         for index in 0..self.gateways {
             let address = format!("127.0.0.1:{}", free_port());
-            let own =
-                format!("listen = \"{address}\"\nrouters = {upstream:?}\nmodel_name = \"test\"\n");
+            let routers = listed("routers", format!("{upstream:?}"));
+            let own = format!("listen = \"{address}\"\n{routers}model_name = \"test\"\n");
             gateways.push(start("gateway", index, own));
             addresses.push(Address::Tcp(address));
         }
         let http = addresses[0].clone();
         let operator = certificates.map(|dir| identity(dir, Role::Operator, "operator-0"));
         let common = format!("{model}{class}");
-        Sandbox { dir, http, gateways, routers, nodes, addresses, operator, proxies, common }
+        let etcd = self.etcd;
+        Sandbox { dir, http, gateways, routers, nodes, addresses, operator, proxies, etcd, common }
     }
 }
 
@@ -329,6 +349,15 @@ impl Sandbox {
 
     /// Starts a further node, with settings of its own beside those of all.
     pub fn add_node(&mut self, name: &str, settings: &[(&str, String)]) {
+        self.nodes.push(self.further(name, settings));
+    }
+
+    /// Starts a further router, with settings of its own beside those of all.
+    pub fn add_router(&mut self, name: &str, settings: &[(&str, String)]) {
+        self.routers.push(self.further(name, settings));
+    }
+
+    fn further(&self, name: &str, settings: &[(&str, String)]) -> Process {
         let listen = self.socket(name);
         let mut config = format!("id = \"{name}\"\nlisten = \"unix:{}\"\n", listen.display());
         let own =
@@ -340,7 +369,7 @@ impl Sandbox {
         for (key, value) in settings {
             writeln!(config, "{key} = {value}").unwrap();
         }
-        self.nodes.push(Process::start(&self.dir, name, &config, Launch::default()));
+        Process::start(&self.dir, name, &config, Launch::default())
     }
 
     /// A router's account of itself; an error while it is down.

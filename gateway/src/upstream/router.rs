@@ -9,6 +9,7 @@ use arc_swap::ArcSwap;
 use bytes::Bytes;
 use mesh::tls::{self, Expected, Role, Tls};
 use mesh::transport::{self, Endpoint, channel};
+use parking_lot::Mutex;
 use proto::v1::inference_client::InferenceClient;
 use proto::v1::{GenerateEvent, GenerateRequest, RouterStatus, RouterStatusRequest};
 use tokio::sync::watch;
@@ -51,6 +52,8 @@ pub struct Router {
     state: ArcSwap<State>,
     /// True while it has not answered for [`STATUS_LIFE`].
     silent: watch::Sender<bool>,
+    /// When it last answered or was named, if it was only learned of.
+    heard: Mutex<Option<Instant>>,
     in_flight: AtomicU64,
 }
 
@@ -90,8 +93,26 @@ impl Router {
                 at: Instant::now(),
             }),
             silent: watch::Sender::new(false),
+            heard: Mutex::default(),
             in_flight: AtomicU64::new(0),
         })
+    }
+
+    /// It is no router that was configured, but one that is learned of now.
+    pub fn learned(&self) {
+        *self.heard.lock() = Some(Instant::now());
+    }
+
+    /// It is named again, or answers.
+    pub fn hear(&self) {
+        if let Some(heard) = self.heard.lock().as_mut() {
+            *heard = Instant::now();
+        }
+    }
+
+    /// When it last answered or was named; none where it is configured.
+    pub fn heard(&self) -> Option<Instant> {
+        *self.heard.lock()
     }
 
     /// The last status, if it says ready; else why not.
@@ -124,6 +145,7 @@ impl Router {
         let asked = client.status(RouterStatusRequest {});
         match tokio::time::timeout(STATUS_TIMEOUT, asked).await {
             Ok(Ok(answer)) => {
+                self.hear();
                 let answer = answer.into_inner();
                 let ready = RouterStatus { ready: true, ..answer.clone() };
                 let degraded = answer.degraded.then(|| self.judge(ready).ok()).flatten();

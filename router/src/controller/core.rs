@@ -3,6 +3,8 @@
 //! is worked out from what they say they own, so a lost order or a restarted
 //! controller needs no repair.
 
+mod office;
+
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
@@ -119,6 +121,8 @@ impl Goal {
 pub struct Core {
     settings: Settings,
     order: Order,
+    /// It takes its term itself, above all that nodes have obeyed.
+    self_appointed: bool,
     started: Instant,
     /// Experts that have had a live owner.
     had: Vec<bool>,
@@ -150,6 +154,7 @@ impl Core {
         Self {
             settings,
             order: Order { term, epoch: 0 },
+            self_appointed: true,
             started: now,
             had,
             was_whole: false,
@@ -231,7 +236,7 @@ impl Core {
             (self.changed, self.not_before, self.goal) = (now, now, None);
         }
         self.sore.retain(|_, until| now < *until);
-        if self.order.epoch == 0 {
+        if self.self_appointed && self.order.epoch == 0 {
             // Whoever controlled before had a clock that is ahead of ours.
             let newest = nodes.iter().map(|node| node.term + 1).max();
             self.order.term = self.order.term.max(newest.unwrap_or(0));

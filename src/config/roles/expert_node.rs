@@ -10,16 +10,24 @@ use super::{
 };
 use crate::config::ConfigError;
 use crate::config::reader::Reader;
-use crate::config::tls;
+use crate::config::{etcd, tls};
 
 pub(super) fn expert_node(reader: &mut Reader<'_>) -> Result<Process, ConfigError> {
     let id = id(reader, "expert-node-0")?;
     let listen = listen(reader, "127.0.0.1:7100")?;
-    let (join, advertise) = join(reader, &listen)?;
+    let (tls, insecure) = tls::files_of_server(reader, &listen)?;
+    let etcd = etcd::etcd(reader, tls.as_ref(), insecure)?;
+    let join: Vec<Endpoint> = reader.or(
+        "join",
+        Vec::new(),
+        "Routers of a running mesh that the node joins, host:port or unix:/path: all of them.",
+    )?;
+    let joins = !join.is_empty() || etcd.is_some();
+    let advertise = etcd::advertise(reader, &listen, joins)?;
     let config = ::expert_node::Config {
         id,
         admin: admin(reader)?,
-        tls: tls::files_of_server(reader, &listen)?,
+        tls,
         listen,
         model_dir: model_dir(
             reader,
@@ -27,9 +35,10 @@ pub(super) fn expert_node(reader: &mut Reader<'_>) -> Result<Process, ConfigErro
              weight files may be missing: their experts are fetched from other nodes into memory.",
         )?,
         numerics: numerics(reader)?,
-        shard: shard(reader, !join.is_empty())?,
+        shard: shard(reader, joins)?,
         memory_limit: memory_limit(reader)?,
         join,
+        etcd,
         advertise,
         threads: threads(reader)?,
         first_cpu: first_cpu(reader)?,
@@ -68,30 +77,6 @@ pub(super) fn expert_node(reader: &mut Reader<'_>) -> Result<Process, ConfigErro
     };
     let telemetry = telemetry(reader, Role::ExpertNode, config.id.clone())?;
     Ok(Process { telemetry, role: RoleConfig::ExpertNode(config) })
-}
-
-/// Whom the node announces itself to, and as what.
-fn join(
-    reader: &mut Reader<'_>,
-    listen: &Endpoint,
-) -> Result<(Vec<Endpoint>, Option<Endpoint>), ConfigError> {
-    let join = reader.or(
-        "join",
-        Vec::new(),
-        "Routers of a running mesh that the node joins, host:port or unix:/path: all of them.",
-    )?;
-    let advertise = reader.optional(
-        "advertise",
-        "\"node-7:7100\"",
-        "Where routers reach a node that joins them. Unset: at `listen`.",
-    )?;
-    let listen = listen.to_string();
-    let everywhere = listen.starts_with("0.0.0.0:") || listen.starts_with("[::]:");
-    if everywhere && !join.is_empty() && advertise.is_none() {
-        let problem = format!("has to be set, as routers cannot reach a node at {listen}");
-        return Err(reader.refuse("advertise", problem));
-    }
-    Ok((join, advertise))
 }
 
 fn memory_limit(reader: &mut Reader<'_>) -> Result<Option<u64>, ConfigError> {

@@ -272,6 +272,50 @@ fn a_term_is_above_what_nodes_have_obeyed() {
 }
 
 #[test]
+fn who_is_elected_has_seen_what_was_there_and_heals_at_once() {
+    let mut world = World::new(1, 8, 1);
+    world.core = Core::standby(world.core.settings.clone(), world.now);
+    for (index, name) in ["a", "b", "c"].into_iter().enumerate() {
+        world.start(name, index, 3);
+    }
+    // Whoever was in office before had this term obeyed; it is not outbid here.
+    world.node("a").term = 41;
+    let (nodes, now) = (world.nodes.clone(), world.now);
+    world.core.watch(&nodes, now);
+    world.stop("b");
+    let (nodes, now) = (world.nodes.clone(), world.now);
+    world.core.watch(&nodes, now);
+    world.core.take_office(9, &nodes, now);
+    let orders = world.decide().expect("at once");
+    assert_eq!(orders.order, Order { term: 9, epoch: 1 });
+    world.obey(orders);
+    assert!(world.whole());
+}
+
+#[test]
+fn who_is_elected_finds_what_was_drained() {
+    let mut world = World::new(1, 8, 1);
+    for (index, name) in ["a", "b", "c"].into_iter().enumerate() {
+        world.start(name, index, 3);
+    }
+    let mut standby = Core::standby(world.core.settings.clone(), world.now);
+    standby.watch(&world.nodes, world.now);
+    world.pass(5 * SECOND);
+    // One is drained before its eyes, another while it does not see it.
+    world.core.drain(&world.nodes, "a", false, world.now).unwrap();
+    world.pass(5 * SECOND);
+    let hidden: Vec<Seen> = world.nodes.iter().filter(|n| n.endpoint != "b").cloned().collect();
+    standby.watch(&hidden, world.now);
+    world.core.drain(&world.nodes, "b", false, world.now).unwrap();
+    world.pass(5 * SECOND);
+    standby.take_office(8, &hidden, world.now);
+    world.core = standby;
+    world.pass(20 * SECOND);
+    assert_eq!(world.counts(), [0, 0, 8]);
+    assert!(world.node("a").drained && world.node("b").drained && !world.node("c").drained);
+}
+
+#[test]
 fn a_node_without_room_is_passed_over() {
     let mut world = World::new(1, 9, 1);
     for (index, name) in ["a", "b", "c"].into_iter().enumerate() {
