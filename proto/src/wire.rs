@@ -208,9 +208,7 @@ pub fn read<M: Sealed>(message: Bytes, into: &mut M) -> Result<(), WireError> {
     into.clear();
     // Only a message that ends as a sealed one does is summed.
     let sum = match message.len().checked_sub(SEAL) {
-        Some(end) if message[end..].starts_with(&SEALED) => {
-            Some(crc32fast::hash(&message[..end]))
-        }
+        Some(end) if message[end..].starts_with(&SEALED) => Some(crc32fast::hash(&message[..end])),
         _ => None,
     };
     into.merge(message)?;
