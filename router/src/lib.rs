@@ -32,6 +32,8 @@ pub mod metrics;
 pub mod operations;
 pub mod scheduler;
 pub mod service;
+#[cfg(test)]
+mod simulation;
 
 use std::path::PathBuf;
 use std::sync::Arc;
