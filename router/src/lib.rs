@@ -34,6 +34,8 @@ pub mod operations;
 mod registered;
 pub mod scheduler;
 pub mod service;
+#[cfg(test)]
+mod simulation;
 
 use std::path::PathBuf;
 use std::sync::Arc;
