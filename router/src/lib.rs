@@ -35,7 +35,7 @@ mod registered;
 pub mod scheduler;
 pub mod service;
 #[cfg(test)]
-mod simulation;
+mod tests;
 
 use std::path::PathBuf;
 use std::sync::Arc;

@@ -1,0 +1,3 @@
+//! What no single module can be tested for.
+
+mod simulation;
