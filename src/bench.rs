@@ -5,7 +5,7 @@
 //! - [`serve`]: a server or a mesh under load; [`report`]: what it prints
 //! - [`compare`]: a mesh beside another engine
 //! - [`kernels`]: products and experts beside the machine's limits
-//! - [`device`]: a GPU's kernels against [`reference`], and beside the device's limits
+//! - [`device`]: a GPU's kernels against a plain reference, and beside the device's limits
 //! - [`load`]: requests and when their answers came; [`procs`]: what processes cost
 //! - [`stats`]: percentiles, medians, random numbers
 
@@ -16,7 +16,6 @@ pub mod dispatch;
 pub mod kernels;
 mod load;
 mod procs;
-mod reference;
 mod report;
 pub mod serve;
 mod stats;

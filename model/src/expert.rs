@@ -13,7 +13,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use half::bf16;
 use kernels::cuda::{ExpertShape, GpuError, LayoutError};
-use kernels::{Compute, Mat, Out, Packed, Pool};
+use kernels::{Compute, Gated, Mat, Out, Packed, Pool};
 
 use crate::activations::{WireScratch, from_wire, to_wire};
 use crate::checkpoint::Checkpoint;
@@ -230,6 +230,7 @@ struct Span {
 
 #[derive(Default)]
 struct TaskScratch {
+    gated: Gated,
     packed: Packed,
     gate: Vec<f32>,
     up: Vec<f32>,
@@ -300,14 +301,18 @@ pub fn forward_experts(
             let x = x.slice(span.row * hidden..(span.row + span.rows) * hidden);
             let [gate, up, down] = [ffn.gate, ffn.up, ffn.down].map(|w| w.mat(checkpoint));
             tasks.with(|t| {
-                kernels.gated(x, span.rows, gate, up, down, &mut t.packed);
+                t.gated.fill(&*kernels, None, x, span.rows, [gate, up, down]);
                 if numerics == Numerics::Bf16
                     && let Ok(piece) = bytemuck::try_cast_slice_mut(piece)
                 {
-                    return kernels.matmul_rounded(&t.packed, down, piece);
+                    return kernels.matmul_rounded(t.gated.h(), down, piece);
                 }
                 let y = grown(&mut t.out, span.rows * hidden);
-                kernels.matmul_packed(&t.packed, down, &mut Out::new(y, span.rows, hidden, hidden));
+                kernels.matmul_packed(
+                    t.gated.h(),
+                    down,
+                    &mut Out::new(y, span.rows, hidden, hidden),
+                );
                 to_wire(kernels, numerics, y, &mut t.rounded, piece);
             });
         });

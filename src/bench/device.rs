@@ -8,10 +8,10 @@ use std::time::Instant;
 
 use anyhow::{Context as _, bail};
 use expert_node::device::Device;
+use kernels::cuda::reference::{self, distance};
 use kernels::cuda::{Arena, BLOCK, Coding, ExpertShape, Gpu, GpuError, GroupedFfn, Layout, Piece};
 use kernels::{Mat, f32_to_fp8, round_bf16};
 
-use crate::bench::reference::{coded, distance, widened};
 use crate::bench::stats::Random;
 use crate::cli::BenchDeviceArgs;
 
@@ -155,7 +155,8 @@ fn check(gpu: &Gpu, coding: Coding, sizes: (usize, usize), seed: u64) -> anyhow:
     for (row, slot) in chosen {
         let bytes = row * hidden * 2..(row + 1) * hidden * 2;
         let mats = mats(&experts.layout, &experts.weights[slot as usize])?;
-        expected.extend(reference(&mats, &values(&x[bytes.clone()]), coding));
+        let row_in = values(&x[bytes.clone()]);
+        expected.extend(reference::expert(mats, coding, [row_in.as_slice()]));
         got.extend(values(&out[bytes.clone()]));
         let by_itself = experts.forward(&[(slot, 1)], &x[bytes.clone()])?;
         if by_itself != out[bytes] {
@@ -173,19 +174,6 @@ fn check(gpu: &Gpu, coding: Coding, sizes: (usize, usize), seed: u64) -> anyhow:
 fn values(bytes: &[u8]) -> Vec<f32> {
     let values = bytes.as_chunks::<2>().0.iter();
     values.map(|x| f32::from_bits(u32::from(u16::from_le_bytes(*x)) << 16)).collect()
-}
-
-/// One row through one expert.
-fn reference(mats: &[Mat<'_>; 3], x: &[f32], coding: Coding) -> Vec<f64> {
-    let product = |mat: &Mat<'_>, x: &[f64]| -> Vec<f64> {
-        let dot = |row: Vec<f64>| row.iter().zip(x).map(|(w, x)| w * x).sum();
-        widened(mat).map(dot).collect()
-    };
-    let x = coded(x, coding);
-    let (gate, up) = (product(&mats[0], &x), product(&mats[1], &x));
-    let gated = gate.iter().zip(up).map(|(g, u)| g / (1.0 + (-g).exp()) * u);
-    let h: Vec<f32> = gated.map(|x| round_bf16(x as f32).to_f32()).collect();
-    product(&mats[2], &coded(&h, coding))
 }
 
 /// All times, as a table.

@@ -3,7 +3,7 @@
 //! Products are split over threads by output columns, which changes no bit of them. Work too small to be
 //! worth a thread runs where it is called.
 
-use crate::device::Kernels;
+use crate::device::{Device, Kernels};
 use crate::isa::Isa;
 use crate::lanes::STEP;
 use crate::mat::{Acts, Mat};
@@ -26,7 +26,7 @@ thread_local! {
     static PACKED: RefCell<Packed> = RefCell::new(Packed::new());
 }
 
-/// Reusable working memory of [`Compute::gated`], and its result.
+/// A gated layer's result, packed for the product after it, and the memory that it is worked out in.
 #[derive(Default)]
 pub struct Gated {
     x: Packed,
@@ -37,9 +37,59 @@ pub struct Gated {
 }
 
 impl Gated {
-    /// What [`Compute::gated`] computed last.
+    /// What was computed last.
     pub fn h(&self) -> &Packed {
         &self.h
+    }
+
+    /// `silu(x gateᵀ) * (x upᵀ)` in the type of `x`, packed for `down`; `x` is `[rows, gate.k()]`. On the threads of `pool`
+    /// if there is one, which changes no bit.
+    pub fn fill(
+        &mut self,
+        device: &dyn Device,
+        pool: Option<&Pool>,
+        x: Acts<'_>,
+        rows: usize,
+        [gate, up, down]: [Mat<'_>; 3],
+    ) {
+        let Gated { x: packed, gate: a, up: b, rounded, h } = self;
+        device.pack_on(pool, x, rows, gate, packed);
+        if let Some(mut h) = device.inner(packed, gate, up, down, h) {
+            let Some((pool, chunk)) = shares(pool, packed, gate, 2) else {
+                return device.gated_packed(packed, gate, up, &mut h);
+            };
+            let (h, packed) = (&h, &*packed);
+            return by_columns(pool, gate.n(), chunk.next_multiple_of(STEP), &|columns| {
+                // SAFETY: as for a product.
+                let mut h = unsafe { h.cols(columns.clone()) };
+                device.gated_packed(packed, gate.rows(columns.clone()), up.rows(columns), &mut h);
+            });
+        }
+        let values = rows * gate.n();
+        for sums in [&mut *a, &mut *b] {
+            sums.resize(sums.len().max(values), 0.0);
+        }
+        let (a, b) = (&mut a[..values], &mut b[..values]);
+        product(device, pool, packed, gate, a);
+        if !packed.suits(up) {
+            device.pack_on(pool, x, rows, up, packed);
+        }
+        product(device, pool, packed, up, b);
+        let piece = PIECE_ROWS * gate.n();
+        Pool::pieces(pool, a, piece, |i, gate| {
+            device.swiglu(gate, &b[i * piece..][..gate.len()]);
+        });
+        match x {
+            Acts::F32(_) => device.pack_on(pool, Acts::F32(a), rows, down, h),
+            Acts::Bf16(_) => {
+                rounded.resize(rounded.len().max(values), bf16::ZERO);
+                let rounded = &mut rounded[..values];
+                Pool::pieces(pool, rounded, piece, |i, rounded| {
+                    device.to_bf16(&a[i * piece..][..rounded.len()], rounded);
+                });
+                device.pack_on(pool, Acts::Bf16(rounded), rows, down, h);
+            }
+        }
     }
 }
 
@@ -78,75 +128,42 @@ impl Compute {
 
     /// As [`Compute::matmul`], of packed activations.
     pub fn matmul_packed(&self, x: &Packed, w: Mat<'_>, y: &mut [f32]) {
-        let (device, y) = (&*self.kernels, &mut Out::new(y, x.rows(), w.n(), w.n()));
-        let Some(chunk) = self.chunk(x, w, 1) else { return device.matmul_packed(x, w, y) };
-        let y = &*y;
-        self.by_columns(w.n(), chunk, &|columns| {
-            // SAFETY: each task has columns of its own, and the output is borrowed for as long as the pool runs.
-            let mut y = unsafe { y.cols(columns.clone()) };
-            device.matmul_packed(x, w.rows(columns), &mut y);
-        });
+        product(&*self.kernels, Some(&self.pool), x, w, y);
     }
 
-    /// `silu(x gateᵀ) * (x upᵀ)` in the type of `x`, packed into `h` for `down`; `x` is `[rows, gate.k()]`. The bits do not
-    /// depend on the number of threads.
-    pub fn gated(
-        &self,
-        x: Acts<'_>,
-        rows: usize,
-        [gate, up, down]: [Mat<'_>; 3],
-        memory: &mut Gated,
-    ) {
-        let device = &*self.kernels;
-        let Gated { x: packed, gate: a, up: b, rounded, h } = memory;
-        self.pack(x, rows, gate, packed);
-        if let Some(mut h) = device.inner(packed, gate, up, down, h) {
-            let Some(chunk) = self.chunk(packed, gate, 2) else {
-                return device.gated_packed(packed, gate, up, &mut h);
-            };
-            let (h, packed) = (&h, &*packed);
-            return self.by_columns(gate.n(), chunk.next_multiple_of(STEP), &|columns| {
-                // SAFETY: as for a product.
-                let mut h = unsafe { h.cols(columns.clone()) };
-                device.gated_packed(packed, gate.rows(columns.clone()), up.rows(columns), &mut h);
-            });
-        }
-        let values = rows * gate.n();
-        for sums in [&mut *a, &mut *b] {
-            sums.resize(sums.len().max(values), 0.0);
-        }
-        let (a, b) = (&mut a[..values], &mut b[..values]);
-        self.matmul_packed(packed, gate, a);
-        if !packed.suits(up) {
-            self.pack(x, rows, up, packed);
-        }
-        self.matmul_packed(packed, up, b);
-        let piece = PIECE_ROWS * gate.n();
-        Pool::pieces(Some(&self.pool), a, piece, |i, gate| {
-            device.swiglu(gate, &b[i * piece..][..gate.len()]);
-        });
-        match x {
-            Acts::F32(_) => self.pack(Acts::F32(a), rows, down, h),
-            Acts::Bf16(_) => {
-                rounded.resize(rounded.len().max(values), bf16::ZERO);
-                let rounded = &mut rounded[..values];
-                Pool::pieces(Some(&self.pool), rounded, piece, |i, rounded| {
-                    device.to_bf16(&a[i * piece..][..rounded.len()], rounded);
-                });
-                self.pack(Acts::Bf16(rounded), rows, down, h);
-            }
-        }
+    /// As [`Gated::fill`], on all threads.
+    pub fn gated(&self, x: Acts<'_>, rows: usize, weights: [Mat<'_>; 3], into: &mut Gated) {
+        into.fill(&*self.kernels, Some(&self.pool), x, rows, weights);
     }
+}
 
-    /// Outputs of `w` that a thread takes at a time, of `each` such weights; none if all are worth one thread only.
-    fn chunk(&self, x: &Packed, w: Mat<'_>, each: usize) -> Option<usize> {
-        let (n, threads) = (w.n(), self.pool.threads());
-        let work = x.rows().saturating_mul(n).saturating_mul(w.k()).saturating_mul(each);
-        let shared = threads > 1 && work >= SMALL && n > CHUNK;
-        shared.then(|| n.div_ceil(threads * CHUNKS_PER_THREAD).next_multiple_of(CHUNK))
-    }
+/// `y[r, n] = sum over k of x[r, k] w[n, k]`: `y` is `[x.rows(), w.n()]`.
+fn product(device: &dyn Device, pool: Option<&Pool>, x: &Packed, w: Mat<'_>, y: &mut [f32]) {
+    let y = &mut Out::new(y, x.rows(), w.n(), w.n());
+    let Some((pool, chunk)) = shares(pool, x, w, 1) else { return device.matmul_packed(x, w, y) };
+    let y = &*y;
+    by_columns(pool, w.n(), chunk, &|columns| {
+        // SAFETY: each task has columns of its own, and the output is borrowed for as long as the pool runs.
+        let mut y = unsafe { y.cols(columns.clone()) };
+        device.matmul_packed(x, w.rows(columns), &mut y);
+    });
+}
 
-    fn by_columns(&self, n: usize, chunk: usize, f: &(dyn Fn(Range<usize>) + Sync)) {
-        self.pool.run(n.div_ceil(chunk), &|i| f(i * chunk..n.min((i + 1) * chunk)));
-    }
+/// The threads to share a product with, or `each` of them with weights like `w`, and the outputs that one takes at a time;
+/// none if it is worth one thread only.
+fn shares<'p>(
+    pool: Option<&'p Pool>,
+    x: &Packed,
+    w: Mat<'_>,
+    each: usize,
+) -> Option<(&'p Pool, usize)> {
+    let (n, pool) = (w.n(), pool?);
+    let work = x.rows().saturating_mul(n).saturating_mul(w.k()).saturating_mul(each);
+    let shared = pool.threads() > 1 && work >= SMALL && n > CHUNK;
+    let chunk = || n.div_ceil(pool.threads() * CHUNKS_PER_THREAD).next_multiple_of(CHUNK);
+    shared.then(|| (pool, chunk()))
+}
+
+fn by_columns(pool: &Pool, n: usize, chunk: usize, f: &(dyn Fn(Range<usize>) + Sync)) {
+    pool.run(n.div_ceil(chunk), &|i| f(i * chunk..n.min((i + 1) * chunk)));
 }

@@ -13,6 +13,8 @@ mod gpu;
 mod layout;
 mod measure;
 mod memory;
+#[doc(hidden)]
+pub mod reference;
 pub mod schedule;
 mod tensor_map;
 

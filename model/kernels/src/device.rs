@@ -22,18 +22,10 @@ use std::marker::PhantomData;
 use std::ops::Deref;
 
 thread_local! {
-    /// The packed activations of [`Device::matmul`] and [`Device::gated`], kept between calls.
+    /// The packed activations of [`Device::matmul`], kept between calls.
     static PACKED: RefCell<Packed> = RefCell::new(Packed::new());
-    /// Sums on their way to other types, kept between calls.
-    static SUMS: RefCell<Sums> = RefCell::new(Sums::default());
-}
-
-/// Working memory of products that end in another type than f32.
-#[derive(Default)]
-struct Sums {
-    first: Vec<f32>,
-    second: Vec<f32>,
-    rounded: Vec<bf16>,
+    /// The sums of [`Device::matmul_rounded`] before they are rounded, kept between calls.
+    static SUMS: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
 }
 
 /// What a device computes.
@@ -66,46 +58,6 @@ pub trait Device: Sync {
     /// `h = silu(x gateᵀ) * (x upᵀ)`, rounded to bf16, for weights that have the columns of `h`, which is of
     /// [`Device::inner`] for them or more columns.
     fn gated_packed(&self, x: &Packed, gate: Mat<'_>, up: Mat<'_>, h: &mut Inner<'_>);
-
-    /// `h = silu(x gateᵀ) * (x upᵀ)` in the type of `x`, packed for `down`: `x` is `[rows, gate.k()]`.
-    fn gated(
-        &self,
-        x: Acts<'_>,
-        rows: usize,
-        gate: Mat<'_>,
-        up: Mat<'_>,
-        down: Mat<'_>,
-        h: &mut Packed,
-    ) {
-        let mut packed = PACKED.take();
-        self.pack(x, rows, gate, &mut packed);
-        if let Some(mut h) = self.inner(&packed, gate, up, down, h) {
-            self.gated_packed(&packed, gate, up, &mut h);
-        } else {
-            let Sums { mut first, mut second, mut rounded } = SUMS.take();
-            let values = rows * gate.n();
-            for sums in [&mut first, &mut second] {
-                sums.resize(sums.len().max(values), 0.0);
-            }
-            let (a, b) = (&mut first[..values], &mut second[..values]);
-            self.matmul_packed(&packed, gate, &mut Out::new(a, rows, gate.n(), gate.n()));
-            if !packed.suits(up) {
-                self.pack(x, rows, up, &mut packed);
-            }
-            self.matmul_packed(&packed, up, &mut Out::new(b, rows, up.n(), up.n()));
-            self.swiglu(a, b);
-            match x {
-                Acts::F32(_) => self.pack(Acts::F32(a), rows, down, h),
-                Acts::Bf16(_) => {
-                    rounded.resize(rounded.len().max(values), bf16::ZERO);
-                    self.to_bf16(a, &mut rounded[..values]);
-                    self.pack(Acts::Bf16(&rounded[..values]), rows, down, h);
-                }
-            }
-            SUMS.set(Sums { first, second, rounded });
-        }
-        PACKED.set(packed);
-    }
 
     /// `y[r * ldy + n] = sum over k of x[r, k] w[n, k]`; `x` is `[rows, w.k()]`. bf16 activations round f32-stored weights
     /// to bf16.
@@ -259,8 +211,8 @@ impl<S: Simd + Registers, B: Multiply> Device for Unit<S, B> {
             return;
         }
         let mut memory = SUMS.take();
-        memory.first.resize(memory.first.len().max(y.len()), 0.0);
-        let sums = &mut memory.first[..y.len()];
+        memory.resize(memory.len().max(y.len()), 0.0);
+        let sums = &mut memory[..y.len()];
         self.matmul_packed(x, w, &mut Out::new(sums, rows, n, n));
         self.to_bf16(sums, y);
         SUMS.set(memory);

@@ -77,6 +77,12 @@ fn logistic(x: f32) -> f32 {
     top / (1.0 + e)
 }
 
+/// `g * sigmoid(g) * u`.
+#[inline(always)]
+fn swiglu(g: [f32; LANES], u: [f32; LANES]) -> [f32; LANES] {
+    each!(j => g[j] * logistic(g[j]) * u[j])
+}
+
 /// Declares a task as a struct of its arguments and the function that does it.
 macro_rules! task {
     ($name:ident { $($arg:ident: $type:ty),* } -> $out:ty $body:block) => {
@@ -112,14 +118,14 @@ task!(RmsNorm { x: &'a [f32], weight: &'a [f32], eps: f32, y: &'a mut [f32] } ->
 task!(SiluMul { gate: &'a [f32], up: &'a [f32], y: &'a mut [f32] } -> () {
     for i in (0..gate.len()).step_by(LANES) {
         let (g, u) = (lanes_at(gate, i, 0.0), lanes_at(up, i, 0.0));
-        put(y, i, each!(j => g[j] * logistic(g[j]) * u[j]));
+        put(y, i, swiglu(g, u));
     }
 });
 
 task!(SwiGlu { gate: &'a mut [f32], up: &'a [f32] } -> () {
     for i in (0..gate.len()).step_by(LANES) {
         let (g, u) = (lanes_at(gate, i, 0.0), lanes_at(up, i, 0.0));
-        put(gate, i, each!(j => g[j] * logistic(g[j]) * u[j]));
+        put(gate, i, swiglu(g, u));
     }
 });
 

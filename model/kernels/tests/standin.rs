@@ -2,16 +2,20 @@
 //! reference in double, over poisoned memory, with the schedules, tensors and calls that a GPU would be told. It cannot
 //! show how hardware rounds or how fast it is; `tests/gpu.sh` does, where there is one.
 
+#[path = "standin/common.rs"]
+mod common;
+
 use std::ffi::{CString, c_char, c_int, c_void};
-use std::path::Path;
-use std::process::Command;
 use std::sync::OnceLock;
 
 use kernels::cuda::call::{self, Call, Product, QUANTIZE_ROWS, QUANTIZE_THREADS, THREADS};
+use kernels::cuda::reference::{self, distance, scale};
 use kernels::cuda::schedule::{RowTile, schedule};
 use kernels::cuda::{BLOCK, Coding, ExpertShape, Layout, Tiled, stride};
-use kernels::{Mat, f32_to_fp8, fp8_to_f32, round_bf16};
+use kernels::{Mat, f32_to_fp8, round_bf16};
 use libloading::{Library, Symbol};
+
+use common::{Random, compiled, widened};
 
 type RunProduct =
     unsafe extern "C" fn(*const c_char, u32, u32, u64, *const Map, *const Call) -> c_int;
@@ -53,47 +57,11 @@ impl Map {
 /// The stand-in with the kernels in it, compiled once; nothing where there is no C++ compiler.
 fn library() -> Option<&'static Library> {
     static BUILT: OnceLock<Option<Library>> = OnceLock::new();
-    let built = BUILT.get_or_init(|| {
-        let root = Path::new(env!("CARGO_MANIFEST_DIR"));
-        let out = std::env::temp_dir().join(format!("moemesh-standin-{}.so", std::process::id()));
-        let mut command = Command::new("c++");
-        command.args(["-std=c++17", "-O2", "-Wall", "-Wno-unknown-pragmas", "-Wno-psabi"]);
-        command.args(["-ffp-contract=off", "-fPIC", "-shared"]);
-        command.arg("-I").arg(root.join("src/cuda")).arg("-I").arg(root.join("tests/standin"));
-        command.arg("-o").arg(&out);
-        let output = match command.arg(root.join("tests/standin/experts.cpp")).output() {
-            Ok(output) => output,
-            Err(error) => {
-                println!("skipped: no C++ compiler: {error}");
-                return None;
-            }
-        };
-        let said = String::from_utf8_lossy(&output.stderr).into_owned();
-        assert!(output.status.success() && said.is_empty(), "{said}");
-        // SAFETY: what was just built; it has no initialisers but those of plain values.
-        let library = unsafe { Library::new(&out) }.unwrap();
-        std::fs::remove_file(out).unwrap();
-        Some(library)
-    });
-    built.as_ref()
+    BUILT.get_or_init(|| compiled("experts.cpp")).as_ref()
 }
 
 /// The stand-in has one block's state for the whole process.
 static ONE_AT_A_TIME: parking_lot::Mutex<()> = parking_lot::Mutex::new(());
-
-/// Numbers in -1..1 that are the same for a seed.
-struct Random(u64);
-
-impl Random {
-    fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
-        self.0 >> 33
-    }
-
-    fn unit(&mut self) -> f32 {
-        (self.next() % 20_001) as f32 / 10_000.0 - 1.0
-    }
-}
 
 /// "Device" memory: at a multiple of 256, poisoned.
 struct Memory {
@@ -223,27 +191,13 @@ impl Case {
     /// In double, rounded where the kernels round.
     fn reference(&self) -> Vec<f64> {
         let ExpertShape { hidden, coding, .. } = self.layout.shape;
-        let mut out = Vec::new();
-        let mut rows = self.x.chunks_exact(hidden);
-        for &(slot, count) in &self.work {
-            let expert = &self.experts[slot as usize];
-            let [gate, up, down] = expert.mats(&self.layout).map(|mat| widened(&mat));
-            for row in rows.by_ref().take(count) {
-                let x = coded(row, coding);
-                let product = |w: &[f64], x: &[f64]| -> Vec<f64> {
-                    w.chunks_exact(x.len())
-                        .map(|w| w.iter().zip(x).map(|(w, x)| w * x).sum())
-                        .collect()
-                };
-                let h: Vec<_> = product(&gate, &x)
-                    .iter()
-                    .zip(product(&up, &x))
-                    .map(|(g, u)| round_bf16((g / (1.0 + (-g).exp()) * u) as f32))
-                    .collect();
-                out.extend(product(&down, &coded(&h, coding)));
-            }
-        }
-        out
+        let x = widened(&self.x);
+        let mut rows = x.chunks_exact(hidden);
+        let group = |&(slot, count): &(u32, usize)| {
+            let mats = self.experts[slot as usize].mats(&self.layout);
+            reference::expert(mats, coding, rows.by_ref().take(count))
+        };
+        self.work.iter().flat_map(group).collect()
     }
 }
 
@@ -257,37 +211,6 @@ impl Expert {
             }
             .unwrap()
         })
-    }
-}
-
-fn widened(mat: &Mat<'_>) -> Vec<f64> {
-    let mut row = vec![0.0; mat.k()];
-    let mut all = Vec::new();
-    for at in 0..mat.n() {
-        mat.row_to_f32(at, &mut row);
-        all.extend(row.iter().map(|x| f64::from(*x)));
-    }
-    all
-}
-
-/// The scale of a block of a row, as rows are coded everywhere (model/src/rows.rs).
-fn scale(block: &[half::bf16]) -> f32 {
-    let largest = block.iter().fold(0f32, |most, x| most.max(x.to_f32().abs()));
-    (largest / 448.0).max(f32::MIN_POSITIVE)
-}
-
-/// A row as it enters a product.
-fn coded(row: &[half::bf16], coding: Coding) -> Vec<f64> {
-    match coding {
-        Coding::Bf16 => row.iter().map(|x| f64::from(x.to_f32())).collect(),
-        Coding::Fp8 => row
-            .chunks(BLOCK)
-            .flat_map(|block| {
-                let scale = scale(block);
-                let value = move |x: &half::bf16| fp8_to_f32(f32_to_fp8(x.to_f32() / scale));
-                block.iter().map(move |x| f64::from(value(x)) * f64::from(scale))
-            })
-            .collect(),
     }
 }
 
@@ -335,14 +258,6 @@ fn quantized(input: &Memory, rows: usize, k: usize, capacity: usize) -> (Memory,
     (codes, scales)
 }
 
-/// ‖out − reference‖ / ‖reference‖
-fn distance(out: &[half::bf16], reference: &[f64]) -> f64 {
-    assert_eq!(out.len(), reference.len());
-    let pairs = out.iter().zip(reference);
-    let off: f64 = pairs.map(|(x, y)| (f64::from(x.to_f32()) - y).powi(2)).sum();
-    (off / reference.iter().map(|y| y * y).sum::<f64>()).sqrt()
-}
-
 #[test]
 fn products_are_those_of_the_reference() {
     if library().is_none() {
@@ -353,7 +268,7 @@ fn products_are_those_of_the_reference() {
             // Tiles of each size, full, with tails, and an expert without rows in between.
             let work = [(2, 3), (0, 0), (1, 17), (3, 16), (0, 70), (2, 1), (1, 130)];
             let case = Case::new(hidden, inner, coding, &work, 7 + hidden as u64);
-            let off = distance(&case.run(3, 11), &case.reference());
+            let off = distance(&widened(&case.run(3, 11)), &case.reference());
             assert!(off <= 4e-3, "{hidden} x {inner} {coding:?}: off by {off}");
         }
     }
@@ -400,7 +315,7 @@ fn rows_are_quantised_as_they_travel() {
         for (row, values) in x.chunks_exact(k).enumerate() {
             let at = row * stride(k, Coding::Fp8);
             for (block, values) in values.chunks(BLOCK).enumerate() {
-                let scale = scale(values);
+                let scale = scale(&widened(values));
                 let got = &scales.bytes()[(block * capacity + row) * 4..][..4];
                 assert_eq!(got, scale.to_le_bytes());
                 let expected: Vec<u8> =

@@ -4,6 +4,8 @@
 
 #[path = "trunk/attention.rs"]
 mod attention;
+#[path = "standin/common.rs"]
+mod common;
 #[path = "trunk/device.rs"]
 mod device;
 #[path = "trunk/gate.rs"]

@@ -60,7 +60,8 @@ impl Operand {
             let scales = gpu.tensor_map(&call::scales(k, capacity, tile, scales.address()))?;
             Ok((values, scales))
         };
-        let maps = [map(RowTile::R16)?, map(RowTile::R64)?, map(RowTile::R128)?];
+        let [small, middle, large] = RowTile::ALL.map(map);
+        let maps = [small?, middle?, large?];
         Ok(Operand { k, rows, codes, maps })
     }
 }
@@ -133,7 +134,7 @@ impl GroupedFfn {
     /// Computes all pieces; returns when their results are there. Panics if a piece's rows and results differ in length or
     /// are not whole rows, or if it names no slot.
     pub fn forward(&mut self, pieces: &mut [Piece<'_>]) -> Result<(), GpuError> {
-        let width = self.arena.layout().shape.hidden * 2;
+        let width = self.width();
         for piece in pieces.iter() {
             assert!(piece.x.len() == piece.out.len() && piece.x.len().is_multiple_of(width));
             assert!((piece.slot as usize) < self.arena.slots(), "a slot of the arena");
@@ -150,8 +151,7 @@ impl GroupedFfn {
     }
 
     fn compute(&mut self, pieces: &mut [Piece<'_>]) -> Result<(), GpuError> {
-        let width = self.arena.layout().shape.hidden * 2;
-        let rows: Vec<usize> = pieces.iter().map(|piece| piece.x.len() / width).collect();
+        let rows = self.rows(pieces);
         for (number, chunk) in chunks(&rows, self.capacity).into_iter().enumerate() {
             let turn = number % 2;
             self.collect(turn, pieces)?;
@@ -161,12 +161,21 @@ impl GroupedFfn {
         self.collect(1, pieces)
     }
 
+    /// Bytes of a row on the host.
+    fn width(&self) -> usize {
+        self.arena.layout().shape.hidden * Coding::Bf16.size()
+    }
+
+    /// How many rows each of `pieces` has.
+    fn rows(&self, pieces: &[Piece<'_>]) -> Vec<usize> {
+        pieces.iter().map(|piece| piece.x.len() / self.width()).collect()
+    }
+
     /// Seconds that the products of `pieces` take, which fit into one chunk, without the rows' way there and back: the
     /// mean of `repeats` times.
     pub fn time(&mut self, pieces: &mut [Piece<'_>], repeats: u32) -> Result<f64, GpuError> {
         let repeats = repeats.max(1);
-        let width = self.arena.layout().shape.hidden * 2;
-        let rows: Vec<usize> = pieces.iter().map(|piece| piece.x.len() / width).collect();
+        let rows = self.rows(pieces);
         let all: usize = rows.iter().sum();
         assert!(all <= self.capacity, "{all} rows in a chunk of {}", self.capacity);
         let chunk: Vec<_> = rows.iter().map(|rows| 0..*rows).enumerate().collect();
@@ -199,7 +208,7 @@ impl GroupedFfn {
 
     /// Waits for a turn's chunk, if it has one, and copies its results out.
     fn collect(&mut self, turn: usize, pieces: &mut [Piece<'_>]) -> Result<(), GpuError> {
-        let width = self.arena.layout().shape.hidden * 2;
+        let width = self.width();
         let pitch = stride(self.arena.layout().shape.hidden, Coding::Bf16);
         let Turn { lane, to, pending, .. } = &mut self.turns[turn];
         if pending.is_empty() {
@@ -303,7 +312,7 @@ impl GroupedFfn {
         };
         let (slots, groups) = (arena.address(), turn.groups.address());
         let mut call = Call::new(arena.layout(), product, launch, slots, groups, output.address());
-        let at = RowTile::ALL.iter().position(|tile| *tile == launch.tile).unwrap_or(0);
+        let at = launch.tile as usize;
         let [mut first, mut second] = product.parts().map(|part| arena.map(part));
         let (mut values, mut scales) = input.maps[at];
         let mut args = [

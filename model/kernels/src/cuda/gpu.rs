@@ -159,15 +159,6 @@ impl Gpu {
         self.stream(lane).synchronize().map_err(|error| self.error("computing", error))
     }
 
-    /// Has `then` go on only when `first` has done what it was given so far.
-    pub fn order(&self, first: Lane, then: Lane) -> Result<(), GpuError> {
-        let ordered = || {
-            let event = self.stream(first).record_event(None)?;
-            self.stream(then).wait(&event)
-        };
-        ordered().map_err(|error| self.error("ordering streams", error))
-    }
-
     pub(super) fn stream(&self, lane: Lane) -> &CudaStream {
         match lane {
             Lane::Compute => &self.compute,

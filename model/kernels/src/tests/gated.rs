@@ -1,7 +1,7 @@
 //! Two products through SwiGLU into a third: the bits of the single functions, on every device and any number of threads.
 
 use super::{Kind, Random, bits};
-use crate::{Acts, Compute, DType, Gated, Isa, Kernels, Mat, Out, Packed};
+use crate::{Acts, Compute, DType, Gated, Isa, Kernels, Mat, Out};
 use half::bf16;
 
 /// A weight's bytes and scales in blocks of 32 rows by 64.
@@ -86,18 +86,19 @@ fn as_the_single_functions() {
 }
 
 fn check(isa: Isa, x: Acts<'_>, rows: usize, weights: [Mat<'_>; 3]) {
-    let [gate, up, down] = weights;
+    let down = weights[2];
     let (hidden, case) =
         (down.n(), format!("{isa}, {rows} rows, {:?}", weights.map(|w| w.dtype())));
     let k = Kernels::new(isa);
     let (want, narrow) = apart(&k, x, rows, weights);
-    let mut h = Packed::new();
-    k.gated(x, rows, gate, up, down, &mut h);
+    let mut alone = Gated::default();
+    alone.fill(&*k, None, x, rows, weights);
+    let h = alone.h();
     let mut y = vec![0.0; rows * hidden];
-    k.matmul_packed(&h, down, &mut Out::new(&mut y, rows, hidden, hidden));
+    k.matmul_packed(h, down, &mut Out::new(&mut y, rows, hidden, hidden));
     assert_eq!(bits(&y), want, "{case}");
     let mut rounded = vec![bf16::ONE; rows * hidden];
-    k.matmul_rounded(&h, down, &mut rounded);
+    k.matmul_rounded(h, down, &mut rounded);
     let agree = |a: &bf16, b: &bf16| a.to_bits() == b.to_bits() || a.is_nan() && b.is_nan();
     assert!(rounded.iter().zip(&narrow).all(|(a, b)| agree(a, b)), "rounded, {case}");
     for threads in [1, 3] {

@@ -1,13 +1,14 @@
 //! The stand-in as tests see it: memory, arguments, launches.
 
 use std::ffi::{CString, c_char, c_int, c_void};
-use std::path::Path;
-use std::process::Command;
 use std::sync::OnceLock;
 
 use bytemuck::{AnyBitPattern, NoUninit};
 use half::bf16;
 use libloading::{Library, Symbol};
+
+pub use crate::common::{Random, compiled, widened};
+pub use kernels::cuda::reference::distance;
 
 type Launch =
     unsafe extern "C" fn(*const c_char, u32, u32, u32, u64, *const *const c_void) -> c_int;
@@ -15,27 +16,7 @@ type Launch =
 /// The stand-in with the kernels in it, compiled once; nothing where there is no C++ compiler.
 pub fn library() -> Option<&'static Library> {
     static BUILT: OnceLock<Option<Library>> = OnceLock::new();
-    let built = BUILT.get_or_init(|| {
-        let root = Path::new(env!("CARGO_MANIFEST_DIR"));
-        let out = std::env::temp_dir().join(format!("moemesh-trunk-{}.so", std::process::id()));
-        let mut command = Command::new("c++");
-        command.args(["-std=c++17", "-O2", "-Wall", "-Wno-unknown-pragmas", "-Wno-psabi"]);
-        command.args(["-ffp-contract=off", "-fPIC", "-shared", "-I"]).arg(root.join("src/cuda"));
-        command.arg("-I").arg(root.join("tests/standin")).arg("-o").arg(&out);
-        let output = match command.arg(root.join("tests/standin/trunk.cpp")).output() {
-            Ok(output) => output,
-            Err(error) => {
-                println!("skipped: no C++ compiler: {error}");
-                return None;
-            }
-        };
-        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-        // SAFETY: what was just built; it has no initialisers but those of plain values.
-        let library = unsafe { Library::new(&out) }.unwrap();
-        std::fs::remove_file(out).unwrap();
-        Some(library)
-    });
-    built.as_ref()
+    BUILT.get_or_init(|| compiled("trunk.cpp")).as_ref()
 }
 
 /// Bytes before and after that nothing may write to, in words of 16.
@@ -115,20 +96,7 @@ pub fn launch(kernel: &str, blocks: (usize, usize), threads: u32, seed: u64, arg
     assert_eq!(found, 1, "{kernel} is not in the stand-in");
 }
 
-/// Numbers that are the same for a seed.
-pub struct Random(pub u64);
-
 impl Random {
-    pub fn below(&mut self, end: usize) -> usize {
-        self.0 = self.0.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
-        (self.0 >> 33) as usize % end
-    }
-
-    /// In -1..1.
-    pub fn unit(&mut self) -> f32 {
-        self.below(20_001) as f32 / 10_000.0 - 1.0
-    }
-
     pub fn floats(&mut self, count: usize) -> Vec<f32> {
         (0..count).map(|_| self.unit()).collect()
     }
@@ -136,15 +104,4 @@ impl Random {
     pub fn halves(&mut self, count: usize) -> Vec<bf16> {
         (0..count).map(|_| kernels::round_bf16(self.unit())).collect()
     }
-}
-
-/// ‖out − reference‖ / ‖reference‖; NaN if anything is.
-pub fn distance(out: &[f32], reference: &[f64]) -> f64 {
-    assert_eq!(out.len(), reference.len());
-    let off: f64 = out.iter().zip(reference).map(|(x, y)| (f64::from(*x) - y).powi(2)).sum();
-    (off / reference.iter().map(|y| y * y).sum::<f64>()).sqrt()
-}
-
-pub fn widened(values: &[bf16]) -> Vec<f32> {
-    values.iter().map(|x| x.to_f32()).collect()
 }
