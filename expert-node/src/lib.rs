@@ -163,12 +163,11 @@ pub async fn serve(config: Config, shutdown: Shutdown) -> Result<(), Error> {
     let progress = |mapped, all| {
         readiness.set(Err(format!("{mapped} of {all} experts mapped")));
     };
-    let store = match Store::load(&checkpoint, config.shard, config.memory_limit, progress) {
+    let mut store = match Store::load(&checkpoint, config.shard, config.memory_limit, progress) {
         Ok(store) => store,
         Err(StoreError::Load(error)) => return Err(Error::Load(error)),
         Err(other) => return Err(Error::Memory(other)),
     };
-    let mut store = store;
     let isa = config.isa.unwrap_or_else(kernels::Isa::detect);
     let opened = device::open(&config, &checkpoint, isa, &mut store)?;
     let store = Arc::new(store);
@@ -182,18 +181,13 @@ pub async fn serve(config: Config, shutdown: Shutdown) -> Result<(), Error> {
 
     let node = metrics.register(NodeMetrics::new);
     let admission = Arc::new(Admission::new(config.max_queued_rows));
-    let model = checkpoint.config();
     let facts = Facts {
         id: config.id,
         digest: checkpoint.digest(),
         numerics: config.numerics,
         class: opened.class,
         device: opened.name,
-        shape: Shape {
-            hidden: model.hidden as u32,
-            experts: model.experts as u32,
-            top_k: model.top_k as u32,
-        },
+        shape: shape(checkpoint.config()),
         alive_at,
         partial: !checkpoint.is_whole(),
     };
@@ -203,8 +197,7 @@ pub async fn serve(config: Config, shutdown: Shutdown) -> Result<(), Error> {
     let endpoint = config.advertise.unwrap_or_else(|| listener.local());
     let registering = config.etcd.map(|etcd| {
         let (role, id) = (tls::Role::ExpertNode, facts.id.clone());
-        let model = facts.digest.iter().map(|byte| format!("{byte:02x}")).collect();
-        let me = Member { role, id, endpoint: endpoint.clone(), model };
+        let me = Member { role, id, endpoint: endpoint.clone(), model: facts.digest };
         tokio::spawn(announce::register(etcd, me, readiness.clone(), shutdown.clone()))
     });
     let announcing = tokio::spawn(announce::keep(
@@ -245,6 +238,12 @@ pub async fn serve(config: Config, shutdown: Shutdown) -> Result<(), Error> {
 
 /// Where a node is reached, and where from its own host.
 type Listeners = (Listener, Option<Listener>);
+
+/// What frames for the model's experts are checked against.
+fn shape(model: &model::Config) -> Shape {
+    let [hidden, experts, top_k] = [model.hidden, model.experts, model.top_k].map(|n| n as u32);
+    Shape { hidden, experts, top_k }
+}
 
 /// A node that has all it needs to answer.
 struct Run {

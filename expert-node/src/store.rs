@@ -102,8 +102,7 @@ impl Store {
             let keys: Vec<Key> = owned.iter().map(|&expert| (layer, ExpertId(expert))).collect();
             mapped.extend(map(checkpoint, &here(checkpoint, &keys)?.0)?);
         }
-        store
-            .check_room(mapped.len(), mapped.iter().map(|(_, resident)| resident.bytes()).sum())?;
+        store.check_fits(&mapped)?;
         store.adopt(mapped);
         Ok(store)
     }
@@ -207,7 +206,8 @@ impl Store {
     /// # Errors
     /// They would not.
     pub fn lacks(&self, checkpoint: &Checkpoint, keys: &[Key]) -> Result<Vec<Key>, StoreError> {
-        let missing = self.missing(keys);
+        let missing: Vec<Key> =
+            keys.iter().copied().filter(|key| !self.experts.contains_key(key)).collect();
         let bytes = |&(layer, _): &Key| checkpoint.expert_bytes(layer.0 as usize);
         let need =
             missing.iter().map(|key| Ok(bytes(key)? as u64)).sum::<Result<_, LoadError>>()?;
@@ -227,18 +227,16 @@ impl Store {
         keys: &[Key],
         fetched: Vec<(Key, Expert)>,
     ) -> Result<usize, StoreError> {
-        let resident: Vec<Key> =
-            keys.iter().copied().filter(|key| self.experts.contains_key(key)).collect();
-        let came = |key: &Key| fetched.iter().any(|(fetched, _)| fetched == key);
-        let files: Vec<Key> = self.missing(keys).into_iter().filter(|key| !came(key)).collect();
+        let (resident, mut files): (Vec<Key>, Vec<Key>) =
+            keys.iter().partition(|key| self.experts.contains_key(key));
+        files.retain(|key| fetched.iter().all(|(came, _)| came != key));
         let mut mapped = map(checkpoint, &files)?;
         for weights in mapped.iter().filter_map(|(_, resident)| resident.weights.as_ref()) {
             weights.warm();
         }
         mapped
             .extend(fetched.into_iter().map(|(key, weights)| (key, Resident::new(Some(weights)))));
-        let need = mapped.iter().map(|(_, resident)| resident.bytes()).sum();
-        self.check_room(mapped.len(), need)?;
+        self.check_fits(&mapped)?;
         let stayed = |key: &&Key| {
             let found = self.experts.get(*key);
             found.is_some_and(|resident| resident.leaving.swap(false, Ordering::AcqRel))
@@ -278,8 +276,8 @@ impl Store {
         self.changed();
     }
 
-    fn missing(&self, keys: &[Key]) -> Vec<Key> {
-        keys.iter().copied().filter(|key| !self.experts.contains_key(key)).collect()
+    fn check_fits(&self, mapped: &[(Key, Arc<Resident>)]) -> Result<(), StoreError> {
+        self.check_room(mapped.len(), mapped.iter().map(|(_, resident)| resident.bytes()).sum())
     }
 
     fn check_room(&self, experts: usize, need: u64) -> Result<(), StoreError> {

@@ -16,7 +16,7 @@ use crate::control::Control;
 use crate::metrics::NodeMetrics;
 use crate::service::Facts;
 use crate::store::Store;
-use crate::{Error, Run};
+use crate::{Error, Run, shape};
 
 /// The layer of a [`Model::of_one_layer`].
 pub const LAYER: LayerId = LayerId(0);
@@ -44,11 +44,7 @@ impl Model {
         let config = checkpoint.config();
         Self {
             digest: checkpoint.digest(),
-            shape: Shape {
-                hidden: config.hidden as u32,
-                experts: config.experts as u32,
-                top_k: config.top_k as u32,
-            },
+            shape: shape(config),
             layers: config.moe_layers().map(|layer| LayerId(layer as u32)).collect(),
         }
     }

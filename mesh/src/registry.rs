@@ -78,8 +78,8 @@ pub struct Member {
     pub role: Role,
     pub id: String,
     pub endpoint: Endpoint,
-    /// Digest of the model that it serves, in hexadecimal.
-    pub model: String,
+    /// Digest of the model that it serves.
+    pub model: [u8; 32],
 }
 
 /// The setting cannot be followed by this binary.

@@ -333,7 +333,7 @@ pub async fn serve(config: Config, shutdown: Shutdown) -> Result<(), Error> {
             role: tls::Role::Router,
             id: config.id.clone(),
             endpoint: config.advertise.clone().unwrap_or_else(|| listener.local()),
-            model: facts.model_digest.iter().map(|byte| format!("{byte:02x}")).collect(),
+            model: facts.model_digest,
         };
         registered::start(etcd, me, links.clone(), office, &shutdown)
     });

@@ -288,7 +288,7 @@ fn a_name_is_one_process_and_a_term_is_had_once() {
     alone(async {
         let registered = |port: u16| {
             let endpoint = Endpoint::Tcp(format!("127.0.0.1:{port}"));
-            let (role, id, model) = (Role::ExpertNode, "same".to_owned(), String::new());
+            let (role, id, model) = (Role::ExpertNode, "same".to_owned(), [0; 32]);
             let stop = Shutdown::new();
             let member = Member { role, id, endpoint, model };
             (tokio::spawn(etcd.client().register(member, stop.clone())), stop)

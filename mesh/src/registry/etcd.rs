@@ -252,7 +252,8 @@ fn read(path: &Path) -> Result<Vec<u8>, Trouble> {
 
 /// What a member's key holds, for programs and people.
 fn describe(member: &Member) -> String {
-    json!({ "endpoint": member.endpoint.to_string(), "model": member.model }).to_string()
+    let model: String = member.model.iter().map(|byte| format!("{byte:02x}")).collect();
+    json!({ "endpoint": member.endpoint.to_string(), "model": model }).to_string()
 }
 
 fn endpoint(pair: &KeyValue) -> Option<Endpoint> {

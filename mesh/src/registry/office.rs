@@ -8,15 +8,6 @@ use std::time::Instant;
 use arc_swap::ArcSwap;
 use tokio::sync::Notify;
 
-/// A term in office.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Tenure {
-    /// Higher than that of everybody who was in office before.
-    pub term: u64,
-    /// Nothing may be ordered from then on.
-    until: Instant,
-}
-
 /// Shared by the campaign, which fills it, and the controller; clones are the same.
 #[derive(Clone)]
 pub struct Office(Arc<Inner>);
@@ -30,7 +21,8 @@ struct Inner {
 }
 
 enum State {
-    Held(Tenure),
+    /// For a term that is higher than that of everybody before; nothing may be ordered after `until`.
+    Held { term: u64, until: Instant },
     /// Why it is not.
     Vacant(String),
 }
@@ -52,8 +44,8 @@ impl Office {
     /// Why none may.
     pub fn term(&self, now: Instant) -> Result<u64, String> {
         match &**self.0.state.load() {
-            State::Held(Tenure { term, until }) if now < *until => Ok(*term),
-            State::Held(Tenure { term, .. }) => Err(format!(
+            State::Held { term, until } if now < *until => Ok(*term),
+            State::Held { term, .. } => Err(format!(
                 "etcd does not answer, and term {term} has ended: nothing is moved until it is back"
             )),
             State::Vacant(why) => Err(why.clone()),
@@ -79,7 +71,7 @@ impl Office {
 impl Office {
     /// In office with `term` until `until`, unless the lease is renewed.
     pub(super) fn hold(&self, term: u64, until: Instant) {
-        self.0.state.store(Arc::new(State::Held(Tenure { term, until })));
+        self.0.state.store(Arc::new(State::Held { term, until }));
     }
 
     pub(super) fn leave(&self, why: String) {

@@ -135,13 +135,9 @@ pub(crate) fn parse(path: &Path, bytes: &[u8], len: usize) -> Result<Vec<Item>, 
         )));
     }
     let length = length as usize;
-    let Some(header) = rest.get(..length) else {
+    let Some(header) = rest.get(..length).filter(|_| len >= 8 + length) else {
         return Err(refuse(format!("truncated: a header of {length} bytes in a file of {len}")));
     };
-    if len < 8 + length {
-        let problem = format!("truncated: a header of {length} bytes in a file of {len}");
-        return Err(refuse(problem));
-    }
     let raw: RawHeader = serde_json::from_slice(header)
         .map_err(|e| refuse(format!("malformed safetensors header: {e}")))?;
 

@@ -3,7 +3,11 @@
 //! is worked out from what they say they own, so a lost order or a restarted
 //! controller needs no repair.
 
+mod moves;
 mod office;
+mod sources;
+#[cfg(test)]
+mod tests;
 
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
@@ -474,8 +478,3 @@ impl Core {
         }
     }
 }
-
-mod moves;
-mod sources;
-#[cfg(test)]
-mod tests;
