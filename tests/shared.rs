@@ -89,15 +89,14 @@ fn a_router_that_lies_about_places_is_refused_by_name() {
         let want = reader.next().await.unwrap().rows;
         assert_eq!(want.len(), rows.len());
         let bytes = rows.len() as u64;
-        let sound =
-            SharedRows { rows_at: 0, rows_bytes: bytes, results_at: bytes, results_bytes: bytes };
+        let sound = SharedRows { at: 0, rows_bytes: bytes, results_bytes: bytes };
         let lies = [
-            SharedRows { rows_at: u64::MAX, ..sound },
-            SharedRows { rows_at: (32 << 20) - bytes + 1, ..sound },
+            SharedRows { at: u64::MAX, ..sound },
+            SharedRows { at: (32 << 20) - bytes + 1, ..sound },
             SharedRows { rows_bytes: u64::MAX, ..sound },
             SharedRows { rows_bytes: bytes - 4, ..sound },
-            SharedRows { results_at: (32 << 20) - 1, ..sound },
-            SharedRows { results_at: 1 << 50, ..sound },
+            SharedRows { results_bytes: (32 << 20) + 1, ..sound },
+            SharedRows { results_bytes: u64::MAX, ..sound },
         ];
         for (ticket, lie) in (2..).zip(lies) {
             send(&writer, &DispatchFrame { shared: Some(lie), ..frame(ticket) }, &[]);

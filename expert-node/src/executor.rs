@@ -204,7 +204,7 @@ impl Executor {
             self.decoded.clear();
             if let Some((segment, place)) = job.shared() {
                 self.coded.clear();
-                segment.read(place.rows_at as usize, place.rows_bytes as usize, &mut self.coded);
+                segment.read(place.at as usize, place.rows_bytes as usize, &mut self.coded);
             }
             let rows = if job.frame.rows.is_empty() { &self.coded[..] } else { &job.frame.rows };
             for row in rows.chunks_exact(Dtype::Fp8.row_bytes(hidden)) {
@@ -227,7 +227,7 @@ impl Executor {
             match job.shared() {
                 // Decoded rows are the frame's own.
                 Some((segment, shared)) if job.frame.rows.is_empty() => {
-                    segment.read(shared.rows_at as usize + from, width, &mut self.x);
+                    segment.read(shared.at as usize + from, width, &mut self.x);
                 }
                 _ => self.x.extend_from_slice(&job.frame.rows[from..][..width]),
             }
@@ -276,7 +276,7 @@ impl Executor {
             let results = rows.iter().map(result);
             let room = job.shared().filter(|(_, place)| place.results_bytes >= bytes as u64);
             if let Some((segment, place)) = room {
-                let mut at = place.results_at as usize;
+                let mut at = place.at as usize;
                 finite = self.results.write(kernels, form, &job.frame, results, |row| {
                     segment.write(at, row);
                     at += row.len();

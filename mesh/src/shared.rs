@@ -3,8 +3,9 @@
 //! The client of a Unix socket makes a [`Segment`] and hands it over with the connection's first
 //! bytes (`handover`), so it is that connection's and nobody else's. Who answers says that it
 //! took it ([`ACCEPTED`]). From then on the client gives out the places ([`Room`]): a frame names
-//! where its rows stand and where its results are to go, and both are free again when its one
-//! reply has come and not before, so what answers late writes where nobody else does. Frames
+//! where its rows stand, and its results take their place when they have been read. It is free
+//! again when the frame's one reply has come and not before, so what answers late writes where
+//! nobody else does. Frames
 //! that find no room, and connections of any other kind, carry their rows themselves.
 
 mod handover;
@@ -15,7 +16,8 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use bytes::{Bytes, BytesMut};
 use parking_lot::Mutex;
-use proto::v1::{DispatchReply, SharedRows};
+use proto::frame::{NOT_FINITE, all_finite};
+use proto::v1::{DispatchError, DispatchReply, Dtype, ErrorCode, SharedRows};
 
 pub use handover::Handed;
 pub(crate) use handover::{Bringing, Receiving};
@@ -26,6 +28,8 @@ pub use segment::Segment;
 pub const ACCEPTED: &str = "moemesh-shared-rows";
 /// Frames whose rows and results together are shorter carry them.
 const WORTH: usize = 16 << 10;
+/// Bytes that are copied and then looked at while they are in the cache.
+const BLOCK: usize = 16 << 10;
 /// Buffers that results are copied into: one per micro-batch, and one more.
 const COPIES: usize = 3;
 
@@ -40,7 +44,7 @@ pub struct Room {
     backed: AtomicUsize,
 }
 
-/// A frame's places, into which its rows are put.
+/// A frame's place, into which its rows are put.
 pub struct Place<'a> {
     segment: &'a Segment,
     taken: Taken,
@@ -62,8 +66,8 @@ impl Room {
         Self { segment, places, backed: AtomicUsize::new(0) }
     }
 
-    /// Places for a frame's `rows` and `results`, in bytes, if they are worth it and there is
-    /// room. They are the frame's until [`Self::release`] or [`Self::settle`].
+    /// A place for a frame's `rows` and `results`, in bytes, if they are worth it and there is
+    /// room. It is the frame's until [`Self::release`] or [`Self::settle`].
     pub fn place(&self, ticket: u64, rows: usize, results: usize) -> Option<Place<'_>> {
         if rows.saturating_add(results) < WORTH {
             return None;
@@ -81,7 +85,7 @@ impl Room {
             }
             self.backed.store(until, Ordering::Relaxed);
         }
-        Some(Place { segment: &self.segment, taken, next: taken.rows_at })
+        Some(Place { segment: &self.segment, taken, next: taken.at })
     }
 
     /// The frame was not sent.
@@ -89,7 +93,8 @@ impl Room {
         self.places.lock().give_back(ticket);
     }
 
-    /// Takes a frame's places back, as its reply has come, whose rows are copied out of them.
+    /// Takes a frame's place back, as its reply has come, whose rows are copied out of it. If one
+    /// is not finite the reply becomes an error, as its receiver would find.
     ///
     /// # Errors
     /// They are not where they should be.
@@ -98,9 +103,23 @@ impl Room {
         let (said, room) = (reply.shared_bytes, taken.map_or(0, |taken| taken.results as u64));
         match taken {
             _ if said > room => Err(Misplaced { said, room }),
-            Some(Taken { results_at, .. }) if said > 0 => {
+            Some(Taken { at, .. }) if said > 0 => {
                 let bytes = said as usize;
-                reply.rows = copies.make(bytes, |to| self.segment.read(results_at, bytes, to));
+                let dtype = Dtype::try_from(reply.dtype).unwrap_or_default();
+                let mut finite = true;
+                reply.rows = copies.make(bytes, |to| {
+                    for from in (0..bytes).step_by(BLOCK) {
+                        let block = BLOCK.min(bytes - from);
+                        self.segment.read(at + from, block, to);
+                        finite &= all_finite(&to[from..], dtype);
+                    }
+                });
+                if !finite {
+                    reply.error = Some(DispatchError {
+                        code: ErrorCode::Unspecified as i32,
+                        message: NOT_FINITE.to_owned(),
+                    });
+                }
                 Ok(())
             }
             _ => Ok(()),
@@ -113,15 +132,14 @@ impl Place<'_> {
     pub fn put(&mut self, row: &[u8]) {
         self.segment.write(self.next, row);
         self.next += row.len();
-        debug_assert!(self.next <= self.taken.rows_at + self.taken.rows);
+        debug_assert!(self.next <= self.taken.at + self.taken.rows);
     }
 
     /// As the frame says it.
     pub fn said(&self) -> SharedRows {
-        let Taken { rows_at, rows, results_at, results, .. } = self.taken;
-        let [rows_at, rows_bytes, results_at, results_bytes] =
-            [rows_at, rows, results_at, results].map(|n| n as u64);
-        SharedRows { rows_at, rows_bytes, results_at, results_bytes }
+        let Taken { at, rows, results, .. } = self.taken;
+        let [at, rows_bytes, results_bytes] = [at, rows, results].map(|n| n as u64);
+        SharedRows { at, rows_bytes, results_bytes }
     }
 }
 
@@ -171,9 +189,9 @@ mod tests {
             (0..20).for_each(|row| place.put(&[row; 1000]));
             let said = place.said();
             let mut rows = Vec::new();
-            node.read(said.rows_at as usize, said.rows_bytes as usize, &mut rows);
+            node.read(said.at as usize, said.rows_bytes as usize, &mut rows);
             assert!((0..20).all(|row| rows[1000 * row..][..1000] == [row as u8; 1000]));
-            node.write(said.results_at as usize, &vec![ticket as u8; 70_000]);
+            node.write(said.at as usize, &vec![ticket as u8; 70_000]);
             let mut reply = reply(ticket, 70_000);
             room.settle(&mut reply, &mut copies).unwrap();
             assert_eq!(reply.rows[..], vec![ticket as u8; 70_000]);
@@ -185,9 +203,9 @@ mod tests {
     fn what_is_not_asked_for_is_told_and_a_full_segment_refuses() {
         let (room, _node) = pair();
         let mut copies = Copies::default();
-        let big = room.segment.size() / 2;
+        let big = room.segment.size();
         let said = room.place(7, big, big).unwrap().said();
-        assert_eq!((said.rows_at, said.results_at), (0, big as u64));
+        assert_eq!((said.at, said.results_bytes), (0, big as u64));
         assert!(room.place(8, WORTH, 0).is_none());
         let misplaced = |said, room| Err(Misplaced { said, room });
         assert_eq!(room.settle(&mut reply(8, 1), &mut copies), misplaced(1, 0));

@@ -43,6 +43,9 @@ pub enum FrameError {
     Order { row: usize, expert: u32 },
 }
 
+/// What is wrong with a reply with a value that is no number or infinite.
+pub const NOT_FINITE: &str = "its results are not finite";
+
 /// The sizes a receiver checks a frame against.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Shape {
@@ -147,9 +150,8 @@ pub fn check(
 
 /// Whether what is said to stand in `size` bytes of shared memory lies in them; how long the rows are.
 fn check_place(place: &SharedRows, size: usize) -> Result<usize, FrameError> {
-    let SharedRows { rows_at, rows_bytes, results_at, results_bytes } = *place;
-    for (what, at, bytes) in [("rows", rows_at, rows_bytes), ("results", results_at, results_bytes)]
-    {
+    let SharedRows { at, rows_bytes, results_bytes } = *place;
+    for (what, bytes) in [("rows", rows_bytes), ("results", results_bytes)] {
         if at.checked_add(bytes).is_none_or(|end| end > size as u64) {
             return Err(FrameError::Place { what, at, bytes, size });
         }
@@ -183,8 +185,9 @@ pub fn all_finite(rows: &[u8], dtype: Dtype) -> bool {
     // A value is NaN or infinite exactly when its exponent bits are all ones.
     match dtype {
         Dtype::Bf16 => every_block(rows, |block| {
-            let bad = |b: &[u8]| u16::from_le_bytes([b[0], b[1]]) & 0x7f80 == 0x7f80;
-            block.chunks_exact(2).fold(0u16, |any, b| any | u16::from(bad(b))) == 0
+            // Signed, as every instruction set has the larger of two of those.
+            let magnitude = |b: &[u8]| i16::from_le_bytes([b[0], b[1]]) & 0x7fff;
+            block.chunks_exact(2).fold(0, |most: i16, b| most.max(magnitude(b))) < 0x7f80
         }),
         Dtype::F32 | Dtype::Unspecified | Dtype::Fp8 => every_block(rows, |block| {
             let bits = |b: &[u8]| u32::from_le_bytes([b[0], b[1], b[2], b[3]]);
@@ -218,7 +221,7 @@ mod tests {
 
     /// All of 100 bytes.
     fn place() -> Option<SharedRows> {
-        Some(SharedRows { rows_at: 60, rows_bytes: 16, results_at: 76, results_bytes: 24 })
+        Some(SharedRows { at: 76, rows_bytes: 16, results_bytes: 24 })
     }
 
     #[test]
@@ -264,8 +267,8 @@ mod tests {
         type Edit = fn(&mut SharedRows);
         let place_of = |what, at, bytes| FrameError::Place { what, at, bytes, size: 100 };
         let cases: &[(Edit, FrameError)] = &[
-            (|p| p.rows_at = 85, place_of("rows", 85, 16)),
-            (|p| p.rows_at = u64::MAX, place_of("rows", u64::MAX, 16)),
+            (|p| p.at = 85, place_of("rows", 85, 16)),
+            (|p| p.at = u64::MAX, place_of("rows", u64::MAX, 16)),
             (|p| p.results_bytes = 25, place_of("results", 76, 25)),
             (|p| p.results_bytes = u64::MAX, place_of("results", 76, u64::MAX)),
             (|p| p.rows_bytes = 8, FrameError::Bytes { got: 8, want: 16 }),

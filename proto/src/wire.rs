@@ -265,9 +265,8 @@ mod tests {
                 reply_dtype: n.1 as i32 & 3,
                 weights: vec![0.5; n.2 as usize & 3],
                 shared: (n.3 & 1 == 1).then_some(SharedRows {
-                    rows_at: n.0,
+                    at: n.0,
                     rows_bytes: n.3,
-                    results_at: 0,
                     results_bytes: n.0,
                 }),
                 rows: rows.into(),

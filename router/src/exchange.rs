@@ -282,7 +282,8 @@ impl Exchange {
             Combine::Node => open.slots.chunk_by(|a, b| a / top_k == b / top_k).count(),
         };
         match frame::check_reply(&reply, hidden, dtype, rows) {
-            Ok(()) if frame::all_finite(&reply.rows, dtype) => {
+            // Those from shared memory were looked at as they were copied.
+            Ok(()) if reply.shared_bytes > 0 || frame::all_finite(&reply.rows, dtype) => {
                 let took = now.saturating_duration_since(open.sent);
                 self.health.lock().answered(node, open.slots.len(), took, now);
                 let before = self.missing;
@@ -300,10 +301,7 @@ impl Exchange {
                 if used { Taken::Result(took) } else { Taken::Late }
             }
             // What is wrong with the reply is the node's fault, not the frame's: ask another.
-            Ok(()) => {
-                let message = "its results are not finite".to_owned();
-                self.refused(open, ErrorCode::Unspecified, &message, placement, now)
-            }
+            Ok(()) => self.refused(open, ErrorCode::Unspecified, frame::NOT_FINITE, placement, now),
             Err(error) => {
                 let message = bad_reply(&error);
                 self.refused(open, ErrorCode::Unspecified, &message, placement, now)

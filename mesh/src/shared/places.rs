@@ -4,19 +4,18 @@
 /// Where places begin, so that two processes do not write to one cache line.
 const LINE: usize = 64;
 
-/// A frame's place: its rows, and behind them room for its results.
+/// A frame's place: for its rows, and when they have been read for its results.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Taken {
     pub ticket: u64,
-    pub rows_at: usize,
+    pub at: usize,
     pub rows: usize,
-    pub results_at: usize,
     pub results: usize,
 }
 
 impl Taken {
     pub fn end(&self) -> usize {
-        self.results_at + self.results
+        self.at + self.rows.max(self.results)
     }
 }
 
@@ -39,18 +38,17 @@ impl Places {
         if self.taken.len() == self.most {
             return None;
         }
-        let behind = rows.checked_next_multiple_of(LINE)?;
-        let all = behind.checked_add(results)?.checked_next_multiple_of(LINE)?;
+        let all = rows.max(results).checked_next_multiple_of(LINE)?;
         let mut free = 0;
         let mut index = 0;
         while let Some(next) = self.taken.get(index)
-            && next.rows_at - free < all
+            && next.at - free < all
         {
             free = next.end().next_multiple_of(LINE);
             index += 1;
         }
         let fits = free.checked_add(all).is_some_and(|end| end <= self.size);
-        let taken = Taken { ticket, rows_at: free, rows, results_at: free + behind, results };
+        let taken = Taken { ticket, at: free, rows, results };
         fits.then(|| {
             self.taken.insert(index, taken);
             taken
@@ -90,10 +88,9 @@ mod tests {
                     Some(taken) => {
                         prop_assert!(held.len() < 5);
                         prop_assert_eq!((taken.ticket, taken.rows, taken.results), (ticket, rows, results));
-                        prop_assert!(taken.rows_at + rows <= taken.results_at && taken.end() <= SIZE);
-                        prop_assert_eq!((taken.rows_at % LINE, taken.results_at % LINE), (0, 0));
+                        prop_assert!(taken.end() <= SIZE && taken.at % LINE == 0);
                         let apart = |other: &Taken| {
-                            taken.end() <= other.rows_at || other.end() <= taken.rows_at
+                            taken.end() <= other.at || other.end() <= taken.at
                         };
                         prop_assert!(held.iter().all(apart));
                         held.push(taken);
@@ -105,7 +102,7 @@ mod tests {
             for taken in held {
                 places.give_back(taken.ticket);
             }
-            prop_assert!(places.take(u64::MAX, SIZE / 2, SIZE / 2).is_some());
+            prop_assert!(places.take(u64::MAX, SIZE / 2, SIZE).is_some());
             prop_assert!(places.take(0, 1, 0).is_none());
         }
     }
@@ -113,7 +110,7 @@ mod tests {
     #[test]
     fn lengths_that_cannot_be_are_refused() {
         let mut places = Places::new(4096, 5);
-        for (rows, results) in [(usize::MAX, 1), (1, usize::MAX), (4096, 1), (0, 4097)] {
+        for (rows, results) in [(usize::MAX, 1), (1, usize::MAX), (4097, 1), (0, 4097)] {
             assert_eq!(places.take(1, rows, results), None);
         }
     }

@@ -66,7 +66,7 @@ pub struct DispatchReply {
     /// Set instead of rows when the frame was refused or failed.
     #[prost(message, optional, tag = "7")]
     pub error: ::core::option::Option<DispatchError>,
-    /// Instead of `rows`: how many bytes of results stand where the frame's `shared` had room for them.
+    /// Instead of `rows`: how many bytes of results stand in the frame's place of shared memory.
     #[prost(uint64, tag = "8")]
     pub shared_bytes: u64,
     /// One row per slot of the frame, in the frame's slot order, unweighted; or,
@@ -77,19 +77,17 @@ pub struct DispatchReply {
     #[prost(fixed32, optional, tag = "16")]
     pub checksum: ::core::option::Option<u32>,
 }
-/// Places in the memory that the connection's client has handed to its server (ARCHITECTURE.md,
-/// "Shared rows"). They are the frame's until it is answered.
+/// A place in the memory that the connection's client has handed to its server (ARCHITECTURE.md,
+/// "Shared rows"). It is the frame's until that is answered.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct SharedRows {
-    /// The frame's rows.
+    /// Where the frame's rows begin, and once they have been read, its results.
     #[prost(uint64, tag = "1")]
-    pub rows_at: u64,
+    pub at: u64,
     #[prost(uint64, tag = "2")]
     pub rows_bytes: u64,
-    /// Room for its results.
+    /// Room for results.
     #[prost(uint64, tag = "3")]
-    pub results_at: u64,
-    #[prost(uint64, tag = "4")]
     pub results_bytes: u64,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
