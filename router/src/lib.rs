@@ -319,6 +319,7 @@ pub async fn serve(config: Config, shutdown: Shutdown) -> Result<(), Error> {
         links: links.clone(),
         tls: tls.clone(),
         door: Door::new(config.replicas, office.clone()),
+        history: history.clone(),
     });
     let operations = OperationsService {
         router_id: config.id.clone(),
