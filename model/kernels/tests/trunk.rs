@@ -20,3 +20,5 @@ mod product;
 mod rows;
 #[path = "trunk/sample.rs"]
 mod sample;
+#[path = "trunk/waves.rs"]
+mod waves;

@@ -27,10 +27,12 @@ fn weights(
 ) -> Weights {
     let weights = Weights::new(driver, (n, k), slots).unwrap();
     let mut uploader = Uploader::new(driver).unwrap();
-    let row = |slot: usize, row: usize, to: &mut [bf16]| {
-        to.copy_from_slice(&values[(slot * n + row) * k..][..k]);
+    let write = |first: usize, to: &mut [bf16]| {
+        for (row, to) in (first..).zip(to.chunks_exact_mut(weights.stride())) {
+            to[..k].copy_from_slice(&values[row * k..][..k]);
+        }
     };
-    weights.fill(&mut uploader, row).unwrap();
+    weights.fill(&mut uploader, write).unwrap();
     weights
 }
 

@@ -44,22 +44,23 @@ impl Weights {
         Ok(Weights { buffer, n, k, slots, map })
     }
 
-    /// Writes all rows: `row` is given a slot, a row of it and room for its values, and is called by one thread after the
-    /// other.
+    /// Writes all rows: `write` is given the number of a first row, counted over all slots, and room for some from there on,
+    /// [`Weights::stride`] values apart, all zero.
     pub fn fill(
         &self,
         uploader: &mut Uploader,
-        mut row: impl FnMut(usize, usize, &mut [bf16]),
+        mut write: impl FnMut(usize, &mut [bf16]),
     ) -> Result<(), GpuError> {
-        let (bytes, n, k) = (stride(self.k, Coding::Bf16), self.n, self.k);
-        uploader.rows(&self.buffer, bytes, n * self.slots, |first, to| {
-            for (at, to) in (first..).zip(to.chunks_exact_mut(bytes)) {
-                let values: &mut [bf16] = bytemuck::cast_slice_mut(to);
-                let (values, padding) = values.split_at_mut(k);
-                row(at / n, at % n, values);
-                padding.fill(bf16::ZERO);
-            }
+        let bytes = stride(self.k, Coding::Bf16);
+        uploader.rows(&self.buffer, bytes, self.n * self.slots, |first, to| {
+            to.fill(0);
+            write(first, bytemuck::cast_slice_mut(to));
         })
+    }
+
+    /// Values from row to row.
+    pub fn stride(&self) -> usize {
+        stride(self.k, Coding::Bf16) / 2
     }
 
     pub fn bytes(&self) -> usize {
