@@ -21,6 +21,8 @@ use proto::{ExpertId, LayerId};
 use tokio::sync::mpsc::error::TryRecvError;
 use tokio::sync::mpsc::{OwnedPermit, UnboundedReceiver};
 use tonic::Status;
+use tracing::Span;
+use tracing::field::Empty;
 
 use crate::admission::Admission;
 use crate::batcher::Batch;
@@ -136,12 +138,15 @@ impl Executor {
             let Some(error) = expired(&late, start) else { continue };
             self.refuse(late, error);
         }
-        // Computed under the first traced frame's span; a batch serves many.
-        let span =
-            tracing::debug_span!("expert", frames = jobs.len(), rows = tracing::field::Empty);
-        if let Some(job) = jobs.iter().find(|job| !job.frame.traceparent.is_empty()) {
-            propagate::set_parent(&span, &job.frame.traceparent);
-        }
+        // Computed under the first traced frame's span; a batch serves many. Most serve none.
+        let span = match jobs.iter().find(|job| !job.frame.traceparent.is_empty()) {
+            Some(job) => {
+                let span = tracing::debug_span!("expert", frames = jobs.len(), rows = Empty);
+                propagate::set_parent(&span, &job.frame.traceparent);
+                span
+            }
+            None => Span::none(),
+        };
         let _in_span = span.enter();
 
         self.wire.begin();
@@ -178,6 +183,7 @@ impl Executor {
             resident.rows.fetch_add(group.places.len() as u64, Ordering::Relaxed);
             self.parts.metrics.rows_per_expert.observe(group.places.len() as f64);
         }
+        span.record("rows", rows);
         let took = start.elapsed();
         self.parts.metrics.rows.inc_by(rows as u64);
         self.parts.metrics.compute_seconds.observe(took.as_secs_f64());

@@ -159,7 +159,8 @@ pub async fn serve(config: Config, shutdown: Shutdown) -> Result<(), Error> {
         tokio::spawn(admin::serve(listener, metrics, ready, async move { stop.wait().await }))
     });
 
-    let routers = (&config.join[..], tls.as_ref());
+    let (named, etcd) = (&config.join[..], config.etcd.as_ref());
+    let routers = heads::Routers { named, etcd, tls: tls.as_ref() };
     let opened = heads::open(&config.model_dir, routers, &readiness, &shutdown).await?;
     let Some(checkpoint) = opened else { return Ok(()) };
     let progress = |mapped, all| {

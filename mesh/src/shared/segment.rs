@@ -107,13 +107,17 @@ fn sealed(bytes: u64) -> io::Result<OwnedFd> {
     Ok(file)
 }
 
-/// Nothing but memory with the seal passes: files have none.
+/// Nothing but ordinary memory with the seal passes: files have none, and where huge pages are
+/// used up, touching memory of such ends the process.
 #[cfg(target_os = "linux")]
 fn check_seals(file: &File) -> io::Result<()> {
-    use rustix::fs::{SealFlags, fcntl_get_seals};
-    match fcntl_get_seals(file)?.contains(SealFlags::SHRINK) {
+    use rustix::fs::{SealFlags, fcntl_get_seals, fstatfs};
+    // TMPFS_MAGIC of linux/magic.h.
+    const ORDINARY: i64 = 0x0102_1994;
+    let sealed = fcntl_get_seals(file)?.contains(SealFlags::SHRINK);
+    match sealed && fstatfs(file)?.f_type == ORDINARY {
         true => Ok(()),
-        false => Err(io::Error::other("shared memory that could become shorter")),
+        false => Err(io::Error::other("shared memory that could become shorter, or of huge pages")),
     }
 }
 
@@ -140,7 +144,7 @@ fn back(_: &File, _: u64, _: u64) -> io::Result<()> {
 #[cfg(test)]
 #[cfg(target_os = "linux")]
 mod tests {
-    use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
+    use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, ftruncate, memfd_create};
 
     use super::*;
 
@@ -166,6 +170,11 @@ mod tests {
         };
         assert!(Segment::adopt(memory(MemfdFlags::CLOEXEC, 4096)).is_err());
         assert!(Segment::adopt(memory(MemfdFlags::ALLOW_SEALING, 4096)).is_err());
+        let huge = MemfdFlags::ALLOW_SEALING | MemfdFlags::HUGETLB | MemfdFlags::HUGE_2MB;
+        if let Ok(huge) = memfd_create("moemesh-test", huge) {
+            fcntl_add_seals(&huge, SealFlags::SHRINK).unwrap();
+            assert!(Segment::adopt(huge).is_err(), "huge pages");
+        }
         for bytes in [0, MOST + 1] {
             assert!(Segment::adopt(sealed(bytes).unwrap()).is_err(), "{bytes}");
         }

@@ -32,7 +32,7 @@ pub(super) fn expert_node(reader: &mut Reader<'_>) -> Result<Process, ConfigErro
         model_dir: model_dir(
             reader,
             "Directory of the checkpoint. Only the bytes of the node's own experts are read. With `join`\n\
-             weight files may be missing: their experts are fetched from other nodes into memory.",
+             or `etcd` weight files may be missing: their experts are fetched from other nodes into memory.",
         )?,
         numerics: numerics(reader)?,
         shard: shard(reader, joins)?,
