@@ -3,7 +3,7 @@
 #   every kernel against the reference in double, over poisoned memory, rows alone bit for bit
 #   the same under compute-sanitizer, if it is there
 #   times beside the device's copy and matmul rates
-#   the bundled model with its experts on cuda:0: greedy text beside the CPU's
+#   the bundled model with its experts, its trunk, and both on cuda:0: greedy text beside the CPU's
 # Needs a Rust toolchain, or target/release/moemesh built elsewhere. Says "no device" and ends with 2 where there is none.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -37,7 +37,7 @@ fi
 say "times"
 "$moemesh" bench device --device "$device"
 
-say "the bundled model, experts on $device"
+say "the bundled model, experts and trunk on $device"
 folder=$(mktemp -d)
 mesh=
 trap '[ -z "$mesh" ] || kill "$mesh"; rm -rf "$folder"' EXIT
@@ -56,14 +56,19 @@ generate() { # FILE of configuration
   cat "$folder/log" "$folder/error" >&2
   return 1
 }
+experts=$(printf '[expert-node]\ndevice = "%s"\ndevice_memory = 1073741824\n' "$device")
 : >"$folder/cpu.toml"
-printf '[router]\nexpert_device = "cuda"\n[expert-node]\ndevice = "%s"\ndevice_memory = 1073741824\n' "$device" >"$folder/gpu.toml"
+printf '[router]\nexpert_device = "cuda"\n%s\n' "$experts" >"$folder/experts.toml"
+printf '[router]\ndevice = "%s"\n' "$device" >"$folder/trunk.toml"
+printf '[router]\ndevice = "%s"\nexpert_device = "cuda"\n%s\n' "$device" "$experts" >"$folder/both.toml"
 generate "$folder/cpu.toml" >"$folder/cpu.txt"
-generate "$folder/gpu.toml" >"$folder/gpu.txt"
-cat "$folder/gpu.txt"
-if cmp -s "$folder/cpu.txt" "$folder/gpu.txt"; then
-  echo "the same text as on the CPU"
-else
-  echo "another text than on the CPU (near-ties may fall otherwise):"
-  diff "$folder/cpu.txt" "$folder/gpu.txt" || true
-fi
+for what in experts trunk both; do
+  generate "$folder/$what.toml" >"$folder/$what.txt"
+  cat "$folder/$what.txt"
+  if cmp -s "$folder/cpu.txt" "$folder/$what.txt"; then
+    echo "$what: the same text as on the CPU"
+  else
+    echo "$what: another text than on the CPU (near-ties may fall otherwise):"
+    diff "$folder/cpu.txt" "$folder/$what.txt" || true
+  fi
+done

@@ -8,13 +8,14 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use bytes::{Bytes, BytesMut};
+use bytes::{BufMut as _, Bytes, BytesMut};
+use mesh::shared::Segment;
 use mesh::telemetry::propagate;
 use mesh::{failpoint, pump};
 use model::rows::decode_fp8;
 use model::{ExpertGroup, Experts, GpuError, Numerics};
 use proto::frame::all_finite;
-use proto::v1::{DispatchError, DispatchFrame, DispatchReply, Dtype, ErrorCode};
+use proto::v1::{DispatchError, DispatchFrame, DispatchReply, Dtype, ErrorCode, SharedRows};
 use proto::wire::{self, Leaving};
 use proto::{ExpertId, LayerId};
 use tokio::sync::mpsc::error::TryRecvError;
@@ -36,6 +37,8 @@ const BATCH_ROWS: usize = 4096;
 /// A frame that was checked and admitted, on its way to be computed.
 pub struct Job {
     pub frame: DispatchFrame,
+    /// What the frame's `shared`, if it has one, lies in.
+    pub segment: Option<Arc<Segment>>,
     pub slots: usize,
     /// Where its slots begin among those of its batch.
     pub first: usize,
@@ -43,6 +46,13 @@ pub struct Job {
     pub tainted: bool,
     pub arrived: Instant,
     pub reply: OwnedPermit<Result<Bytes, Status>>,
+}
+
+impl Job {
+    /// Where its rows stand and its results may, if in shared memory: as the frame was checked.
+    fn shared(&self) -> Option<(&Segment, SharedRows)> {
+        self.segment.as_deref().zip(self.frame.shared)
+    }
 }
 
 /// What the executor owns.
@@ -70,7 +80,8 @@ pub struct Executor {
     /// Input and result rows of a batch, in wire form, grouped by expert.
     x: Vec<u8>,
     out: Vec<u8>,
-    /// A frame's rows after decoding, on their way into a buffer of its own.
+    /// A frame's rows before decoding, if they stood in shared memory, and after it, on their way into a buffer of its own.
+    coded: Vec<u8>,
     decoded: Vec<u8>,
     results: Results,
 }
@@ -85,6 +96,7 @@ impl Executor {
             wire: Leaving::default(),
             x: Vec::new(),
             out: Vec::new(),
+            coded: Vec::new(),
             decoded: Vec::new(),
             results: Results::default(),
         }
@@ -196,7 +208,12 @@ impl Executor {
         let hidden = self.parts.hidden;
         for job in jobs.iter_mut().filter(|job| job.frame.dtype == Dtype::Fp8 as i32) {
             self.decoded.clear();
-            for row in job.frame.rows.chunks_exact(Dtype::Fp8.row_bytes(hidden)) {
+            if let Some((segment, place)) = job.shared() {
+                self.coded.clear();
+                segment.read(place.rows_at as usize, place.rows_bytes as usize, &mut self.coded);
+            }
+            let rows = if job.frame.rows.is_empty() { &self.coded[..] } else { &job.frame.rows };
+            for row in rows.chunks_exact(Dtype::Fp8.row_bytes(hidden)) {
                 decode_fp8(self.parts.numerics, row, hidden, &mut self.decoded);
             }
             self.wire.buffer().extend_from_slice(&self.decoded);
@@ -212,9 +229,15 @@ impl Executor {
         self.x.clear();
         for place in self.batch.places() {
             let job = &mut jobs[place.frame as usize];
-            let row = &job.frame.rows[place.row as usize * width..][..width];
-            self.x.extend_from_slice(row);
-            job.tainted |= place.first && !all_finite(row, dtype);
+            let (from, to) = (place.row as usize * width, self.x.len());
+            match job.shared() {
+                // Decoded rows are the frame's own.
+                Some((segment, shared)) if job.frame.rows.is_empty() => {
+                    segment.read(shared.rows_at as usize + from, width, &mut self.x);
+                }
+                _ => self.x.extend_from_slice(&job.frame.rows[from..][..width]),
+            }
+            job.tainted |= place.first && !all_finite(&self.x[to..], dtype);
         }
     }
 
@@ -243,25 +266,36 @@ impl Executor {
             let rows = &self.rows[job.first..job.first + job.slots];
             let queued = start.duration_since(job.arrived);
             let form = self.results.form(&job.frame, self.parts.numerics);
-            let head = DispatchReply {
+            let mut head = DispatchReply {
                 ticket: job.frame.ticket,
                 attempt: job.frame.attempt,
                 dtype: form.dtype() as i32,
                 hidden: self.parts.hidden as u32,
                 queue_us: micros(queued),
                 compute_us: micros(took),
-                error: None,
-                rows: Bytes::new(),
-                checksum: None,
+                ..Default::default()
             };
             let mut finite = true;
             let bytes = form.rows(&job.frame) * form.dtype().row_bytes(self.parts.hidden);
-            wire::put(self.wire.buffer(), &head, bytes, |buffer| {
-                let result = |&row: &u32| &self.out[row as usize * width..][..width];
-                let kernels = self.parts.compute.kernels;
-                let results = rows.iter().map(result);
-                finite = self.results.write(kernels, form, &job.frame, results, buffer);
-            });
+            let kernels = self.parts.compute.kernels;
+            let result = |&row: &u32| &self.out[row as usize * width..][..width];
+            let results = rows.iter().map(result);
+            let room = job.shared().filter(|(_, place)| place.results_bytes >= bytes as u64);
+            if let Some((segment, place)) = room {
+                let mut at = place.results_at as usize;
+                finite = self.results.write(kernels, form, &job.frame, results, |row| {
+                    segment.write(at, row);
+                    at += row.len();
+                });
+                head.shared_bytes = bytes as u64;
+                wire::put(self.wire.buffer(), &head, 0, |_| {});
+            } else {
+                wire::put(self.wire.buffer(), &head, bytes, |buffer| {
+                    finite = self.results.write(kernels, form, &job.frame, results, |row| {
+                        buffer.put_slice(row);
+                    });
+                });
+            }
             if job.frame.checksum.is_some() {
                 wire::seal(self.wire.buffer());
             }

@@ -61,7 +61,15 @@ async fn a_lost_device_ends_the_executor_and_answers_nothing() {
     };
     let reply = replies.reserve_owned().await.unwrap();
     let arrived = Instant::now();
-    let sent = queue.send(Job { frame, slots: 1, first: 0, tainted: false, arrived, reply });
+    let sent = queue.send(Job {
+        frame,
+        segment: None,
+        slots: 1,
+        first: 0,
+        tainted: false,
+        arrived,
+        reply,
+    });
     assert!(sent.is_ok());
     let ended = executor.run(jobs).await;
     assert!(ended.is_err_and(|error| error.is_lost()));

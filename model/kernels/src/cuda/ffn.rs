@@ -308,7 +308,7 @@ impl GroupedFfn {
         let arena = &*self.arena;
         let (input, output, kernels) = match product {
             Product::GateUp => (&turn.x, &turn.h.rows, &self.gate_up),
-            Product::Down => (&turn.h, &turn.out, &self.down),
+            Product::Down | Product::Linear => (&turn.h, &turn.out, &self.down),
         };
         let (slots, groups) = (arena.address(), turn.groups.address());
         let mut call = Call::new(arena.layout(), product, launch, slots, groups, output.address());

@@ -12,7 +12,12 @@ use super::error::{GpuError, fit};
 pub const SHARED_BYTES: u32 = 232_448;
 
 /// The device code, by the source file that it is made of.
-const CUBINS: [(&str, &[u8]); 1] = [("experts", include_bytes!("sm90a/experts.cubin"))];
+const CUBINS: [(&str, &[u8]); 4] = [
+    ("experts", include_bytes!("sm90a/experts.cubin")),
+    ("attention", include_bytes!("sm90a/attention.cubin")),
+    ("gate", include_bytes!("sm90a/gate.cubin")),
+    ("rows", include_bytes!("sm90a/rows.cubin")),
+];
 
 /// A kernel on its device, with the parameters that it takes.
 #[derive(Clone, Debug)]
