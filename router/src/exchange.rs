@@ -409,8 +409,18 @@ impl Exchange {
     /// The placement changed: what waits for an owner may have one now.
     pub fn on_placement(&mut self, placement: &Placement, now: Instant) {
         for parked in std::mem::take(&mut self.parked) {
-            self.route(parked.slots, parked.attempt, None, placement, now);
+            self.unpark(parked, placement, now);
         }
+    }
+
+    /// Sends what was parked, but for what frames that stayed open have brought meanwhile.
+    fn unpark(&mut self, parked: Parked, placement: &Placement, now: Instant) {
+        let Parked { mut slots, attempt, .. } = parked;
+        slots.retain(|&slot| self.located[slot as usize].is_awaited());
+        if slots.is_empty() {
+            return self.work.recycle(slots);
+        }
+        self.route(slots, attempt, None, placement, now);
     }
 
     /// Lets time pass. When patience has run out, what is missing becomes gaps.
@@ -425,7 +435,7 @@ impl Exchange {
         self.ask_others(placement, now);
         for parked in std::mem::take(&mut self.parked) {
             if parked.retry_at <= now {
-                self.route(parked.slots, parked.attempt, None, placement, now);
+                self.unpark(parked, placement, now);
             } else {
                 self.parked.push(parked);
             }

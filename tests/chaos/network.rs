@@ -59,7 +59,10 @@ fn r7_partition() {
 /// Nodes in namespaces of their own, and packets that are really lost on the way.
 fn on_a_wire(id: &'static str, title: &'static str, streams: usize, faults: Vec<Fault>, time: u64) {
     let Some(net) = Netns::start(4) else { return };
-    let (pause, gap) = (Duration::from_millis(500), Duration::from_millis(1200));
+    // After so long a silence TCP's next try may be as long in coming: that connection is not
+    // well before, and a second node may not be lost meanwhile.
+    let pause = Duration::from_millis(if is_long() { 4000 } else { 500 });
+    let gap = Duration::from_millis(1200);
     run(Scenario {
         id,
         title,

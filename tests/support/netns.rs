@@ -85,6 +85,11 @@ impl Netns {
         format!("{}:7001", self.host(node, 2))
     }
 
+    /// Where its metrics and signs of life are, on the same wire.
+    pub fn admin(&self, node: usize) -> String {
+        format!("{}:7002", self.host(node, 2))
+    }
+
     /// Does it to the packets of one node, or to those of all.
     pub fn harm(&self, harm: Harm, node: Option<usize>) {
         let (wire, mut script) = (&self.name, String::new());

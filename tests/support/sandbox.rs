@@ -236,7 +236,10 @@ impl Plan {
             let name = format!("{role}-{index}");
             let mut config = format!("id = \"{name}\"\n{model}{own}");
             if role != "gateway" {
-                let admin = socket(&format!("{name}-admin"));
+                let admin = match &self.netns {
+                    Some(net) if role == "expert-node" => net.admin(index),
+                    _ => socket(&format!("{name}-admin")),
+                };
                 let listen = match (role, hosts.get(index)) {
                     ("expert-node", Some(host)) => host.clone(),
                     _ => socket(&name),

@@ -341,6 +341,36 @@ fn a_busy_mesh_is_asked_less_and_less_often() {
 }
 
 #[test]
+fn what_was_parked_is_not_sent_when_the_first_frame_has_brought_it() {
+    let all = placement(&[(0, &[0]), (1, &[0]), (2, &[2])]);
+    let mut case = Case::new(&[[0, 2]], &all);
+    let first = case.sent().into_iter().find(|out| out.node.0 != 2).unwrap();
+    // It is late, and whoever else is asked has no room, until its slot is parked.
+    let mut now = case.now + Duration::from_millis(2000);
+    case.exchange.on_time(&all, now);
+    let mut refused = 0;
+    loop {
+        let again: Vec<_> = case.sent().into_iter().filter(|out| out.node.0 != 2).collect();
+        if again.is_empty() {
+            break;
+        }
+        for out in again {
+            refused += 1;
+            case.exchange.on_reply(out.node, refuse(&out.frame, ErrorCode::Busy), &all, now);
+        }
+    }
+    assert!(refused > 0);
+    let taken = case.exchange.on_reply(first.node, answer(&first.frame), &all, now);
+    assert!(matches!(taken, Taken::Result(_)), "{taken:?}");
+    for _ in 0..20 {
+        now += Duration::from_millis(50);
+        case.exchange.on_time(&all, now);
+        let sent = case.sent();
+        assert!(sent.iter().all(|out| out.node.0 == 2), "its result is there");
+    }
+}
+
+#[test]
 fn one_row_that_is_not_finite_costs_only_itself() {
     let both = placement(&[(0, &[0, 1, 2, 3]), (1, &[2, 3, 4, 5])]);
     let experts = [[0, 5], [1, 2], [2, 3], [3, 4], [0, 4], [1, 5], [2, 4]];
