@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use kernels::Isa;
 use model::gpu::{GpuExperts, GpuStartError};
-use model::{Checkpoint, ExpertDevice, ExpertScratch, Experts, Numerics};
+use model::{Checkpoint, CpuExperts, ExpertDevice, Experts, Numerics};
 
 use crate::store::Store;
 use crate::{Config, Error};
@@ -62,7 +62,7 @@ pub fn open(
 ) -> Result<Opened, Error> {
     let Device::Cuda(ordinal) = config.device else {
         return Ok(Opened {
-            experts: Box::new(ExpertScratch::default()),
+            experts: Box::new(CpuExperts::default()),
             class: config.numerics.class(isa),
             name: format!("cpu/{isa}"),
         });
