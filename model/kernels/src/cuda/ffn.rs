@@ -6,12 +6,17 @@
 //! while the other's are computed. So do the chunks of successive batches: another may begin before the results of the last
 //! are taken. How it is cut changes no bit.
 
+mod chunks;
+mod operand;
+
 use std::collections::VecDeque;
 use std::ffi::c_void;
 use std::ops::Range;
 use std::sync::Arc;
 use std::time::Instant;
 
+use self::chunks::chunks;
+use self::operand::Operand;
 use super::arena::Arena;
 use super::arrive::{self, Packed, Packer, Rows};
 use super::call::{self, CODING_ROWS, CODING_THREADS, Call, Product, THREADS};
@@ -20,10 +25,7 @@ use super::gpu::{Gpu, Grid, Kernel, Lane, Mark, SHARED_BYTES};
 use super::layout::{BLOCK, Coding, stride};
 use super::memory::{Memory, Pinned};
 use super::schedule::{Launch, RowTile, Schedule, schedule};
-use super::tensor_map::TensorMap;
 
-/// Rows below which a batch is not cut.
-const WHOLE: usize = 512;
 /// The streams that chunks take turns on.
 const LANES: [Lane; 2] = [Lane::Compute, Lane::Beside];
 /// Batches that may have begun before the first one's results are taken.
@@ -48,60 +50,6 @@ pub struct Results<'a> {
 impl<'a> Results<'a> {
     pub fn row(&self, place: usize) -> &'a [u8] {
         &self.bytes[place * self.pitch..][..self.width]
-    }
-}
-
-/// Activations as a product reads them: bf16 rows, or their codes and scales if weights are FP8; of what is between the
-/// products both.
-struct Operand {
-    k: usize,
-    rows: Option<Memory>,
-    codes: Option<(Memory, Memory)>,
-    /// By row tile: values (or codes) and scales.
-    maps: [(TensorMap, TensorMap); 3],
-}
-
-impl Operand {
-    /// `between` products, a product's result lies in it as well.
-    fn new(
-        gpu: &Gpu,
-        (k, capacity): (usize, usize),
-        coding: Coding,
-        between: bool,
-    ) -> Result<Operand, GpuError> {
-        let allocate = |bytes| gpu.allocate("rows of activations", bytes);
-        let blocks = k.div_ceil(BLOCK);
-        let rows = match coding {
-            Coding::Fp8 if !between => None,
-            _ => Some(allocate(capacity * stride(k, Coding::Bf16))?),
-        };
-        let codes = match coding {
-            Coding::Bf16 => None,
-            Coding::Fp8 => Some((
-                allocate(capacity * stride(k, Coding::Fp8))?,
-                allocate(blocks * capacity * size_of::<f32>())?,
-            )),
-        };
-        let values = codes.as_ref().map(|(codes, _)| codes).or(rows.as_ref());
-        let address = values.map_or(0, Memory::address);
-        let map = |tile: RowTile| {
-            let values = gpu.tensor_map(&call::values(k, capacity, coding, tile, address))?;
-            let Some((_, scales)) = &codes else { return Ok((values, values)) };
-            let scales = gpu.tensor_map(&call::scales(k, capacity, tile, scales.address()))?;
-            Ok((values, scales))
-        };
-        let [small, middle, large] = RowTile::ALL.map(map);
-        let maps = [small?, middle?, large?];
-        Ok(Operand { k, rows, codes, maps })
-    }
-
-    fn address(&self) -> u64 {
-        self.rows.as_ref().map_or(0, Memory::address)
-    }
-
-    fn memories(&self) -> impl Iterator<Item = &Memory> {
-        let codes = self.codes.iter().flat_map(|(codes, scales)| [codes, scales]);
-        self.rows.iter().chain(codes)
     }
 }
 
@@ -484,69 +432,4 @@ impl Drop for GroupedFfn {
 
 fn pointer<T>(value: &mut T) -> *mut c_void {
     std::ptr::from_mut(value).cast()
-}
-
-/// Cuts pieces into chunks of at most `capacity` rows: whole pieces where they fit, about a quarter of the batch each if it
-/// is large.
-fn chunks(pieces: &[Piece], capacity: usize) -> Vec<Vec<Piece>> {
-    let all: usize = pieces.iter().map(|piece| piece.rows.len()).sum();
-    let wanted = if all <= WHOLE.min(capacity) { all } else { all.div_ceil(4).max(WHOLE / 2) };
-    let wanted = wanted.min(capacity);
-    let mut chunks: Vec<Vec<Piece>> = Vec::new();
-    let mut filled = 0;
-    for piece in pieces {
-        let mut rows = piece.rows.clone();
-        while !rows.is_empty() {
-            // A piece is cut only where it is larger than a chunk can be.
-            let left = rows.len().min(capacity);
-            if chunks.is_empty() || filled >= wanted || filled + left > capacity {
-                chunks.push(Vec::new());
-                filled = 0;
-            }
-            if let Some(chunk) = chunks.last_mut() {
-                chunk.push(Piece { slot: piece.slot, rows: rows.start..rows.start + left });
-            }
-            filled += left;
-            rows.start += left;
-        }
-    }
-    chunks
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use proptest::prelude::*;
-
-    proptest! {
-        /// Every row is in one chunk, in order, with its expert, and no chunk is too large.
-        #[test]
-        fn chunks_hold_all_rows(
-            rows in prop::collection::vec(0usize..300, 0..60),
-            capacity in 16usize..2000,
-        ) {
-            let mut end = 0;
-            let cut = |(slot, count): (usize, &usize)| {
-                end += count;
-                Piece { slot: slot as u32, rows: end - count..end }
-            };
-            let pieces: Vec<Piece> = rows.iter().enumerate().map(cut).collect();
-            let chunks = chunks(&pieces, capacity);
-            let mut next = 0;
-            for chunk in &chunks {
-                let total: usize = chunk.iter().map(|piece| piece.rows.len()).sum();
-                prop_assert!(total > 0 && total <= capacity);
-                for Piece { slot, rows } in chunk {
-                    prop_assert_eq!(rows.start, next);
-                    let own = &pieces[*slot as usize].rows;
-                    prop_assert!(own.start <= rows.start && rows.end <= own.end);
-                    next = rows.end;
-                }
-            }
-            prop_assert_eq!(next, end);
-            if end <= WHOLE.min(capacity) {
-                prop_assert!(chunks.len() <= 1);
-            }
-        }
-    }
 }
