@@ -10,6 +10,7 @@ use std::time::Duration;
 use kernels::Isa;
 use mesh::lifecycle::Shutdown;
 use mesh::link::Identity;
+use mesh::near::Shortcut;
 use mesh::transport::Endpoint;
 use model::Routed;
 use proto::v1::Dtype;
@@ -99,6 +100,7 @@ fn per_frame(nodes: u32, rows: usize) -> f64 {
         },
         layer: expert_node::stub::LAYER,
         experts: EXPERTS,
+        shared_rows: Shortcut::Auto,
     })
     .unwrap();
     let bytes = vec![0x3c; rows * HIDDEN * 2];

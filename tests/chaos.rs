@@ -3,8 +3,12 @@
 //! a run. Short here; `MOEMESH_CHAOS_LONG=1 cargo test --release --test chaos --
 //! --nocapture --test-threads 1` is the long form.
 
+#[path = "chaos/collector.rs"]
+mod collector;
 #[path = "chaos/etcd.rs"]
 mod etcd;
+#[path = "chaos/fetch.rs"]
+mod fetch;
 #[path = "chaos/history.rs"]
 mod history;
 #[path = "chaos/inflict.rs"]
@@ -17,6 +21,8 @@ mod meta;
 mod network;
 #[path = "chaos/observe.rs"]
 mod observe;
+#[path = "chaos/offices.rs"]
+mod offices;
 #[path = "chaos/overload.rs"]
 mod overload;
 #[path = "chaos/panics.rs"]

@@ -7,6 +7,7 @@
 use std::sync::Arc;
 
 use mesh::link::Identity;
+use mesh::near::Shortcut;
 use mesh::transport::Endpoint;
 use model::{Checkpoint, Isa, Numerics, Routed, Share};
 use proto::LayerId;
@@ -63,6 +64,7 @@ fn layer(mesh: &Sandbox, numerics: Numerics, wire: Wire, combine: Combine) -> Ve
         shape,
         layer: LayerId(config.moe_layers().start as u32),
         experts: experts as u32,
+        shared_rows: Shortcut::Auto,
     })
     .unwrap();
     let rows: Vec<u8> = normal(ROWS * hidden)
@@ -206,7 +208,8 @@ fn a_node_of_the_same_host_is_reached_over_its_unix_socket() {
     block_on(async {
         let fixture = Fixture::load("plain");
         let (want, _) = run(&fixture, plan(&fixture, "bf16", 2)).await;
-        for (setting, way) in [("auto", "up, over its Unix socket"), ("off", "up")] {
+        let near = "up, over its Unix socket, rows in shared memory";
+        for (setting, way) in [("auto", near), ("off", "up")] {
             let quoted = format!("{setting:?}");
             let mesh = plan(&fixture, "bf16", 2).tcp().node("local_socket", quoted).start().await;
             let got = scores(&mesh, longest(&fixture)).await;

@@ -108,6 +108,9 @@ fn every_optimisation_off_changes_no_bit() {
             .router("micro_batches", "\"always\"");
         let got = all_scores(on.start().await, &fixture).await;
         assert_same("everything off", &fixture, &want, &got);
+        let sockets = plan(&fixture, "f32").router("shared_rows", "\"off\"");
+        let got = all_scores(sockets.start().await, &fixture).await;
+        assert_same("rows in messages", &fixture, &want, &got);
     });
 }
 

@@ -341,10 +341,7 @@ fn a_node_without_weights_is_given_experts_by_its_peers_and_no_token_changes() {
         let mut mesh = plan(&fixture, 2).start().await;
         let before = placement(&mesh).await;
         let router = format!("unix:{}", mesh.socket("router-0").display());
-        // Nothing of the model but its configuration.
-        let bare = mesh.dir.join("bare");
-        std::fs::create_dir(&bare).unwrap();
-        std::fs::copy(fixture.dir.join("config.json"), bare.join("config.json")).unwrap();
+        let bare = mesh.bare(&fixture.dir);
         let streams = Streams::start(&mesh, &fixture).await;
         let settings = [("join", format!("[{router:?}]")), ("model_dir", format!("{bare:?}"))];
         mesh.add_node("expert-node-2", &settings);
@@ -388,9 +385,7 @@ fn weights_go_to_a_node_of_the_same_model_only_and_a_bad_source_changes_nothing(
         let fixture = Fixture::load("plain");
         let mut mesh = Sandbox::of(&fixture.dir).expert_nodes(1).start().await;
         let router = format!("unix:{}", mesh.socket("router-0").display());
-        let bare = mesh.dir.join("bare");
-        std::fs::create_dir(&bare).unwrap();
-        std::fs::copy(fixture.dir.join("config.json"), bare.join("config.json")).unwrap();
+        let bare = mesh.bare(&fixture.dir);
         let settings = [("join", format!("[{router:?}]")), ("model_dir", format!("{bare:?}"))];
         mesh.add_node("expert-node-7", &settings);
         let mut node = ExpertControlClient::new(to(&mesh, "expert-node-7"));

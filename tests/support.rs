@@ -7,6 +7,7 @@ pub mod evil;
 pub mod faultproxy;
 pub mod fixture;
 pub mod http;
+pub mod netns;
 pub mod process;
 pub mod sandbox;
 pub mod up;

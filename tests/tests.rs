@@ -15,6 +15,7 @@ mod nodes;
 mod parity;
 mod placement;
 mod sensitivity;
+mod shared;
 #[allow(dead_code, reason = "the other target needs the rest")]
 mod support;
 mod tidy;

@@ -61,6 +61,26 @@ fn data_paths_neither_unwrap_nor_ignore_mailbox_bounds() {
     }
 }
 
+#[test]
+fn unsafe_code_stands_where_it_is_known_to() {
+    let known = [
+        // Files are mapped.
+        "model/src/checkpoint.rs",
+        // Bytes are copied into and out of memory that two processes share.
+        "mesh/src/shared/segment.rs",
+        // Allocations are counted.
+        "tests/allocations.rs",
+    ];
+    let word = ["unsafe", "{"].join(" ");
+    for (path, text) in sources() {
+        let known =
+            path.starts_with("model/kernels") || known.iter().any(|file| path.ends_with(file));
+        let code = text.lines().filter(|line| !line.trim_start().starts_with("//"));
+        let count = code.filter(|line| line.contains(&word)).count();
+        assert!(known || count == 0, "{}: unsafe code", path.display());
+    }
+}
+
 /// Which crates of the workspace each crate may depend on.
 #[test]
 fn dependencies_point_one_way() {

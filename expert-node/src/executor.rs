@@ -13,21 +13,24 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use bytes::{Bytes, BytesMut};
+use mesh::shared::Segment;
 use mesh::telemetry::propagate;
 use mesh::{failpoint, pump};
 use model::rows::{decode_fp8, finite_fp8};
-use model::{ExpertGroup, Experts, GpuError, Numerics, Results, Row};
+use model::{ExpertGroup, Experts, GpuError, Numerics, Results, Rows};
 use proto::frame::all_finite;
-use proto::v1::{DispatchError, DispatchFrame, DispatchReply, Dtype, ErrorCode};
+use proto::v1::{DispatchError, DispatchFrame, DispatchReply, Dtype, ErrorCode, SharedRows};
 use proto::wire::{self, Leaving};
 use proto::{ExpertId, LayerId};
 use tokio::sync::mpsc::error::TryRecvError;
 use tokio::sync::mpsc::{OwnedPermit, UnboundedReceiver};
 use tonic::Status;
+use tracing::Span;
+use tracing::field::Empty;
 
 use self::answer::Answers;
 use crate::admission::Admission;
-use crate::batcher::{Batch, Place};
+use crate::batcher::Batch;
 use crate::metrics::NodeMetrics;
 use crate::results::Writer;
 use crate::store::{Resident, Store};
@@ -39,6 +42,8 @@ const BATCH_ROWS: usize = 4096;
 /// A frame that was checked and admitted, on its way to be computed.
 pub struct Job {
     pub frame: DispatchFrame,
+    /// What the frame's `shared`, if it has one, lies in.
+    pub segment: Option<Arc<Segment>>,
     pub slots: usize,
     /// Where its slots begin among those of its batch.
     pub first: usize,
@@ -46,6 +51,13 @@ pub struct Job {
     pub tainted: Cell<bool>,
     pub arrived: Instant,
     pub reply: OwnedPermit<Result<Bytes, Status>>,
+}
+
+impl Job {
+    /// Where its rows stand and its results may, if in shared memory: as the frame was checked.
+    fn shared(&self) -> Option<(&Segment, SharedRows)> {
+        self.segment.as_deref().zip(self.frame.shared)
+    }
 }
 
 /// What the executor owns.
@@ -70,7 +82,8 @@ pub struct Executor {
     wire: Leaving,
     /// Results of a stub: its rows as they came.
     echo: Vec<u8>,
-    /// A frame's rows after decoding, on their way into a buffer of its own.
+    /// A frame's rows before decoding, if they stood in shared memory, and after it, on their way into a buffer of its own.
+    coded: Vec<u8>,
     decoded: Vec<u8>,
     writer: Writer,
 }
@@ -86,6 +99,7 @@ struct Flight {
     /// When it began; nothing if nothing of it is computed.
     start: Option<Instant>,
     stub: bool,
+    span: Option<Span>,
 }
 
 impl Executor {
@@ -95,6 +109,7 @@ impl Executor {
             idle: vec![Flight::default(), Flight::default()],
             wire: Leaving::default(),
             echo: Vec::new(),
+            coded: Vec::new(),
             decoded: Vec::new(),
             writer: Writer::default(),
         }
@@ -184,13 +199,16 @@ impl Executor {
             let Some(error) = expired(&late, start) else { continue };
             refuse(&self.parts.metrics, late, error);
         }
-        // Computed under the first traced frame's span; a batch serves many.
+        // Computed under the first traced frame's span; a batch serves many. Most serve none.
         let jobs = &mut flight.jobs;
-        let span =
-            tracing::debug_span!("expert", frames = jobs.len(), rows = tracing::field::Empty);
-        if let Some(job) = jobs.iter().find(|job| !job.frame.traceparent.is_empty()) {
-            propagate::set_parent(&span, &job.frame.traceparent);
-        }
+        let span = match jobs.iter().find(|job| !job.frame.traceparent.is_empty()) {
+            Some(job) => {
+                let span = tracing::debug_span!("expert", frames = jobs.len(), rows = Empty);
+                propagate::set_parent(&span, &job.frame.traceparent);
+                span
+            }
+            None => Span::none(),
+        };
         let _in_span = span.enter();
 
         self.wire.begin();
@@ -208,6 +226,7 @@ impl Executor {
             return Ok(());
         }
         flight.number();
+        flight.span = Some(span.clone());
         let Flight { jobs, batch, experts, stub, .. } = flight;
         let groups = &batch.groups;
         let work: Vec<_> = groups
@@ -219,12 +238,16 @@ impl Executor {
             })
             .collect();
         let Parts { compute, experts: device, numerics, hidden, .. } = &mut self.parts;
-        let rows = |at: usize| row(&jobs[..], batch.place(at), *hidden);
+        let once = device.takes_fp8();
+        let rows = Standing { jobs, batch, hidden: *hidden, once };
         *stub = work.is_empty();
         if *stub {
             // All its experts answer with what they are given.
-            self.echo.clear();
-            (0..batch.places().count()).for_each(|at| self.echo.extend_from_slice(rows(at).bytes));
+            let width = wire_dtype(*numerics).row_bytes(*hidden);
+            self.echo.resize(batch.places().count() * width, 0);
+            for (at, row) in self.echo.chunks_exact_mut(width).enumerate() {
+                rows.copy(at, row);
+            }
         } else {
             device.begin(compute, *numerics, &work, &rows)?;
         }
@@ -252,6 +275,9 @@ impl Executor {
             resident.rows.fetch_add(group.places.len() as u64, Ordering::Relaxed);
             metrics.rows_per_expert.observe(group.places.len() as f64);
         }
+        if let Some(span) = flight.span.take() {
+            span.record("rows", rows);
+        }
         metrics.rows.inc_by(rows);
         metrics.compute_seconds.observe(took.as_secs_f64());
         let (kernels, numerics, hidden) = (compute.kernels, *numerics, *hidden);
@@ -270,7 +296,12 @@ impl Executor {
         let hidden = self.parts.hidden;
         for job in jobs.iter_mut().filter(|job| job.frame.dtype == Dtype::Fp8 as i32) {
             self.decoded.clear();
-            for row in job.frame.rows.chunks_exact(Dtype::Fp8.row_bytes(hidden)) {
+            if let Some((segment, place)) = job.shared() {
+                self.coded.clear();
+                segment.read(place.rows_at as usize, place.rows_bytes as usize, &mut self.coded);
+            }
+            let rows = if job.frame.rows.is_empty() { &self.coded[..] } else { &job.frame.rows };
+            for row in rows.chunks_exact(Dtype::Fp8.row_bytes(hidden)) {
                 decode_fp8(self.parts.numerics, row, hidden, &mut self.decoded);
             }
             self.wire.buffer().extend_from_slice(&self.decoded);
@@ -310,21 +341,52 @@ impl Flight {
     }
 }
 
-/// The row of a place. Whether it is finite is looked at on the way, while it is in the cache: a row
-/// that is not spoils no other, and its frame is refused in the end.
-fn row(jobs: &[Job], place: Place, hidden: usize) -> Row<'_> {
-    let job = &jobs[place.frame as usize];
-    // Of a dtype that is known, as the frame was checked.
-    let dtype = Dtype::try_from(job.frame.dtype).unwrap_or_default();
-    let width = dtype.row_bytes(hidden);
-    let bytes = &job.frame.rows[place.row as usize * width..][..width];
-    let fp8 = dtype == Dtype::Fp8;
-    if place.first {
-        let finite = if fp8 { finite_fp8(bytes, hidden) } else { all_finite(bytes, dtype) };
-        job.tainted.set(job.tainted.get() || !finite);
+/// A batch's rows, where they stand.
+struct Standing<'a> {
+    jobs: &'a [Job],
+    batch: &'a Batch,
+    hidden: usize,
+    /// Each row is copied once or little more, whatever the number of its experts.
+    once: bool,
+}
+
+impl Standing<'_> {
+    fn dtype(&self, job: &Job) -> Dtype {
+        // Known, as the frame was checked.
+        Dtype::try_from(job.frame.dtype).unwrap_or_default()
     }
-    // A frame has no more rows than slots.
-    Row { id: job.first + place.row as usize, fp8, bytes }
+}
+
+impl Rows for Standing<'_> {
+    fn kind(&self, place: usize) -> (usize, bool) {
+        let place = self.batch.place(place);
+        let job = &self.jobs[place.frame as usize];
+        // A frame has no more rows than slots.
+        (job.first + place.row as usize, self.dtype(job) == Dtype::Fp8)
+    }
+
+    /// Whether a row is finite is looked at on the way, while it is in the cache: one that is not spoils no other,
+    /// and its frame is refused in the end.
+    fn copy(&self, place: usize, to: &mut [u8]) {
+        let place = self.batch.place(place);
+        let job = &self.jobs[place.frame as usize];
+        let (dtype, width) = (self.dtype(job), to.len());
+        let from = place.row as usize * width;
+        match job.shared() {
+            // Decoded rows are the frame's own.
+            Some((segment, shared)) if job.frame.rows.is_empty() => {
+                segment.read(shared.rows_at as usize + from, width, &mut &mut *to);
+            }
+            _ => to.copy_from_slice(&job.frame.rows[from..][..width]),
+        }
+        if place.first || self.once {
+            let finite = match dtype {
+                Dtype::Fp8 => finite_fp8(to, self.hidden),
+                _ => all_finite(to, dtype),
+            };
+            job.tainted.set(job.tainted.get() || !finite);
+        }
+    }
 }
 
 fn refuse(metrics: &NodeMetrics, job: Job, (code, message): (ErrorCode, String)) {

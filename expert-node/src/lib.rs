@@ -40,7 +40,7 @@ use std::sync::atomic::Ordering;
 use mesh::admin;
 use mesh::lifecycle::{Readiness, Shutdown};
 use mesh::metrics::Metrics;
-use mesh::near::{self, LocalSocket, Offer};
+use mesh::near::{self, Offer, Shortcut};
 use mesh::pump::Pump;
 use mesh::registry::{Etcd, Member};
 use mesh::tls::{self, Tls, TlsError};
@@ -106,7 +106,9 @@ pub struct Config {
     /// Rows × slots that may wait for the executor; more is refused as `BUSY`.
     pub max_queued_rows: usize,
     /// Whether it also listens on a Unix socket for routers on its host.
-    pub local_socket: LocalSocket,
+    pub local_socket: Shortcut,
+    /// Whether large frames' rows stand in memory that routers of its host share with it.
+    pub shared_rows: Shortcut,
 }
 
 /// Why a node did not start or had to stop.
@@ -157,7 +159,8 @@ pub async fn serve(config: Config, shutdown: Shutdown) -> Result<(), Error> {
         tokio::spawn(admin::serve(listener, metrics, ready, async move { stop.wait().await }))
     });
 
-    let routers = (&config.join[..], tls.as_ref());
+    let (named, etcd) = (&config.join[..], config.etcd.as_ref());
+    let routers = heads::Routers { named, etcd, tls: tls.as_ref() };
     let opened = heads::open(&config.model_dir, routers, &readiness, &shutdown).await?;
     let Some(checkpoint) = opened else { return Ok(()) };
     let progress = |mapped, all| {
@@ -206,7 +209,7 @@ pub async fn serve(config: Config, shutdown: Shutdown) -> Result<(), Error> {
         shutdown.clone(),
     ));
     // What is encrypted and authenticated stays so.
-    let wanted = if tls.is_some() { LocalSocket::Off } else { config.local_socket };
+    let wanted = if tls.is_some() { Shortcut::Off } else { config.local_socket };
     let (offer, near) = near::beside(&listener, wanted).await;
     let run = Run {
         facts,
@@ -218,6 +221,7 @@ pub async fn serve(config: Config, shutdown: Shutdown) -> Result<(), Error> {
         node,
         tls,
         offer,
+        shared_rows: config.shared_rows,
     };
     run.until((listener, near), shutdown, readiness).await?;
     // It ends with the shutdown that ended the serving.
@@ -256,6 +260,7 @@ struct Run {
     node: NodeMetrics,
     offer: Offer,
     tls: Option<Tls>,
+    shared_rows: Shortcut,
 }
 
 impl Run {
@@ -266,7 +271,8 @@ impl Run {
         shutdown: Shutdown,
         readiness: Readiness,
     ) -> Result<(), Error> {
-        let Self { facts, compute, experts, store, control, admission, node, tls, offer } = self;
+        let Self { facts, compute, experts, store, control, admission, node, tls, offer, .. } =
+            self;
         let spare = Spare::default();
         let executor = Executor::new(executor::Parts {
             compute,
@@ -283,7 +289,8 @@ impl Run {
         let parts = service::Parts { store, queue, admission, spare, metrics: node };
         let service = Service::new(facts, parts, (control, offer), &shutdown);
         let routes =
-            Routes::new(ExpertData(service.clone())).add_service(ExpertControlServer::new(service));
+            Routes::new(ExpertData { service: service.clone(), shared_rows: self.shared_rows })
+                .add_service(ExpertControlServer::new(service));
 
         readiness.set(Ok(()));
         let serving = compute_and_serve(listeners, executor, jobs, async move |listeners| {

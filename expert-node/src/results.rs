@@ -1,7 +1,6 @@
 //! How a frame's results are written into its reply: as they were computed, one per
 //! slot, or as the frame asks: in another dtype, or summed by row.
 
-use bytes::{BufMut as _, BytesMut};
 use model::rows::{NodeSum, convert};
 use model::{Kernels, Numerics};
 use proto::frame::all_finite;
@@ -49,7 +48,7 @@ impl Writer {
         Form { have, want, summed: !frame.weights.is_empty() }
     }
 
-    /// Appends the reply's rows, from `results` in slot order; false if a value is not
+    /// Hands the reply's rows to `put`, from `results` in slot order; false if a value is not
     /// finite. Each is looked at while it is in the cache.
     pub fn write<'a>(
         &mut self,
@@ -57,12 +56,12 @@ impl Writer {
         form: Form,
         frame: &DispatchFrame,
         mut results: impl Iterator<Item = &'a [u8]>,
-        buffer: &mut BytesMut,
+        mut put: impl FnMut(&[u8]),
     ) -> bool {
         let mut finite = true;
         if !form.summed {
             for row in results {
-                finite &= self.put(form, row, buffer);
+                finite &= self.put(form, row, &mut put);
             }
             return finite;
         }
@@ -72,20 +71,20 @@ impl Writer {
         for &count in &frame.slot_counts {
             let weighted = results.by_ref().zip(weights.by_ref()).take(count as usize);
             self.sum.row(kernels, form.have, weighted, &mut row);
-            finite &= self.put(form, &row, buffer);
+            finite &= self.put(form, &row, &mut put);
         }
         self.row = row;
         finite
     }
 
-    fn put(&mut self, form: Form, row: &[u8], buffer: &mut BytesMut) -> bool {
+    fn put(&mut self, form: Form, row: &[u8], put: &mut impl FnMut(&[u8])) -> bool {
         let mut row = row;
         if form.have != form.want {
             self.converted.clear();
             convert(form.have, form.want, row, &mut self.converted);
             row = &self.converted;
         }
-        buffer.put_slice(row);
+        put(row);
         all_finite(row, form.dtype())
     }
 }

@@ -10,6 +10,7 @@ use std::time::{Instant, SystemTime};
 use bytes::Bytes;
 use mesh::lifecycle::Shutdown;
 use mesh::near::Offer;
+use mesh::shared::Segment;
 use mesh::transport::Endpoint;
 use model::Numerics;
 use proto::frame::{self, Shape};
@@ -72,9 +73,20 @@ pub(crate) struct Inner {
     pub(crate) draining: AtomicBool,
 }
 
-/// Which experts of a frame have been looked up; one per stream, used again.
+/// One stream: what its frames are judged by.
 #[derive(Default)]
-pub struct Seen(Vec<bool>);
+pub struct Stream {
+    /// Which experts of a frame have been looked up; used again.
+    seen: Vec<bool>,
+    /// The memory that it shares with its router.
+    segment: Option<Arc<Segment>>,
+}
+
+impl Stream {
+    pub fn new(segment: Option<Arc<Segment>>) -> Self {
+        Self { seen: Vec::new(), segment }
+    }
+}
 
 impl Service {
     pub fn new(
@@ -112,14 +124,15 @@ impl Inner {
     fn admit(
         &self,
         frame: &DispatchFrame,
-        Seen(seen): &mut Seen,
+        Stream { seen, segment }: &mut Stream,
     ) -> Result<usize, (ErrorCode, String)> {
         if self.draining() {
             return Err((ErrorCode::Draining, format!("node {} is draining", self.id)));
         }
         let invalid = |why: String| (ErrorCode::Invalid, why);
+        let shared = segment.as_ref().map_or(0, |segment| segment.size());
         let (dtype, slots) =
-            frame::check(frame, self.shape).map_err(|error| invalid(error.to_string()))?;
+            frame::check(frame, self.shape, shared).map_err(|error| invalid(error.to_string()))?;
         if dtype != self.dtype && dtype != Dtype::Fp8 {
             let (got, want) = (dtype.as_str_name(), self.dtype.as_str_name());
             return Err(invalid(format!("rows are {got}, this node computes {want}")));
@@ -176,13 +189,14 @@ impl Service {
         frame: DispatchFrame,
         arrived: Instant,
         reply: OwnedPermit<Result<Bytes, Status>>,
-        seen: &mut Seen,
+        stream: &mut Stream,
     ) {
         let inner = &self.0;
-        match inner.admit(&frame, seen) {
+        match inner.admit(&frame, stream) {
             Ok(slots) => {
                 // Fails only after the executor is gone, and then the node goes down.
                 let _ = inner.parts.queue.send(Job {
+                    segment: stream.segment.clone().filter(|_| frame.shared.is_some()),
                     frame,
                     slots,
                     first: 0,

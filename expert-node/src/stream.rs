@@ -4,12 +4,15 @@
 use std::convert::Infallible;
 use std::future::{Ready, ready};
 use std::pin::Pin;
+use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::Instant;
 
 use bytes::Bytes;
 use http::{HeaderMap, HeaderValue, Request, Response};
 use http_body::{Body as _, Frame};
+use mesh::near::Shortcut;
+use mesh::shared::{self, Handed, Segment};
 use proto::MAX_MESSAGE_BYTES;
 use proto::v1::DispatchFrame;
 use proto::wire::{self, Messages};
@@ -18,7 +21,7 @@ use tonic::body::Body;
 use tonic::server::NamedService;
 use tonic::{Code, Status};
 
-use crate::service::{Seen, Service};
+use crate::service::{Service, Stream};
 
 /// Frames of one stream that may be in work; further ones are not read yet.
 const FRAMES_IN_WORK: usize = 256;
@@ -26,7 +29,7 @@ const DISPATCH: &str = "/moemesh.v1.ExpertData/Dispatch";
 
 /// Frames whose vectors wait to be used again.
 #[derive(Clone, Default)]
-pub struct Spare(std::sync::Arc<parking_lot::Mutex<Vec<DispatchFrame>>>);
+pub struct Spare(Arc<parking_lot::Mutex<Vec<DispatchFrame>>>);
 
 impl Spare {
     pub fn take(&self) -> DispatchFrame {
@@ -45,7 +48,27 @@ impl Spare {
 
 /// The gRPC service on a node's server.
 #[derive(Clone)]
-pub struct ExpertData(pub Service);
+pub struct ExpertData {
+    pub service: Service,
+    pub shared_rows: Shortcut,
+}
+
+impl ExpertData {
+    /// The memory that came with the stream's connection.
+    fn segment(&self, request: &Request<Body>) -> Option<Arc<Segment>> {
+        if self.shared_rows == Shortcut::Off {
+            return None;
+        }
+        let handed = request.extensions().get::<Handed>()?.take()?;
+        match Segment::adopt(handed) {
+            Ok(segment) => Some(Arc::new(segment)),
+            Err(error) => {
+                tracing::debug!(%error, "shared memory is not used");
+                None
+            }
+        }
+    }
+}
 
 impl NamedService for ExpertData {
     const NAME: &'static str = "moemesh.v1.ExpertData";
@@ -65,18 +88,28 @@ impl tower::Service<Request<Body>> for ExpertData {
             return ready(Ok(Status::unimplemented("no such method").into_http()));
         }
         let (replies, leaving) = mpsc::channel(FRAMES_IN_WORK);
-        tokio::spawn(read(self.0.clone(), request.into_body(), replies));
+        let segment = self.segment(&request);
         let mut response = Response::new(Body::new(Replies { leaving, ended: false }));
+        let headers = response.headers_mut();
         let grpc = HeaderValue::from_static("application/grpc");
-        response.headers_mut().insert(http::header::CONTENT_TYPE, grpc);
+        headers.insert(http::header::CONTENT_TYPE, grpc);
+        if let Some(segment) = &segment {
+            headers.insert(shared::ACCEPTED, segment.size().into());
+        }
+        tokio::spawn(read(self.service.clone(), request.into_body(), replies, segment));
         ready(Ok(response))
     }
 }
 
 /// Takes one stream's frames until it ends, breaks or the node is told to stop.
-async fn read(service: Service, mut body: Body, replies: mpsc::Sender<Result<Bytes, Status>>) {
+async fn read(
+    service: Service,
+    mut body: Body,
+    replies: mpsc::Sender<Result<Bytes, Status>>,
+    segment: Option<Arc<Segment>>,
+) {
     let mut messages = Messages::new(MAX_MESSAGE_BYTES);
-    let mut seen = Seen::default();
+    let mut stream = Stream::new(segment);
     let broken = loop {
         // The permit comes first: what is read can always be answered.
         let Ok(permit) = replies.clone().reserve_owned().await else { return };
@@ -89,7 +122,7 @@ async fn read(service: Service, mut body: Body, replies: mpsc::Sender<Result<Byt
         match message.and_then(|message| {
             message.map(|message| wire::read(message, &mut frame).map_err(invalid)).transpose()
         }) {
-            Ok(Some(())) => service.take(frame, Instant::now(), permit, &mut seen),
+            Ok(Some(())) => service.take(frame, Instant::now(), permit, &mut stream),
             Ok(None) => return,
             Err(status) => {
                 if status.code() == Code::DataLoss {

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use mesh::lifecycle::{Readiness, Shutdown};
 use mesh::metrics::Metrics;
-use mesh::near::Offer;
+use mesh::near::{Offer, Shortcut};
 use mesh::transport::{self, Endpoint};
 use model::{Checkpoint, CpuExperts, Numerics};
 use proto::LayerId;
@@ -86,6 +86,7 @@ pub async fn serve(
         node: Metrics::default().register(NodeMetrics::new),
         offer: Offer::default(),
         tls: None,
+        shared_rows: Shortcut::Auto,
     };
     run.until((listener, None), shutdown, Readiness::starting("a stub")).await
 }

@@ -8,6 +8,7 @@
 //! - [`registry`]: members and the controller's election, where etcd keeps them
 //! - [`pump`]: the runtime that a computing thread drives itself
 //! - [`near`]: Unix sockets between processes of one host that are known by host:port
+//! - [`shared`]: rows in memory that processes of one host share
 //! - [`placement`]: which live node owns which expert, and the pure planner
 //! - [`supervise`]: actors rebuilt from a factory when they stop or panic
 //! - [`lifecycle`]: shutdown and readiness
@@ -17,7 +18,7 @@
 //!
 //! Nothing here knows the model's maths.
 
-#![forbid(unsafe_code)]
+#![deny(unsafe_code)]
 
 pub mod admin;
 pub mod authz;
@@ -30,6 +31,7 @@ pub mod near;
 pub mod placement;
 pub mod pump;
 pub mod registry;
+pub mod shared;
 pub mod supervise;
 pub mod telemetry;
 pub mod tls;

@@ -30,8 +30,9 @@ use tokio::task::JoinSet;
 use tonic::transport::Channel;
 
 use crate::failpoint;
-use crate::link::stream::{Reader, StreamError, Writer};
-use crate::near::Offer;
+pub use crate::link::stream::Writer;
+use crate::link::stream::{Reader, StreamError};
+use crate::near::{Offer, Shortcut};
 use crate::placement::NodeIndex;
 use crate::supervise::Pulse;
 use crate::tls::{Expected, Role, Tls};
@@ -142,17 +143,18 @@ impl LinkHandle {
         self.hung.load(Ordering::Relaxed)
     }
 
-    /// Hands an encoded frame to the stream; false when the link is down or has
-    /// too many frames unanswered. It leaves at the engine's next turn of the pump.
-    pub fn send(&self, frame: Bytes) -> bool {
-        let sent = self.stream.load().as_ref().is_some_and(|stream| stream.send(frame));
-        self.frames.fetch_add(u64::from(sent), Ordering::Relaxed);
-        sent
+    /// The stream to the node, while the link is up. A frame that was written for one stream
+    /// goes to no other.
+    pub fn stream(&self) -> Option<Arc<Writer>> {
+        self.stream.load_full()
     }
 
-    /// Whether frames have to be sealed on the way to it.
-    pub fn is_sealed(&self) -> bool {
-        self.stream.load().as_ref().is_some_and(|stream| stream.is_sealed())
+    /// Hands an encoded frame to the stream; false when the stream is broken or has
+    /// too many frames unanswered. It leaves at the engine's next turn of the pump.
+    pub fn send(&self, stream: &Writer, frame: Bytes) -> bool {
+        let sent = stream.send(frame);
+        self.frames.fetch_add(u64::from(sent), Ordering::Relaxed);
+        sent
     }
 
     /// Who answers there, while the link is up.
@@ -192,11 +194,11 @@ impl LinkHandle {
         self.description.store(Some(Arc::new(description)));
     }
 
-    fn up(&self, description: NodeDescription, stream: Writer, way: &str) {
+    fn up(&self, description: NodeDescription, stream: Writer, way: String) {
         self.hung.store(false, Ordering::Relaxed);
         self.describe_as(description);
         self.stream.store(Some(Arc::new(stream)));
-        self.detail.store(Arc::new(way.to_owned()));
+        self.detail.store(Arc::new(way));
     }
 
     fn down(&self, reason: &LinkError) {
@@ -213,6 +215,8 @@ pub struct LinkParts {
     pub handle: Arc<LinkHandle>,
     pub identity: Identity,
     pub tls: Option<Tls>,
+    /// Whether rows stand in memory that is shared with a node of this host.
+    pub shared_rows: Shortcut,
     pub events: mpsc::Sender<LinkEvent>,
     /// Where the data stream lives: the engine's own runtime.
     pub pump: Handle,
@@ -344,10 +348,8 @@ async fn session(parts: LinkParts) -> (LinkError, bool) {
 }
 
 /// Who is there, the stream to it, and which way that goes.
-async fn open(
-    parts: &LinkParts,
-) -> Result<(NodeDescription, (Writer, Reader), &'static str), LinkError> {
-    let LinkParts { handle, tls, .. } = parts;
+async fn open(parts: &LinkParts) -> Result<(NodeDescription, (Writer, Reader), String), LinkError> {
+    let LinkParts { handle, tls, shared_rows, .. } = parts;
     let endpoint = &handle.endpoint;
     let known = handle.known.load_full().map(|id| (*id).clone());
     let mut expected = Expected { role: Role::ExpertNode, id: known };
@@ -363,11 +365,16 @@ async fn open(
     parts.identity.check(&description)?;
     let tls = tls.as_ref().map(|tls| (tls, &expected));
     // What is encrypted and authenticated stays so.
-    let near = if tls.is_none() { near(endpoint, &description).await } else { None };
+    let near = match tls {
+        None => near(endpoint, &description, *shared_rows).await,
+        Some(_) => None,
+    };
     let (stream, way) = match near {
         Some(opened) => (opened, "up, over its Unix socket"),
-        None => (stream::open(endpoint, tls).await?, "up"),
+        None => (stream::open(endpoint, tls, *shared_rows).await?, "up"),
     };
+    let rows = if stream.0.room().is_some() { ", rows in shared memory" } else { "" };
+    let way = format!("{way}{rows}");
     // Certified, of our model, and it took the stream: from now on it is known.
     handle.known.store(expected.id.map(Arc::new));
     Ok((description, stream, way))
@@ -382,7 +389,11 @@ async fn describe(channel: Channel, limit: Duration) -> Result<NodeDescription, 
 
 /// The stream over the node's Unix socket, if the node is on this host: whoever
 /// answers there has to be the process that answered over TCP.
-async fn near(endpoint: &Endpoint, node: &NodeDescription) -> Option<(Writer, Reader)> {
+async fn near(
+    endpoint: &Endpoint,
+    node: &NodeDescription,
+    shared_rows: Shortcut,
+) -> Option<(Writer, Reader)> {
     let socket = Offer::socket(&node.local_endpoint, &node.instance)?;
     if endpoint.is_local() {
         return None;
@@ -394,7 +405,7 @@ async fn near(endpoint: &Endpoint, node: &NodeDescription) -> Option<(Writer, Re
         )
         .await?;
         match there.instance == node.instance {
-            true => Ok(stream::open(&socket, None).await?),
+            true => Ok(stream::open(&socket, None, shared_rows).await?),
             false => Err(LinkError::Ended),
         }
     };

@@ -12,16 +12,16 @@ use std::str::FromStr;
 
 use crate::transport::{self, Endpoint, Listener};
 
-/// Whether a process also listens on a Unix socket.
+/// Whether a way that is open only between processes of one host is taken.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum LocalSocket {
-    /// Where its endpoint is host:port and the system can.
+pub enum Shortcut {
+    /// Where both ends and the system can.
     #[default]
     Auto,
     Off,
 }
 
-impl fmt::Display for LocalSocket {
+impl fmt::Display for Shortcut {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Self::Auto => "auto",
@@ -30,7 +30,7 @@ impl fmt::Display for LocalSocket {
     }
 }
 
-impl FromStr for LocalSocket {
+impl FromStr for Shortcut {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, Self::Err> {
@@ -63,8 +63,8 @@ impl Offer {
 
 /// The socket beside a listener, and what to say about it. None is no failure:
 /// callers then use the listener itself.
-pub async fn beside(listener: &Listener, wanted: LocalSocket) -> (Offer, Option<Listener>) {
-    if wanted == LocalSocket::Off || listener.local().is_local() {
+pub async fn beside(listener: &Listener, wanted: Shortcut) -> (Offer, Option<Listener>) {
+    if wanted == Shortcut::Off || listener.local().is_local() {
         return Default::default();
     }
     match open().await {
@@ -106,14 +106,14 @@ mod tests {
     #[tokio::test]
     async fn a_socket_lies_beside_tcp_only() {
         let tcp = transport::bind(&"127.0.0.1:0".parse().unwrap()).await.unwrap();
-        let (offer, near) = beside(&tcp, LocalSocket::Auto).await;
+        let (offer, near) = beside(&tcp, Shortcut::Auto).await;
         assert_eq!(near.unwrap().local().to_string(), offer.endpoint);
         assert_eq!(offer.instance.len(), 16);
-        let (other, second) = beside(&tcp, LocalSocket::Auto).await;
+        let (other, second) = beside(&tcp, Shortcut::Auto).await;
         assert!(other != offer && second.is_some());
-        assert!(beside(&tcp, LocalSocket::Off).await.1.is_none());
+        assert!(beside(&tcp, Shortcut::Off).await.1.is_none());
         let unix = other.endpoint.replace('@', "@b-").parse().unwrap();
         let unix = transport::bind(&unix).await.unwrap();
-        assert!(beside(&unix, LocalSocket::Auto).await.1.is_none());
+        assert!(beside(&unix, Shortcut::Auto).await.1.is_none());
     }
 }

@@ -1,25 +1,32 @@
 //! Logs and OpenTelemetry spans.
 //!
 //! Logs go to standard error, as text or JSON lines. Spans go to an OTLP
-//! collector when an endpoint is configured; otherwise the per-step spans are
-//! never created. Only our own crates' spans are exported: unfiltered, the
-//! HTTP/2 library alone would drown them.
+//! collector when an endpoint is configured. Whether a request is traced is drawn
+//! once, where it enters; steps, layers and frames have spans only where one that
+//! is traced takes part. Only our own crates' spans are exported: unfiltered, the
+//! HTTP/2 library alone would drown them. A collector that hangs costs nothing
+//! but spans: they queue up to a bound and are then left out.
 
+mod export;
 pub mod propagate;
 
+pub use export::{ExportError, lost};
+
 use std::str::FromStr;
+use std::time::Duration;
 
 use opentelemetry::KeyValue;
 use opentelemetry::trace::TracerProvider as _;
-use opentelemetry_otlp::{ExporterBuildError, SpanExporter, WithExportConfig};
 use opentelemetry_sdk::Resource;
 use opentelemetry_sdk::trace::{Sampler, SdkTracerProvider};
 use tracing::{Level, Metadata};
-use tracing_subscriber::filter::{EnvFilter, FilterFn};
+use tracing_subscriber::filter::{EnvFilter, FilterFn, LevelFilter};
 use tracing_subscriber::layer::SubscriberExt as _;
 use tracing_subscriber::util::SubscriberInitExt as _;
 use tracing_subscriber::{Layer as _, fmt};
 
+/// A process that ends waits so long for the collector.
+const LAST_FLUSH: Duration = Duration::from_secs(1);
 const OUR_CRATES: [&str; 5] = ["moemesh", "gateway", "router", "expert_node", "mesh"];
 
 /// How log lines look.
@@ -64,7 +71,7 @@ pub enum TelemetryError {
     #[error("log filter `{filter}`: {source}")]
     Filter { filter: String, source: tracing_subscriber::filter::ParseError },
     #[error("OTLP endpoint `{endpoint}`: {source}")]
-    Exporter { endpoint: String, source: ExporterBuildError },
+    Exporter { endpoint: String, source: ExportError },
 }
 
 /// Flushes the spans that are still buffered when dropped.
@@ -74,7 +81,7 @@ impl Drop for Guard {
     fn drop(&mut self) {
         if let Some(provider) = self.0.take() {
             // The collector may be gone; there is nobody left to tell.
-            let _ = provider.shutdown();
+            let _ = provider.shutdown_with_timeout(LAST_FLUSH);
         }
     }
 }
@@ -92,29 +99,31 @@ pub fn init(config: Config) -> Result<Guard, TelemetryError> {
         LogFormat::Json => fmt::layer().with_writer(std::io::stderr).json().boxed(),
     };
     let provider = config.otlp.as_deref().map(|at| provider(&config, at)).transpose()?;
+    let ours = FilterFn::new(is_ours as fn(&Metadata<'_>) -> bool);
     let spans = provider.as_ref().map(|provider| {
         tracing_opentelemetry::layer()
             .with_tracer(provider.tracer("moemesh"))
             .with_location(false)
             .with_threads(false)
-            .with_filter(FilterFn::new(is_ours as fn(&Metadata<'_>) -> bool))
+            // Spans are entered at every poll of a task: nobody asks how long they were not, nor
+            // for OpenTelemetry's own idea of what is current.
+            .with_tracked_inactivity(false)
+            .with_context_activation(false)
+            .with_filter(ours.with_max_level_hint(LevelFilter::DEBUG))
     });
     tracing_subscriber::registry().with(logs.with_filter(filter)).with(spans).init();
     Ok(Guard(provider))
 }
 
 fn provider(config: &Config, endpoint: &str) -> Result<SdkTracerProvider, TelemetryError> {
-    let exporter = SpanExporter::builder()
-        .with_tonic()
-        .with_endpoint(endpoint)
-        .build()
-        .map_err(|source| TelemetryError::Exporter { endpoint: endpoint.to_owned(), source })?;
     let resource = Resource::builder()
         .with_service_name(format!("moemesh-{}", config.role))
         .with_attribute(KeyValue::new("service.instance.id", config.id.clone()))
         .build();
+    let export = export::Export::start(endpoint, &resource)
+        .map_err(|source| TelemetryError::Exporter { endpoint: endpoint.to_owned(), source })?;
     Ok(SdkTracerProvider::builder()
-        .with_batch_exporter(exporter)
+        .with_span_processor(export)
         .with_sampler(Sampler::ParentBased(Box::new(Sampler::TraceIdRatioBased(config.sample))))
         .with_resource(resource)
         .build())

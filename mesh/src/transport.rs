@@ -24,6 +24,7 @@ use tonic::transport::server::TcpIncoming;
 use tonic::transport::{Channel, Server, Uri};
 
 use crate::authz::Authorize;
+use crate::shared::Receiving;
 use crate::tls::{self, Expected, Principal, Socket, Tls};
 
 /// Streams one connection may hold open. A router needs one data stream and a
@@ -315,7 +316,7 @@ pub async fn serve_grpc(
         }
         (None, Listener::Unix(listener, _)) => {
             let incoming =
-                UnixListenerStream::new(listener).map(|accepted| accepted.inspect(widen));
+                UnixListenerStream::new(listener).map(|a| a.inspect(widen).map(Receiving::new));
             server.add_routes(routes).serve_with_incoming_shutdown(incoming, shutdown).await
         }
     };

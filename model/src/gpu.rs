@@ -197,7 +197,7 @@ impl GpuExperts {
         }
     }
 
-    fn compute(&mut self, groups: &[ExpertGroup<'_>], rows: Rows<'_>) -> Result<(), GpuError> {
+    fn compute(&mut self, groups: &[ExpertGroup<'_>], rows: &dyn Rows) -> Result<(), GpuError> {
         let mut end = 0;
         let place = |group: &ExpertGroup<'_>| {
             end += group.rows;
@@ -254,7 +254,7 @@ impl Experts for GpuExperts {
         _: &Compute,
         numerics: Numerics,
         groups: &[ExpertGroup<'_>],
-        rows: Rows<'_>,
+        rows: &dyn Rows,
     ) -> Result<(), GpuError> {
         assert_eq!(numerics, Numerics::Bf16, "rows of a GPU's experts");
         self.compute(groups, rows).inspect_err(|error| self.shared.fail(error))

@@ -5,7 +5,7 @@
 //! allocates or reads anything on behalf of a peer. What passes is safe to index.
 
 use crate::MAX_MESSAGE_BYTES;
-use crate::v1::{DispatchFrame, DispatchReply, Dtype};
+use crate::v1::{DispatchFrame, DispatchReply, Dtype, SharedRows};
 
 /// Room kept for a frame's header fields beside its rows.
 const HEADER_BYTES: usize = 64 << 10;
@@ -33,6 +33,10 @@ pub enum FrameError {
     Slots { row: usize, got: u32, max: u32 },
     #[error("rows hold {got} bytes, {want} expected")]
     Bytes { got: usize, want: usize },
+    #[error("rows are both in the message and in shared memory")]
+    Twice,
+    #[error("{what} are {bytes} bytes from {at} of shared memory, of which the stream has {size}")]
+    Place { what: &'static str, at: u64, bytes: u64, size: usize },
     #[error("row {row} names expert {expert} of {experts}")]
     Expert { row: usize, expert: u32, experts: u32 },
     #[error("row {row} names expert {expert} twice or out of order")]
@@ -75,11 +79,16 @@ pub fn max_rows(hidden: u32, dtype: Dtype, slots: u32) -> usize {
     ((MAX_MESSAGE_BYTES - HEADER_BYTES) / row.max(out).max(1)).max(1)
 }
 
-/// Checks a frame against the model's shape; returns its dtype and slot count.
+/// Checks a frame against the model's shape and the bytes of memory that its stream
+/// shares; returns its dtype and slot count.
 ///
 /// # Errors
 /// The first contradiction found. Nothing was allocated for it.
-pub fn check(frame: &DispatchFrame, shape: Shape) -> Result<(Dtype, usize), FrameError> {
+pub fn check(
+    frame: &DispatchFrame,
+    shape: Shape,
+    shared: usize,
+) -> Result<(Dtype, usize), FrameError> {
     let dtype = dtype(frame.dtype)?;
     if frame.hidden != shape.hidden {
         return Err(FrameError::Hidden { got: frame.hidden, want: shape.hidden });
@@ -112,8 +121,13 @@ pub fn check(frame: &DispatchFrame, shape: Shape) -> Result<(Dtype, usize), Fram
         Ok(Dtype::Fp8) | Err(_) => return Err(FrameError::ReplyDtype(frame.reply_dtype)),
     }
     let want = rows.saturating_mul(dtype.row_bytes(shape.hidden as usize));
-    if frame.rows.len() != want {
-        return Err(FrameError::Bytes { got: frame.rows.len(), want });
+    let got = match &frame.shared {
+        Some(_) if !frame.rows.is_empty() => return Err(FrameError::Twice),
+        Some(place) => check_place(place, shared)?,
+        None => frame.rows.len(),
+    };
+    if got != want {
+        return Err(FrameError::Bytes { got, want });
     }
     let mut experts = frame.experts.iter();
     for (row, &count) in frame.slot_counts.iter().enumerate() {
@@ -129,6 +143,19 @@ pub fn check(frame: &DispatchFrame, shape: Shape) -> Result<(Dtype, usize), Fram
         }
     }
     Ok((dtype, slots))
+}
+
+/// Whether what is said to stand in `size` bytes of shared memory lies in them; how long the rows are.
+fn check_place(place: &SharedRows, size: usize) -> Result<usize, FrameError> {
+    let SharedRows { rows_at, rows_bytes, results_at, results_bytes } = *place;
+    for (what, at, bytes) in [("rows", rows_at, rows_bytes), ("results", results_at, results_bytes)]
+    {
+        if at.checked_add(bytes).is_none_or(|end| end > size as u64) {
+            return Err(FrameError::Place { what, at, bytes, size });
+        }
+    }
+    // Within `size`, which is of this process.
+    Ok(rows_bytes as usize)
 }
 
 /// Checks a reply that carries results: `rows` rows of `hidden` values.
@@ -189,9 +216,16 @@ mod tests {
         }
     }
 
+    /// All of 100 bytes.
+    fn place() -> Option<SharedRows> {
+        Some(SharedRows { rows_at: 60, rows_bytes: 16, results_at: 76, results_bytes: 24 })
+    }
+
     #[test]
     fn a_sound_frame_passes() {
-        assert_eq!(check(&frame(), SHAPE), Ok((Dtype::Bf16, 3)));
+        assert_eq!(check(&frame(), SHAPE, 0), Ok((Dtype::Bf16, 3)));
+        let shared = DispatchFrame { rows: Default::default(), shared: place(), ..frame() };
+        assert_eq!(check(&shared, SHAPE, 100), Ok((Dtype::Bf16, 3)));
     }
 
     #[test]
@@ -221,8 +255,28 @@ mod tests {
         for (edit, want) in cases {
             let mut bad = frame();
             edit(&mut bad);
-            assert_eq!(check(&bad, SHAPE), Err(want.clone()));
+            assert_eq!(check(&bad, SHAPE, 100), Err(want.clone()));
         }
+    }
+
+    #[test]
+    fn places_outside_shared_memory_are_named() {
+        type Edit = fn(&mut SharedRows);
+        let place_of = |what, at, bytes| FrameError::Place { what, at, bytes, size: 100 };
+        let cases: &[(Edit, FrameError)] = &[
+            (|p| p.rows_at = 85, place_of("rows", 85, 16)),
+            (|p| p.rows_at = u64::MAX, place_of("rows", u64::MAX, 16)),
+            (|p| p.results_bytes = 25, place_of("results", 76, 25)),
+            (|p| p.results_bytes = u64::MAX, place_of("results", 76, u64::MAX)),
+            (|p| p.rows_bytes = 8, FrameError::Bytes { got: 8, want: 16 }),
+        ];
+        for (edit, want) in cases {
+            let mut bad = DispatchFrame { rows: Default::default(), shared: place(), ..frame() };
+            edit(bad.shared.as_mut().unwrap());
+            assert_eq!(check(&bad, SHAPE, 100), Err(want.clone()));
+        }
+        let twice = DispatchFrame { shared: place(), ..frame() };
+        assert_eq!(check(&twice, SHAPE, 100), Err(FrameError::Twice));
     }
 
     #[test]

@@ -244,6 +244,7 @@ mod tests {
     }
 
     use super::*;
+    use crate::v1::SharedRows;
 
     fn frame() -> impl Strategy<Value = DispatchFrame> {
         let numbers = || prop::collection::vec(any::<u32>(), 0..9);
@@ -263,6 +264,12 @@ mod tests {
                 traceparent,
                 reply_dtype: n.1 as i32 & 3,
                 weights: vec![0.5; n.2 as usize & 3],
+                shared: (n.3 & 1 == 1).then_some(SharedRows {
+                    rows_at: n.0,
+                    rows_bytes: n.3,
+                    results_at: 0,
+                    results_bytes: n.0,
+                }),
                 rows: rows.into(),
                 checksum: None,
             })

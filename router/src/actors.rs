@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use actix::Addr;
 use mesh::link::{FleetAddress, Identity, Link, LinkEvent, LinkHandle, LinkParts};
 use mesh::membership::Links;
+use mesh::near::Shortcut;
 use mesh::supervise;
 use mesh::tls::Tls;
 use tokio::runtime::Handle;
@@ -35,6 +36,7 @@ pub(crate) struct Cast {
     pub pump: Handle,
     /// How nodes are spoken to.
     pub tls: Option<Tls>,
+    pub shared_rows: Shortcut,
 }
 
 /// The running actors; they end with it.
@@ -62,7 +64,7 @@ pub(crate) fn start(cast: Cast) -> std::io::Result<Actors> {
 }
 
 fn play(cast: Cast) {
-    let Cast { fleet, controller, intake, identity, link_events, pump, tls } = cast;
+    let Cast { fleet, controller, intake, identity, link_events, pump, tls, shared_rows } = cast;
     if let Some((intake, view)) = intake {
         actix::spawn(supervise::keep(
             "intake".to_owned(),
@@ -95,6 +97,7 @@ fn play(cast: Cast) {
         handle,
         identity: identity.clone(),
         tls: tls.clone(),
+        shared_rows,
         events: link_events.clone(),
         pump: pump.clone(),
         fleet: current.clone(),

@@ -33,6 +33,7 @@ use self::core::{Core, Orders, Progress, Refusal, Seen, Settings};
 use self::orders::{Channels, Outcome, Target, Told};
 use self::tally::{Counted, Tally};
 use self::term::Elected;
+use crate::history::History;
 
 /// How often the controller looks around without being told to.
 const TICK: Duration = Duration::from_millis(100);
@@ -86,6 +87,7 @@ pub struct ControllerParts {
     pub links: Links,
     pub tls: Option<Tls>,
     pub door: Arc<Door>,
+    pub history: History,
 }
 
 /// An operator's wish: empty this node, or no longer. Returns its endpoint.
@@ -175,7 +177,8 @@ impl Controller {
         self.report(&seen);
         let Some(orders) = orders else { return };
         let targets = self.targets(orders);
-        let carried_out = orders::give(targets).into_actor(self).map(|outcomes, controller, _| {
+        let giving = orders::give(targets, self.parts.history.clone());
+        let carried_out = giving.into_actor(self).map(|outcomes, controller, _| {
             controller.busy = None;
             controller.take(outcomes);
         });

@@ -235,7 +235,7 @@ impl Engine {
     ) -> Result<(), StepError> {
         let rows: usize = plan.iter().map(|part| part.len).sum();
         let span = self.step_span(plan, rows);
-        let _in_step = span.enter();
+        let (traced, _in_step) = (!span.is_disabled(), span.enter());
         self.parts.metrics.step_rows.observe(rows as f64);
         let mut lanes = 0;
         for (step, batch) in self.steps.iter_mut().zip(batches).filter(|(_, b)| !b.is_empty()) {
@@ -263,7 +263,10 @@ impl Engine {
                 if layer == layers {
                     continue;
                 }
-                let span = tracing::debug_span!("layer", layer, lane);
+                let span = match traced {
+                    true => tracing::debug_span!("layer", layer, lane),
+                    false => Span::none(),
+                };
                 let in_layer = span.enter();
                 if trunk.attend(layer, step, kv) {
                     experts.send(lane, LayerId(layer as u32), &step.routed(), &span);
@@ -277,13 +280,13 @@ impl Engine {
     }
 
     /// The step's span hangs under the first traced request it serves; the
-    /// others are linked, since one step works for many.
+    /// others are linked, since one step works for many. None if it serves none.
     fn step_span(&self, plan: &[Part], rows: usize) -> Span {
         let mut traced = plan
             .iter()
             .filter_map(|part| self.streams.get(&part.id))
-            .map(|stream| &stream.span)
-            .filter(|span| !span.is_disabled());
+            .filter(|stream| stream.traced)
+            .map(|stream| &stream.span);
         let Some(first) = traced.next() else { return Span::none() };
         let span = tracing::debug_span!(parent: first, "step", rows, sequences = plan.len());
         for other in traced {

@@ -61,6 +61,14 @@ pub struct Outgoing {
     pub ticket: Ticket,
 }
 
+/// What became of a frame's rows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Encoded {
+    pub bytes: usize,
+    /// Whether they stand in shared memory.
+    pub shared: bool,
+}
+
 /// What a reply meant.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Taken {

@@ -1,8 +1,9 @@
 //! An event log for those who check a run afterwards (`tests/chaos`): which
 //! frame carried which slots under which epoch, which reply was taken, who took
-//! part in a step and who had left. JSON lines, one writer, in the order of
-//! things. Off unless the key `history` names a file, and then it costs nothing
-//! but a branch: what is to be written is not even formatted.
+//! part in a step and who had left, who was in office and what it ordered. JSON
+//! lines, one writer, in the order of things. Off unless the key `history` names
+//! a file, and then it costs nothing but a branch: what is to be written is not
+//! even formatted.
 
 use std::fmt::{self, Write as _};
 use std::fs::{File, OpenOptions};
@@ -42,8 +43,7 @@ impl History {
     /// One event: its kind and its fields, as they stand inside a JSON object.
     pub fn record(&self, event: &str, fields: fmt::Arguments<'_>) {
         if self.0.is_some() {
-            let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-            self.write(format_args!("{{\"t\":{},\"e\":\"{event}\",{fields}}}\n", now.as_micros()));
+            self.write(format_args!("{{\"t\":{},\"e\":\"{event}\",{fields}}}\n", now()));
         }
     }
 
@@ -87,6 +87,11 @@ impl History {
             let _ = file.lock().write_fmt(line);
         }
     }
+}
+
+/// Microseconds since 1970, by which the logs of several routers of one machine compare.
+pub fn now() -> u128 {
+    SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_micros()
 }
 
 /// A JSON array of things that write themselves as JSON.

@@ -48,6 +48,7 @@ use mesh::lifecycle::{Readiness, Shutdown};
 use mesh::link::{FleetAddress, Identity};
 use mesh::membership::Links;
 use mesh::metrics::Metrics;
+use mesh::near::Shortcut;
 use mesh::placement::{ExpertGrid, Placement};
 use mesh::pump::Pump;
 use mesh::registry::office::Office;
@@ -128,6 +129,8 @@ pub struct Config {
     pub wire: Wire,
     /// Who sums a token's results.
     pub combine: Combine,
+    /// Whether large frames' rows stand in memory that is shared with nodes of this host.
+    pub shared_rows: Shortcut,
     pub max_running: usize,
     pub max_waiting: usize,
     /// This router decides which node owns which expert: one router of a mesh does. With
@@ -319,6 +322,7 @@ pub async fn serve(config: Config, shutdown: Shutdown) -> Result<(), Error> {
         links: links.clone(),
         tls: tls.clone(),
         door: Door::new(config.replicas, office.clone()),
+        history: history.clone(),
     });
     let operations = OperationsService {
         router_id: config.id.clone(),
@@ -357,6 +361,7 @@ pub async fn serve(config: Config, shutdown: Shutdown) -> Result<(), Error> {
         link_events,
         pump: pump.handle(),
         tls: tls.clone(),
+        shared_rows: config.shared_rows,
     })?;
 
     let service = InferenceServer::new(Service::new(facts, view.clone()))

@@ -9,6 +9,7 @@ use mesh::lifecycle::Readiness;
 use mesh::link::{FleetAddress, Identity};
 use mesh::membership::Links;
 use mesh::metrics::Metrics;
+use mesh::near::Shortcut;
 use mesh::placement::{ExpertGrid, Placement};
 use mesh::pump::Pump;
 use mesh::transport::Endpoint;
@@ -36,6 +37,8 @@ pub struct Config {
     pub shape: Shape,
     pub layer: LayerId,
     pub experts: u32,
+    /// Whether rows stand in memory that is shared with nodes of this host.
+    pub shared_rows: Shortcut,
 }
 
 /// Links to nodes that are all up.
@@ -51,7 +54,7 @@ impl Dispatcher {
     /// # Errors
     /// What is missing when patience ran out.
     pub fn connect(config: Config) -> Result<Self, String> {
-        let Config { nodes, identity, shape, layer, experts } = config;
+        let Config { nodes, identity, shape, layer, experts, shared_rows } = config;
         let links = Links::new(nodes);
         let grid = ExpertGrid { layers: vec![layer], experts };
         let placement = Arc::new(ArcSwap::from_pointee(Placement::empty(grid)));
@@ -73,6 +76,7 @@ impl Dispatcher {
             link_events,
             pump: pump.handle(),
             tls: None,
+            shared_rows,
         })
         .map_err(|error| error.to_string())?;
         let patience = Patience { expert_wait: PATIENCE, busy: Duration::from_millis(5) };
@@ -117,6 +121,11 @@ impl Dispatcher {
             Some(gap) => Err(Lack::clone(&gap.lack)),
             None => Ok(()),
         }
+    }
+
+    /// Which way goes to each node.
+    pub fn ways(&self) -> Vec<String> {
+        self.remote.links.members().iter().map(|link| link.detail()).collect()
     }
 
     /// What a slot brings to its row's sum.

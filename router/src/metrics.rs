@@ -2,7 +2,9 @@
 //! per output token), what the engine does, what the network costs.
 
 use mesh::metrics::{rows, step_seconds, user_seconds};
+use prometheus_client::encoding::EncodeLabelSet;
 use prometheus_client::metrics::counter::Counter;
+use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::metrics::histogram::Histogram;
 use prometheus_client::registry::{Registry, Unit};
@@ -39,10 +41,18 @@ pub struct RouterMetrics {
     pub dropped_experts: Counter,
     pub parked: Gauge,
     pub stale_replies: Counter,
+    /// In messages, and in shared memory.
+    row_bytes: [Counter; 2],
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct Way {
+    way: &'static str,
 }
 
 impl RouterMetrics {
     pub fn new(registry: &mut Registry) -> Self {
+        let row_bytes = Family::<Way, Counter>::default();
         let new = Self {
             requests: Counter::default(),
             rejected: Counter::default(),
@@ -71,6 +81,7 @@ impl RouterMetrics {
             dropped_experts: Counter::default(),
             parked: Gauge::default(),
             stale_replies: Counter::default(),
+            row_bytes: ["message", "shared"].map(|way| row_bytes.get_or_create_owned(&Way { way })),
         };
         let registry = registry.sub_registry_with_prefix("router");
         let mut counter =
@@ -113,7 +124,17 @@ impl RouterMetrics {
         seconds("exchange", "One layer's dispatch to its last result", &new.exchange);
         seconds("exchange_wait", "The exchange not covered by computing", &new.exchange_wait);
         seconds("dispatch_round_trip", "One frame to its reply", &new.round_trip);
+        registry.register(
+            "row_bytes",
+            "Bytes of rows sent to nodes and of results from them, by the way they went",
+            row_bytes,
+        );
         registry.register("step_rows", "Tokens computed in one step", new.step_rows.clone());
         new
+    }
+
+    /// Rows went to a node, or results came from one.
+    pub fn count_rows(&self, bytes: usize, shared: bool) {
+        self.row_bytes[usize::from(shared)].inc_by(bytes as u64);
     }
 }

@@ -17,6 +17,7 @@ use std::process::{Child, Command, Stdio};
 
 use anyhow::{Context as _, anyhow};
 use mesh::link::Identity;
+use mesh::near::Shortcut;
 use mesh::transport::Endpoint;
 use proto::v1::Dtype;
 use router::exchange::{Combine, Shape, Wire};
@@ -116,6 +117,7 @@ impl Peer {
             },
             layer: expert_node::stub::LAYER,
             experts,
+            shared_rows: Shortcut::Auto,
         })
         .map_err(|missing| anyhow!("the stub nodes cannot be reached: {missing}"))
     }

@@ -7,6 +7,7 @@ use std::fmt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use mesh::near::Shortcut;
 use mesh::telemetry::{self, LogFormat};
 use mesh::transport::Endpoint;
 use model::Numerics;
@@ -260,6 +261,7 @@ fn router(reader: &mut Reader<'_>) -> Result<Process, ConfigError> {
             "Who sums a token's results: router, or node, which returns one row for each token and\n\
              node in place of one for each expert. The bits then depend on who owns which expert.",
         )?,
+        shared_rows: shared_rows(reader)?,
         max_running: reader.within("max_running", 64, 1..=65_536, "Sequences computed at once.")?,
         max_waiting: reader.within(
             "max_waiting",
@@ -391,6 +393,15 @@ fn isa(reader: &mut Reader<'_>) -> Result<Option<kernels::Isa>, ConfigError> {
         "\"scalar\"",
         "Instruction set of the kernels. Unset: the best this CPU has. With \"amx\", bf16 is a \
          class of its own (bf16+amx), which every process of the mesh must then have.",
+    )
+}
+
+fn shared_rows(reader: &mut Reader<'_>) -> Result<Shortcut, ConfigError> {
+    reader.or(
+        "shared_rows",
+        Shortcut::Auto,
+        "Whether rows of large frames go between router and node through memory that both have, where\n\
+         they are processes of one host without TLS: auto or off. Both have to want it.",
     )
 }
 

@@ -186,7 +186,7 @@ macro_rules! as_shown {
 }
 
 as_shown!(router::Splitting, router::Wire, router::Combine);
-as_shown!(mesh::near::LocalSocket, mesh::registry::Server);
+as_shown!(mesh::near::Shortcut, mesh::registry::Server);
 as_shown!(expert_node::device::Device, model::ExpertDevice);
 
 /// What the weights of a local mesh are stored as.

@@ -20,8 +20,9 @@ use tonic::transport::Channel;
 
 use super::inflict::Halted;
 use super::load::{Balancer, Clients, Outcome, Sample, asks};
+use super::meta::usurpations_are_noticed;
 use super::observe::{Figures, until};
-use super::run::{alone, run};
+use super::run::{alone, recorded, run};
 use super::scenario::{Check, Fault, Faulting, Load, Scenario, When, is_long};
 use crate::support::certs::Certs;
 use crate::support::etcd::EtcdServer;
@@ -86,14 +87,14 @@ fn counts(placement: &PlacementReply) -> BTreeMap<&str, usize> {
 }
 
 /// A load over every gateway, and what its streams say undisturbed.
-struct Streams {
+pub struct Streams {
     expected: Vec<Option<String>>,
     clients: Clients,
     begun: Instant,
 }
 
 impl Streams {
-    async fn start(mesh: &Sandbox, count: usize) -> Self {
+    pub async fn start(mesh: &Sandbox, count: usize) -> Self {
         let (asks, balancer) = (Arc::new(asks(TOKENS)), Arc::new(Balancer::new(&mesh.addresses)));
         let calm = Clients::start(count, asks.clone(), balancer.clone());
         until(PATIENCE, async || {
@@ -112,7 +113,7 @@ impl Streams {
     }
 
     /// None failed, and all said what they say undisturbed.
-    async fn end(self) {
+    pub async fn end(self) {
         until(PATIENCE, async || self.clients.ended() > 0).await;
         let samples = self.clients.finish().await;
         let figures = Figures::of(&samples, &self.expected, self.begun.elapsed());
@@ -144,11 +145,15 @@ fn processes_find_each_other_and_come_and_go_under_load() {
         mesh.wait_ready().await;
 
         let streams = Streams::start(&mesh, 8).await;
-        // One that brings nothing is given its share.
-        mesh.add_node("expert-node-3", &[]);
+        // One that brings nothing, and has no weights, is given its share.
+        let bare = ("model_dir", format!("{:?}", mesh.bare(&tiny())));
+        mesh.add_node("expert-node-3", &[bare]);
         let shares =
             |now: &PlacementReply| counts(now).get("expert-node-3").is_some_and(|n| *n > 0);
         placed(&mesh, "", shares).await;
+        assert!(
+            mesh.number("expert-node-3", "moemesh_expert_node_fetched_bytes_total").await > 0.0
+        );
         mesh.add_router("router-1", &[]);
         let shared = until(PATIENCE, async || running(&mesh, 1).await > 0);
         assert!(shared.await.is_some(), "the second router got no work");
@@ -168,7 +173,7 @@ fn processes_find_each_other_and_come_and_go_under_load() {
 fn another_router_takes_over_from_a_dead_controller() {
     let Some(etcd) = EtcdServer::start() else { return };
     alone(async {
-        let mut mesh = replicated(&etcd, 3, 1).routers(2).start().await;
+        let mut mesh = replicated(&etcd, 3, 1).routers(2).history().start().await;
         let (first, before) = placed(&mesh, "", |now| now.missing == 0).await;
         let mut operations = OperationsClient::new(to(&mesh, &first));
         let drain = DrainNodeRequest { node: "expert-node-0".to_owned(), cancel: false };
@@ -197,6 +202,8 @@ fn another_router_takes_over_from_a_dead_controller() {
         };
         placed(&mesh, &first, marked).await;
         streams.end().await;
+        let logs = mesh.routers.iter().map(|router| recorded(&mesh, &router.name).unwrap());
+        usurpations_are_noticed(&logs.collect::<Vec<_>>());
     });
 }
 

@@ -180,6 +180,8 @@ impl Life {
                 self.lanes.clear();
                 self.end_step(event)
             }
+            // Of several routers together: `offices`.
+            "term" | "order" => Ok(()),
             "end" => {
                 let seq = number(event, "seq")?;
                 ensure(self.ended.insert(seq), || format!("sequence {seq} ends twice"))

@@ -4,11 +4,14 @@
 use std::time::{Duration, Instant};
 
 use super::load::Balancer;
-use super::observe::{Counters, is_whole, statuses};
+use super::observe::{Counters, is_whole, metric, statuses, until};
 use super::quota::Quota;
 use super::scenario::{Dice, Fault, Role, Which};
 use crate::support::Sandbox;
+use crate::support::certs::issue;
 use crate::support::faultproxy::{Faults, Way};
+use crate::support::http::Address;
+use crate::support::netns::Harm;
 use crate::support::process::{Process, signal};
 
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -104,7 +107,7 @@ impl<'a> Inflict<'a> {
                 let name = process.name.clone();
                 if role == Role::Gateway {
                     let address = mesh.addresses[at].clone();
-                    super::observe::until(PATIENCE, async || {
+                    until(PATIENCE, async || {
                         let ready = crate::support::http::get(&address, "/readyz").await;
                         ready.is_ok_and(|(status, _)| status == 200)
                     })
@@ -119,6 +122,16 @@ impl<'a> Inflict<'a> {
                 tokio::time::sleep(hold).await;
                 mesh.proxies[at].set(Faults::default());
                 format!("{faults:?} before node {at}")
+            }
+            Fault::Wire { harm, all, hold } => {
+                let node = (!all).then(|| self.next(Role::Node, mesh.nodes.len()));
+                let net = mesh.netns.as_ref().expect("nodes on hosts of their own");
+                net.harm(harm, node);
+                tokio::time::sleep(hold).await;
+                let lost = net.heal();
+                assert!(lost > 0 || matches!(harm, Harm::Thin(_)), "{harm:?} lost nothing");
+                self.notes.push(format!("{harm:?}: {lost} packets lost"));
+                format!("{harm:?} to node {node:?}")
             }
             Fault::Swizzle { hold } => {
                 let clogged = Faults::both(Way { blackhole: true, ..Way::default() });
@@ -147,8 +160,7 @@ impl<'a> Inflict<'a> {
                 let before = mesh.proxies[at].done();
                 mesh.proxies[at].arm(direction, after, what);
                 let proxy = &mesh.proxies[at];
-                let hit =
-                    super::observe::until(Duration::from_secs(5), async || proxy.done() > before);
+                let hit = until(Duration::from_secs(5), async || proxy.done() > before);
                 let hit = hit.await;
                 proxy.disarm();
                 if hit.is_none() {
@@ -170,6 +182,10 @@ impl<'a> Inflict<'a> {
                     etcd.go_on()
                 }
                 format!("etcd {} for {hold:?}", if gone { "gone" } else { "stopped" })
+            }
+            Fault::Rotate => {
+                rotate(mesh).await;
+                "certificates rotated".to_owned()
             }
             Fault::Slow { percent, hold } => {
                 let at = self.next(Role::Node, mesh.nodes.len());
@@ -223,6 +239,27 @@ impl<'a> Inflict<'a> {
                 (0..count).max_by_key(|&at| load(&all[at])).unwrap()
             }
         }
+    }
+}
+
+/// Issues a certificate for every process, and waits until each has taken it over.
+async fn rotate(mesh: &Sandbox) {
+    let dir = mesh.certificates.as_ref().expect("a mesh with certificates");
+    let sides = mesh.routers.iter().chain(&mesh.nodes).map(|process| {
+        let side = Address::Unix(mesh.socket(&format!("{}-admin", process.name)));
+        (process, side)
+    });
+    let all: Vec<_> = sides.chain(mesh.gateways.iter().zip(mesh.addresses.clone())).collect();
+    let reloads = async |at: &Address| metric(at, "moemesh_tls_reloads_total").await;
+    let mut before = Vec::new();
+    for (process, at) in &all {
+        before.push(reloads(at).await);
+        let role = process.name.rsplit_once('-').unwrap().0;
+        issue(dir, role, &process.name);
+    }
+    for ((process, at), before) in all.iter().zip(before) {
+        let taken = until(PATIENCE, async || reloads(at).await > before).await;
+        assert!(taken.is_some(), "{} never used its new certificate", process.name);
     }
 }
 

@@ -5,9 +5,9 @@ use std::time::Duration;
 
 use serde_json::{Value, json};
 
-use super::history;
 use super::run::{alone, histories};
 use super::scenario::{Dice, seed};
+use super::{history, offices};
 use crate::support::{Sandbox, http, tiny};
 
 /// A log of a mesh that loses a node under load.
@@ -122,11 +122,7 @@ const MUTATIONS: [Mutation; 12] = [
 #[test]
 fn a_history_with_one_wrong_in_it_is_refused() {
     let text = alone(recorded());
-    let log: Vec<Value> = text
-        .lines()
-        .filter(|line| !line.is_empty())
-        .map(|line| serde_json::from_str(line).unwrap())
-        .collect();
+    let log = events(&text);
     let seen = history::check(&text).unwrap();
     println!("recorded: {seen}");
     // A kill between two frames has nothing to send again.
@@ -141,6 +137,121 @@ fn a_history_with_one_wrong_in_it_is_refused() {
                 let text: Vec<String> = wrong.iter().map(Value::to_string).collect();
                 let verdict = history::check(&text.join("\n"));
                 assert!(verdict.is_err(), "seed {seed}: {name} passed");
+                done += 1;
+            }
+        }
+        assert!(done > 0, "seed {seed}: nothing to try {name} on");
+    }
+}
+
+fn events(text: &str) -> Vec<Value> {
+    // A killed router may have left half a line.
+    text.lines().filter_map(|line| serde_json::from_str(line).ok()).collect()
+}
+
+type Offices = Vec<Vec<Value>>;
+type Usurpation = (&'static str, fn(&mut Offices, &mut Dice) -> bool);
+
+/// A random order that a node obeyed; the router that gave it, and its place in the log.
+fn obeyed(logs: &Offices, dice: &mut Dice, wanted: impl Fn(&Value) -> bool) -> Option<[usize; 2]> {
+    let orders = logs.iter().enumerate().flat_map(|(router, log)| {
+        let wanted = &wanted;
+        let fits = move |(_, event): &(usize, &Value)| {
+            event["e"] == "order" && event["obeyed"] == true && wanted(event)
+        };
+        log.iter().enumerate().filter(fits).map(move |(at, _)| [router, at])
+    });
+    let all: Vec<_> = orders.collect();
+    (!all.is_empty()).then(|| all[dice.below(all.len())])
+}
+
+/// An order after all others, and answered.
+fn later(order: &Value, term: u64, epoch: u64) -> Value {
+    let mut order = order.clone();
+    let sent = order["t"].as_u64().unwrap() + 1_000_000_000;
+    order["sent"] = json!(sent);
+    order["t"] = json!(sent + 1);
+    (order["term"], order["epoch"]) = (json!(term), json!(epoch));
+    order
+}
+
+/// When a router took the office, and which term: of the first that is in its log.
+fn taken(log: &[Value]) -> Option<usize> {
+    log.iter().position(|event| event["e"] == "term")
+}
+
+const USURPATIONS: [Usurpation; 6] = [
+    ("two controllers in one term", |logs, _| {
+        let [first, .., last] = &mut logs[..] else { return false };
+        let (Some(one), Some(two)) = (taken(first), taken(last)) else { return false };
+        last[two]["term"] = first[one]["term"].clone();
+        true
+    }),
+    ("a term that is lower than the last", |logs, _| {
+        let [first, .., last] = &mut logs[..] else { return false };
+        let (Some(one), Some(two)) = (taken(first), taken(last)) else { return false };
+        let late = first[one]["t"].as_u64().max(last[two]["t"].as_u64()).unwrap() + 1;
+        last.push(json!({ "t": late, "e": "term", "term": 1 }));
+        true
+    }),
+    ("an order in a term that its giver never had", |logs, dice| {
+        let Some([router, at]) = obeyed(logs, dice, any) else { return false };
+        let term = logs[router][at]["term"].as_u64().unwrap();
+        logs[router][at]["term"] = json!(term + 1);
+        true
+    }),
+    ("an order before its giver was elected", |logs, dice| {
+        let Some([router, at]) = obeyed(logs, dice, any) else { return false };
+        let Some(elected) = taken(&logs[router]) else { return false };
+        let other = (router + 1) % logs.len();
+        let early = logs[router][elected]["t"].as_u64().unwrap() - 1;
+        logs[router][at]["sent"] = json!(early);
+        // Unless it had been in office before.
+        taken(&logs[other]).is_some()
+    }),
+    ("a load with an old term obeyed", |logs, dice| {
+        // By a router whose term is over, after the other's order was obeyed.
+        let terms: Vec<u64> =
+            logs.iter().filter_map(|log| log[taken(log)?]["term"].as_u64()).collect();
+        let (Some(old), Some(new)) = (terms.iter().min(), terms.iter().max()) else { return false };
+        let of = |term: u64| move |order: &Value| order["term"] == term;
+        let Some([from, _]) = obeyed(logs, dice, of(*old)) else { return false };
+        let Some([router, at]) = obeyed(logs, dice, of(*new)) else { return false };
+        let usurped = later(&logs[router][at], *old, 1_000_000);
+        logs[from].push(usurped);
+        old < new
+    }),
+    ("an epoch that falls", |logs, dice| {
+        let Some([router, at]) = obeyed(logs, dice, |order| order["epoch"].as_u64() > Some(0))
+        else {
+            return false;
+        };
+        let order = &logs[router][at];
+        let (term, epoch) = (order["term"].as_u64().unwrap(), order["epoch"].as_u64().unwrap());
+        let late = later(order, term, epoch - 1);
+        logs[router].push(late);
+        true
+    }),
+];
+
+/// The checks of who was in office, on the logs of a mesh whose controller changed.
+pub fn usurpations_are_noticed(logs: &[String]) {
+    let seen = offices::check(logs).unwrap();
+    println!("in office: {seen:?}");
+    assert!(seen.terms > 1 && seen.orders > 1, "{seen:?}");
+    let logs: Offices = logs.iter().map(|text| events(text)).collect();
+    let seed = seed();
+    let mut dice = Dice(seed);
+    for (name, usurp) in USURPATIONS {
+        let mut done = 0;
+        for _ in 0..8 {
+            let mut wrong = logs.clone();
+            if usurp(&mut wrong, &mut dice) {
+                let text = |log: &Vec<Value>| {
+                    log.iter().map(Value::to_string).collect::<Vec<_>>().join("\n")
+                };
+                let texts: Vec<String> = wrong.iter().map(text).collect();
+                assert!(offices::check(&texts).is_err(), "seed {seed}: {name} passed");
                 done += 1;
             }
         }

@@ -1,22 +1,18 @@
 //! Scenarios in which processes are well and the network is not: silence each
 //! way, delay and a thin line, resets, connections clogged in turn.
 
-use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use super::load::{Balancer, Clients, asks};
-use super::observe::{Figures, ms};
-use super::run::{alone, run};
+use super::run::run;
 use super::scenario::{
-    Check, Fault, Faulting, Load, Scenario, When, bars, count, is_long, seconds,
+    Check, Fault, Faulting, Load, Scenario, When, bars, count, is_long, seconds, skipped,
 };
 use crate::support::faultproxy::{Direction, Faults, Once, Way};
+use crate::support::netns::{Harm, Netns};
 use crate::support::sandbox::Plan;
 use crate::support::{Sandbox, tiny};
 
 const TOKENS: usize = 64;
-/// Runs with a collector, and without.
-const PAIRS: usize = 5;
 /// From a healed network to a mesh that is whole.
 const HEAL: Duration = Duration::from_secs(5);
 
@@ -27,14 +23,6 @@ fn proxied() -> Plan {
 
 fn load(streams: usize, time: Duration) -> Load {
     Load { streams, tokens: TOKENS, time }
-}
-
-/// Says so where a scenario is left out of the short form.
-fn skipped(id: &str) -> bool {
-    if !is_long() {
-        println!("{id} skipped: MOEMESH_CHAOS_LONG=1 runs it");
-    }
-    !is_long()
 }
 
 #[test]
@@ -66,6 +54,46 @@ fn r7_partition() {
         .chain(bars([Check::Gap(Duration::from_millis(1200)), Check::Recovery(hold + HEAL)]))
         .collect(),
     });
+}
+
+/// Nodes in namespaces of their own, and packets that are really lost on the way.
+fn on_a_wire(id: &'static str, title: &'static str, streams: usize, faults: Vec<Fault>, time: u64) {
+    let Some(net) = Netns::start(4) else { return };
+    let (pause, gap) = (Duration::from_millis(500), Duration::from_millis(1200));
+    run(Scenario {
+        id,
+        title,
+        mesh: Sandbox::of(tiny()).expert_nodes(4).replicas(2).netns(&net),
+        load: load(streams, seconds(3, time)),
+        faults: Faulting { when: When::Every(pause), what: faults },
+        checks: [
+            vec![Check::NoneFailed, Check::Identical, Check::Amplification(1.2), Check::History],
+            bars([Check::Gap(gap)]),
+        ]
+        .concat(),
+    });
+}
+
+#[test]
+fn r7_wire_cut() {
+    let hold = Duration::from_secs(if is_long() { 5 } else { 2 });
+    let faults =
+        [Harm::Cut, Harm::To, Harm::From].map(|harm| Fault::Wire { harm, all: false, hold });
+    on_a_wire("R7n", "a node's packets lost, both ways and each way", 16, faults.to_vec(), 300);
+}
+
+#[test]
+fn r8_wire_loses() {
+    if skipped("R8n") {
+        return;
+    }
+    let hold = Duration::from_secs(10);
+    let faults = [Harm::Lossy(1), Harm::Lossy(5), Harm::Thin(10)].map(|harm| Fault::Wire {
+        harm,
+        all: true,
+        hold,
+    });
+    on_a_wire("R8n", "1 % and 5 % of all packets lost, then 10 Mbit/s", 8, faults.to_vec(), 120);
 }
 
 #[test]
@@ -158,61 +186,5 @@ fn r8_flipped_bits() {
         load: Load { streams: 1, tokens: 32, time: Duration::ZERO },
         faults: Faulting { when: When::Event(vec![3; what.len()]), what },
         checks: vec![Check::NoneFailed, Check::Identical, Check::Noticed(least)],
-    });
-}
-
-/// The collector of traces takes everything and answers nothing.
-#[test]
-fn r17_collector_hangs() {
-    if skipped("R17") {
-        return;
-    }
-    alone(async {
-        let deaf = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
-        let otlp = format!("\"http://{}\"", deaf.local_addr().unwrap());
-        let plan = || Sandbox::of(tiny()).expert_nodes(4).replicas(2).logged();
-        let traced = ["gateway", "router", "expert-node"].into_iter().fold(plan(), |plan, role| {
-            plan.set(role, "otlp", &otlp).set(role, "trace_sample", 0.01)
-        });
-        // In turns, so that what the machine does meanwhile meets both; how far runs of the same
-        // mesh lie apart is what a difference has to exceed.
-        let meshes = [plan().start().await, traced.start().await];
-        let mut p99 = [Vec::new(), Vec::new()];
-        let mut answered = [0, 0];
-        for turn in 0..2 * PAIRS {
-            let (which, asks) = (turn % 2, Arc::new(asks(TOKENS)));
-            let (mesh, count) = (&meshes[which], asks.len());
-            let clients = Clients::start(16, asks, Arc::new(Balancer::new(&mesh.addresses)));
-            let begun = Instant::now();
-            tokio::time::sleep(seconds(60, 120) / (2 * PAIRS as u32)).await;
-            let samples = clients.finish().await;
-            let figures = Figures::of(&samples, &vec![None; count], begun.elapsed());
-            mesh.wait_idle().await;
-            assert_eq!((figures.cut.len(), figures.refused), (0, 0), "{:?}", figures.cut);
-            answered[which] += figures.answered;
-            p99[which].push(figures.gap_p99);
-        }
-        p99.iter_mut().for_each(|times| times.sort_unstable());
-        let [without, with] = &p99;
-        let (middle, shown) = (PAIRS / 2, |times: &[Duration]| {
-            times.iter().map(|time| ms(*time).to_string()).collect::<Vec<_>>().join(", ")
-        });
-        let ratio = with[middle].as_secs_f64() / without[middle].as_secs_f64();
-        println!(
-            "| R17 | a trace collector that hangs, 1 % traced, {PAIRS} runs each in turn | {} and {} \
-             answered, 0 cut | gap p99 {} ms, without a collector {} ms | median ×{ratio:.3} |",
-            answered[1],
-            answered[0],
-            shown(with),
-            shown(without),
-        );
-        let most = without[PAIRS - 1].max(without[middle].mul_f64(1.05));
-        assert!(
-            with[middle] <= most,
-            "slower than any run without a collector: {with:?}, {without:?}"
-        );
-        for mesh in meshes {
-            mesh.stop();
-        }
     });
 }

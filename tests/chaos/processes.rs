@@ -7,7 +7,9 @@ use super::observe::{self, ms, until};
 use super::run::{alone, run};
 use super::scenario::{
     Check, Fault, Faulting, Load, Role, Scenario, When, Which, bars, count, is_long, seconds,
+    skipped,
 };
+use crate::support::certs::Certs;
 use crate::support::sandbox::Plan;
 use crate::support::{Sandbox, tiny};
 
@@ -217,6 +219,29 @@ fn r14_rolling_restart() {
         faults: Faulting {
             when: When::Every(Duration::from_millis(50)),
             what: vec![node, router, gateway, node, router, gateway, node, node],
+        },
+        checks: vec![Check::NoneFailed, Check::Identical],
+    });
+}
+
+/// tests/tls has the short form.
+#[test]
+fn r14_certificates() {
+    if skipped("R14c") {
+        return;
+    }
+    let certs = Certs::new(&["--expert-nodes", "4", "--routers", "2", "--gateways", "2"]);
+    let restart = |role| Fault::Restart { role, which: Which::Next };
+    let (node, router, gateway) =
+        (restart(Role::Node), restart(Role::Router), restart(Role::Gateway));
+    run(Scenario {
+        id: "R14c",
+        title: "new certificates for all under load, and processes that connect anew",
+        mesh: replicated().routers(2).gateways(2).tls(&certs.0),
+        load: Load { streams: STREAMS, tokens: TOKENS, time: seconds(60, 60) },
+        faults: Faulting {
+            when: When::Every(Duration::from_millis(500)),
+            what: vec![Fault::Rotate, node, Fault::Rotate, router, Fault::Rotate, gateway],
         },
         checks: vec![Check::NoneFailed, Check::Identical],
     });

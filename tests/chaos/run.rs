@@ -12,6 +12,7 @@ use super::history;
 use super::inflict::{Inflict, NEVER, Struck};
 use super::load::{Balancer, Clients, Outcome, asks};
 use super::observe::{Counters, Figures, Report, is_whole, ms, until};
+use super::offices;
 use super::scenario::{Check, Dice, Scenario, When, is_long, seed};
 use crate::support::{Sandbox, block_on};
 
@@ -149,15 +150,21 @@ async fn wait_for(clients: &Clients, position: usize) {
     }
 }
 
-/// Checks the event log of every router.
+/// Checks the event log of every router, and all together.
 pub fn histories(mesh: &Sandbox) -> Result<history::Seen, String> {
-    let mut all = history::Seen::default();
+    let (mut all, mut logs) = (history::Seen::default(), Vec::new());
     for router in &mesh.routers {
-        let path = mesh.dir.join(format!("{}.history", router.name));
-        let text = std::fs::read_to_string(&path).map_err(|error| error.to_string())?;
+        let text = recorded(mesh, &router.name).map_err(|error| error.to_string())?;
         all += history::check(&text).map_err(|wrong| format!("{}: {wrong}", router.name))?;
+        logs.push(text);
     }
+    offices::check(&logs)?;
     Ok(all)
+}
+
+/// A router's event log.
+pub fn recorded(mesh: &Sandbox, router: &str) -> std::io::Result<String> {
+    std::fs::read_to_string(mesh.dir.join(format!("{router}.history")))
 }
 
 fn judge(

@@ -4,6 +4,7 @@
 use std::time::Duration;
 
 use crate::support::faultproxy::{Direction, Faults, Once};
+use crate::support::netns::Harm;
 use crate::support::sandbox::Plan;
 
 /// See the module's text.
@@ -66,12 +67,16 @@ pub enum Fault {
     Restart { role: Role, which: Which },
     /// What the proxy before a node does for `hold`.
     Network { faults: Faults, hold: Duration },
-    /// The same, before several nodes: clogged one by one, freed in another order.
+    /// What the network between the router and one node, or all, does for `hold`.
+    Wire { harm: Harm, all: bool, hold: Duration },
+    /// As `Network`, before several nodes: clogged one by one, freed in another order.
     Swizzle { hold: Duration },
     /// The connection to a node is reset, or a bit flipped, so many bytes on.
     Harm { direction: Direction, after: u64, what: Once },
     /// etcd answers nobody for `hold`; or it is gone meanwhile, and comes back with its keys.
     Etcd { gone: bool, hold: Duration },
+    /// Every process gets a new certificate, and uses it.
+    Rotate,
     /// A node gets only so many percent of a CPU for `hold`.
     Slow { percent: u32, hold: Duration },
 }
@@ -120,6 +125,14 @@ pub fn count(short: usize, long: usize) -> usize {
 pub fn is_long() -> bool {
     let set = |name| std::env::var(name).is_ok_and(|value| !value.is_empty() && value != "0");
     set("MOEMESH_CHAOS_LONG") || set("MOEMESH_CHAOS_SECONDS")
+}
+
+/// Says so where a scenario is left out of the short form.
+pub fn skipped(id: &str) -> bool {
+    if !is_long() {
+        println!("{id} skipped: MOEMESH_CHAOS_LONG=1 runs it");
+    }
+    !is_long()
 }
 
 /// The run's seed: `MOEMESH_CHAOS_SEED`, or one that is printed with the run.

@@ -1,7 +1,6 @@
 //! Certificates as an operator makes them.
 
-use std::path::PathBuf;
-use std::process::Command;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use mesh::tls::{Role, Tls};
@@ -26,20 +25,20 @@ impl Certs {
     }
 
     pub fn issue(&self, role: &str, id: &str) {
-        let (ok, _, error) = run(&mut self.command(role, id));
-        assert!(ok, "{error}");
-    }
-
-    fn command(&self, role: &str, id: &str) -> Command {
-        let mut command = moemesh();
-        command.args(["certs", "issue"]).arg(&self.0);
-        command.args(["--force", "--role", role, "--id", id]);
-        command
+        issue(&self.0, role, id);
     }
 
     pub fn of(&self, role: Role, id: &str) -> Tls {
         identity(&self.0, role, id)
     }
+}
+
+/// A new certificate for `id`, by the authority in `dir`, in place of the one it has.
+pub fn issue(dir: &Path, role: &str, id: &str) {
+    let mut command = moemesh();
+    command.args(["certs", "issue"]).arg(dir).args(["--force", "--role", role, "--id", id]);
+    let (ok, _, error) = run(&mut command);
+    assert!(ok, "{error}");
 }
 
 impl Drop for Certs {

@@ -56,10 +56,12 @@ pub enum Evil {
     Reset,
     /// Calls every frame invalid.
     Invalid,
+    /// Says that results stand in shared memory where nobody asked for them.
+    Misplaced,
 }
 
 impl Evil {
-    pub const ALL: [Self; 10] = [
+    pub const ALL: [Self; 11] = [
         Self::Short,
         Self::WrongTicket,
         Self::OtherVersion,
@@ -70,6 +72,7 @@ impl Evil {
         Self::Huge,
         Self::Reset,
         Self::Invalid,
+        Self::Misplaced,
     ];
 }
 
@@ -130,10 +133,12 @@ impl Service<http::Request<Body>> for Node {
         let body =
             StreamBody::new(ReceiverStream::new(leaving).map(|bytes| Ok(Frame::data(bytes))));
         let body: StreamBody<_> = body;
-        let response = http::Response::builder()
-            .header("content-type", "application/grpc")
-            .body(Body::new(body.map_err(|error: Infallible| match error {})))
-            .unwrap();
+        let mut response = http::Response::builder().header("content-type", "application/grpc");
+        if matches!(self.evil, Evil::Misplaced) {
+            response = response.header(mesh::shared::ACCEPTED, "1");
+        }
+        let response =
+            response.body(Body::new(body.map_err(|error: Infallible| match error {}))).unwrap();
         Box::pin(async move { Ok(response) })
     }
 }
@@ -191,6 +196,11 @@ impl Node {
             Evil::Reset => return false,
             Evil::OtherVersion => refuse(ErrorCode::VersionMismatch),
             Evil::Invalid => refuse(ErrorCode::Invalid),
+            Evil::Misplaced => encode(DispatchReply {
+                ticket: frame.ticket,
+                shared_bytes: 1 << 40,
+                ..Default::default()
+            }),
             Evil::Garbage => Bytes::from_static(&[0, 0, 0, 0, 6, 255, 255, 255, 255, 255, 255]),
             Evil::Huge => Bytes::from_static(&[0, 255, 255, 255, 255, 1, 2, 3]),
             Evil::Short | Evil::WrongTicket | Evil::NotFinite | Evil::Twice => {

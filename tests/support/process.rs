@@ -20,6 +20,8 @@ pub struct Launch {
     pub environment: Vec<(String, String)>,
     /// What it writes goes to `NAME.log` beside its configuration.
     pub logged: bool,
+    /// The network namespace it is in, if not this program's.
+    pub netns: Option<String>,
 }
 
 impl Process {
@@ -69,6 +71,11 @@ impl Drop for Process {
 fn spawn(name: &str, config: &Path, launch: &Launch) -> Child {
     let role = name.rsplit_once('-').unwrap().0;
     let mut command = moemesh();
+    if let Some(netns) = &launch.netns {
+        // Becomes the program, under the same process id.
+        command = Command::new("ip");
+        command.args(["netns", "exec", netns, env!("CARGO_BIN_EXE_moemesh")]);
+    }
     command.args([role, "--config"]).arg(config).envs(launch.environment.iter().cloned());
     if launch.logged {
         let path = config.with_extension("log");

@@ -14,6 +14,7 @@ use serde_json::{Value, json};
 use super::etcd::EtcdServer;
 use super::faultproxy::FaultProxy;
 use super::http::{self, Address};
+use super::netns::Netns;
 use super::process::{Launch, Process, free_port};
 
 /// Long enough for a loaded machine; a mesh that is up is never waited for.
@@ -42,6 +43,7 @@ pub struct Plan {
     fail: bool,
     logged: bool,
     tcp: bool,
+    netns: Option<Arc<Netns>>,
     /// Where processes find each other, if they are not told.
     etcd: Option<Arc<EtcdServer>>,
 }
@@ -55,11 +57,15 @@ pub struct Sandbox {
     pub nodes: Vec<Process>,
     /// Every gateway.
     pub addresses: Vec<Address>,
+    /// A directory of its certificates.
+    pub certificates: Option<PathBuf>,
     /// Whose certificate this program calls with.
     pub operator: Option<Tls>,
     /// One before each node, if the plan has them.
     pub proxies: Vec<FaultProxy>,
     pub etcd: Option<Arc<EtcdServer>>,
+    /// Between this machine and the nodes, if they are on hosts of their own.
+    pub netns: Option<Arc<Netns>>,
     /// What the configuration of every node says.
     common: String,
 }
@@ -82,6 +88,7 @@ impl Sandbox {
             fail: false,
             logged: false,
             tcp: false,
+            netns: None,
             etcd: None,
         }
     }
@@ -160,6 +167,12 @@ impl Plan {
         self
     }
 
+    /// Has every expert node on a host of its own.
+    pub fn netns(mut self, net: &Arc<Netns>) -> Self {
+        self.netns = Some(net.clone());
+        self.node("insecure", true)
+    }
+
     /// Puts a fault proxy before every expert node.
     pub fn proxied(mut self) -> Self {
         self.proxied = true;
@@ -207,8 +220,13 @@ impl Plan {
             Some(_) => String::new(),
         };
         // Where nodes listen that are known by host:port.
-        let ports: Vec<u16> =
-            (0..if self.tcp { self.expert_nodes } else { 0 }).map(|_| free_port()).collect();
+        let hosts: Vec<String> = match &self.netns {
+            Some(net) => (0..self.expert_nodes).map(|node| net.address(node)).collect(),
+            None if self.tcp => {
+                (0..self.expert_nodes).map(|_| format!("127.0.0.1:{}", free_port())).collect()
+            }
+            None => Vec::new(),
+        };
         let mut class = format!("numerics = \"{}\"\n", self.numerics);
         for (key, value) in &self.compute {
             writeln!(class, "{key} = {value}").unwrap();
@@ -219,8 +237,8 @@ impl Plan {
             let mut config = format!("id = \"{name}\"\n{model}{own}");
             if role != "gateway" {
                 let admin = socket(&format!("{name}-admin"));
-                let listen = match (role, ports.get(index)) {
-                    ("expert-node", Some(port)) => format!("127.0.0.1:{port}"),
+                let listen = match (role, hosts.get(index)) {
+                    ("expert-node", Some(host)) => host.clone(),
                     _ => socket(&name),
                 };
                 write!(config, "listen = \"{listen}\"\nadmin = \"{admin}\"\n{class}").unwrap();
@@ -236,6 +254,9 @@ impl Plan {
                 writeln!(config, "{key} = {value}").unwrap();
             }
             let mut launch = Launch { logged: self.logged, ..Launch::default() };
+            if role == "expert-node" {
+                launch.netns = self.netns.as_ref().map(|net| net.of(index));
+            }
             if self.fail {
                 let points = dir.join(format!("{name}.fail"));
                 std::fs::create_dir_all(&points).unwrap();
@@ -254,8 +275,8 @@ impl Plan {
             nodes.push(start("expert-node", index, own));
         }
         let mut endpoints: Vec<String> = nodes.iter().map(|node| socket(&node.name)).collect();
-        if self.tcp {
-            endpoints = ports.iter().map(|port| format!("127.0.0.1:{port}")).collect();
+        if !hosts.is_empty() {
+            endpoints = hosts.clone();
         }
         let mut proxies = Vec::new();
         if self.proxied {
@@ -280,8 +301,21 @@ impl Plan {
         let http = addresses[0].clone();
         let operator = certificates.map(|dir| identity(dir, Role::Operator, "operator-0"));
         let common = format!("{model}{class}");
-        let etcd = self.etcd;
-        Sandbox { dir, http, gateways, routers, nodes, addresses, operator, proxies, etcd, common }
+        let (etcd, netns) = (self.etcd, self.netns);
+        Sandbox {
+            dir,
+            http,
+            gateways,
+            routers,
+            nodes,
+            addresses,
+            certificates: self.certificates,
+            operator,
+            proxies,
+            etcd,
+            netns,
+            common,
+        }
     }
 }
 
@@ -345,6 +379,21 @@ impl Sandbox {
     pub async fn metrics(&self, name: &str) -> String {
         let address = Address::Unix(self.socket(&format!("{name}-admin")));
         http::get(&address, "/metrics").await.unwrap().1
+    }
+
+    /// A number of theirs.
+    pub async fn number(&self, name: &str, metric: &str) -> f64 {
+        let text = self.metrics(name).await;
+        let line = text.lines().find_map(|line| line.strip_prefix(metric)?.strip_prefix(' '));
+        line.unwrap_or_else(|| panic!("{name} has no {metric}")).parse().unwrap()
+    }
+
+    /// A directory with nothing of the model but its configuration.
+    pub fn bare(&self, model: &Path) -> PathBuf {
+        let bare = self.dir.join("bare");
+        std::fs::create_dir_all(&bare).unwrap();
+        std::fs::copy(model.join("config.json"), bare.join("config.json")).unwrap();
+        bare
     }
 
     /// Starts a further node, with settings of its own beside those of all.

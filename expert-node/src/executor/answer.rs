@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use bytes::Bytes;
+use bytes::BufMut as _;
 use model::{Kernels, Numerics, Results};
 use proto::v1::{DispatchReply, ErrorCode};
 use proto::wire::{self, Leaving};
@@ -42,23 +42,34 @@ impl Answers<'_> {
             let rows = &rows[job.first..job.first + job.slots];
             let queued = start.duration_since(job.arrived);
             let form = writer.form(&job.frame, numerics);
-            let head = DispatchReply {
+            let mut head = DispatchReply {
                 ticket: job.frame.ticket,
                 attempt: job.frame.attempt,
                 dtype: form.dtype() as i32,
                 hidden: hidden as u32,
                 queue_us: micros(queued),
                 compute_us: micros(took),
-                error: None,
-                rows: Bytes::new(),
-                checksum: None,
+                ..Default::default()
             };
             let mut finite = true;
             let bytes = form.rows(&job.frame) * form.dtype().row_bytes(hidden);
-            wire::put(wire.buffer(), &head, bytes, |buffer| {
-                let results = rows.iter().map(|&row| results.row(row as usize));
-                finite = writer.write(kernels, form, &job.frame, results, buffer);
-            });
+            let results = rows.iter().map(|&row| results.row(row as usize));
+            let room = job.shared().filter(|(_, place)| place.results_bytes >= bytes as u64);
+            if let Some((segment, place)) = room {
+                let mut at = place.results_at as usize;
+                finite = writer.write(kernels, form, &job.frame, results, |row| {
+                    segment.write(at, row);
+                    at += row.len();
+                });
+                head.shared_bytes = bytes as u64;
+                wire::put(wire.buffer(), &head, 0, |_| {});
+            } else {
+                wire::put(wire.buffer(), &head, bytes, |buffer| {
+                    finite = writer.write(kernels, form, &job.frame, results, |row| {
+                        buffer.put_slice(row);
+                    });
+                });
+            }
             if job.frame.checksum.is_some() {
                 wire::seal(wire.buffer());
             }

@@ -19,7 +19,7 @@ impl Experts for Failing {
         _: &kernels::Compute,
         _: Numerics,
         groups: &[ExpertGroup<'_>],
-        _: Rows<'_>,
+        _: &dyn Rows,
     ) -> Result<(), GpuError> {
         assert!(!groups.is_empty());
         let code = "CUDA_ERROR_ECC_UNCORRECTABLE".to_owned();
@@ -64,8 +64,15 @@ async fn a_lost_device_ends_the_executor_and_answers_nothing() {
     };
     let reply = replies.reserve_owned().await.unwrap();
     let arrived = Instant::now();
-    let sent =
-        queue.send(Job { frame, slots: 1, first: 0, tainted: Cell::new(false), arrived, reply });
+    let sent = queue.send(Job {
+        frame,
+        segment: None,
+        slots: 1,
+        first: 0,
+        tainted: Cell::new(false),
+        arrived,
+        reply,
+    });
     assert!(sent.is_ok());
     let ended = executor.run(jobs).await;
     assert!(ended.is_err_and(|error| error.is_lost()));
@@ -92,13 +99,15 @@ impl Experts for Slow {
         _: &kernels::Compute,
         _: Numerics,
         groups: &[ExpertGroup<'_>],
-        rows: Rows<'_>,
+        rows: &dyn Rows,
     ) -> Result<(), GpuError> {
         let count: usize = groups.iter().map(|group| group.rows).sum();
         let mut out = Vec::new();
         for place in 0..count {
-            let row = rows(place);
-            out.extend(if row.fp8 { [8, 0] } else { [row.bytes[0] + 1, row.bytes[1]] });
+            let (_, fp8) = rows.kind(place);
+            let mut row = vec![0; if fp8 { 5 } else { 2 }];
+            rows.copy(place, &mut row);
+            out.extend(if fp8 { [8, 0] } else { [row[0] + 1, row[1]] });
         }
         self.begun.push_back(out);
         self.most.fetch_max(self.begun.len(), Ordering::Relaxed);
@@ -162,7 +171,9 @@ async fn batches_overlap_and_every_frame_gets_its_own_results() {
             assert!(admission.enter(4));
             let reply = replies.clone().reserve_owned().await.unwrap();
             let (arrived, tainted) = (Instant::now(), Cell::new(false));
-            assert!(queue.send(Job { frame, slots: 4, first: 0, tainted, arrived, reply }).is_ok());
+            let (segment, slots, first) = (None, 4, 0);
+            let job = Job { frame, segment, slots, first, tainted, arrived, reply };
+            assert!(queue.send(job).is_ok());
             for _ in 0..ticket % 5 {
                 tokio::task::yield_now().await;
             }

@@ -19,6 +19,8 @@ use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpStream, UnixStream};
 use tokio::task::JoinSet;
 
+use crate::near::Shortcut;
+use crate::shared::{self, Bringing, Copies, Misplaced, Room, Segment};
 use crate::tls::{self, Expected, Socket, Tls};
 use crate::transport::{
     CONNECT_TIMEOUT, CONNECTION_WINDOW, Endpoint, KEEP_ALIVE_EVERY, KEEP_ALIVE_TIMEOUT, MAX_DATA,
@@ -46,6 +48,8 @@ pub enum StreamError {
     Grpc { code: String, message: String },
     #[error("{0}")]
     Wire(#[from] wire::WireError),
+    #[error("{0}")]
+    Misplaced(#[from] Misplaced),
     #[error("it sent a reply that no frame asked for")]
     Unasked,
     #[error("no answer to a ping within {0:?}")]
@@ -78,12 +82,19 @@ struct Inner {
     stream: Mutex<SendStream<Bytes>>,
     unanswered: AtomicUsize,
     sealed: bool,
+    /// Memory that the node has, too.
+    room: Option<Room>,
 }
 
 impl Writer {
     /// Whether messages have to be sealed, as nothing else would show a flipped bit.
     pub fn is_sealed(&self) -> bool {
         self.0.sealed
+    }
+
+    /// Where large frames' rows are put, if the node looks there.
+    pub fn room(&self) -> Option<&Room> {
+        self.0.room.as_ref()
     }
 
     /// Hands a message over; false when the stream is broken or has too many
@@ -105,6 +116,7 @@ pub struct Reader {
     stream: RecvStream,
     messages: Messages,
     writer: Writer,
+    copies: Copies,
     /// Drives the connection and its pings.
     tasks: JoinSet<StreamError>,
 }
@@ -117,23 +129,31 @@ pub struct Reader {
 pub async fn open(
     endpoint: &Endpoint,
     tls: Option<(&Tls, &Expected)>,
+    shared_rows: Shortcut,
 ) -> Result<(Writer, Reader), StreamError> {
     let connecting = async {
         if let Some((tls, expected)) = tls {
             let socket = Socket::connect(endpoint).await?;
             let (stream, _) = tls.connect(socket, expected).await?;
-            return handshake(stream, "mesh", false).await;
+            return handshake(stream, "mesh", false, None).await;
         }
         match endpoint {
             Endpoint::Tcp(address) => {
                 let socket = TcpStream::connect(address).await?;
                 socket.set_nodelay(true)?;
-                handshake(socket, address, true).await
+                handshake(socket, address, true, None).await
             }
             Endpoint::Unix(path) => {
                 let socket = UnixStream::connect(unix_name(path)).await?;
                 widen(&socket);
-                handshake(socket, "localhost", false).await
+                let (segment, handed) = match shared_rows {
+                    Shortcut::Auto => Segment::create()
+                        .inspect_err(|error| tracing::debug!(%error, "no memory to share"))
+                        .ok()
+                        .unzip(),
+                    Shortcut::Off => (None, None),
+                };
+                handshake(Bringing::new(socket, handed), "localhost", false, segment).await
             }
         }
     };
@@ -144,6 +164,7 @@ async fn handshake<S>(
     socket: S,
     authority: &str,
     sealed: bool,
+    segment: Option<Segment>,
 ) -> Result<(Writer, Reader), StreamError>
 where
     S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
@@ -179,10 +200,14 @@ where
     if response.headers().contains_key("grpc-status") {
         return Err(status(response.headers()));
     }
-    let inner = Inner { stream: Mutex::new(stream), unanswered: AtomicUsize::new(0), sealed };
+    let accepted = response.headers().contains_key(shared::ACCEPTED);
+    let room = segment.filter(|_| accepted).map(|segment| Room::new(segment, UNANSWERED));
+    let inner = Inner { stream: Mutex::new(stream), unanswered: AtomicUsize::new(0), sealed, room };
     let writer = Writer(Arc::new(inner));
     let messages = Messages::new(MAX_MESSAGE_BYTES);
-    let reader = Reader { stream: response.into_body(), messages, writer: writer.clone(), tasks };
+    let stream = response.into_body();
+    let reader =
+        Reader { stream, messages, writer: writer.clone(), copies: Copies::default(), tasks };
     Ok((writer, reader))
 }
 
@@ -210,6 +235,11 @@ impl Reader {
                 wire::read(message, &mut reply)?;
                 if self.writer.0.sealed && reply.checksum.is_none() {
                     return Err(wire::WireError::Damaged.into());
+                }
+                match &self.writer.0.room {
+                    Some(room) => room.settle(&mut reply, &mut self.copies)?,
+                    None if reply.shared_bytes == 0 => {}
+                    None => return Err(Misplaced { said: reply.shared_bytes, room: 0 }.into()),
                 }
                 let taken = |unanswered: usize| unanswered.checked_sub(1);
                 let unanswered = &self.writer.0.unanswered;

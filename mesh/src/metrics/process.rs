@@ -50,7 +50,9 @@ impl Collector for Process {
             let to = encoder.encode_descriptor(name, help, Some(&unit), counter.metric_type())?;
             counter.encode(to)?;
         }
-        Ok(())
+        let lost = ConstCounter::new(crate::telemetry::lost());
+        let (name, help) = ("process_lost_spans", "Spans that no trace collector got");
+        lost.encode(encoder.encode_descriptor(name, help, None, lost.metric_type())?)
     }
 }
 

@@ -7,18 +7,25 @@ use opentelemetry::trace::{
 use tracing::Span;
 use tracing_opentelemetry::OpenTelemetrySpanExt as _;
 
-/// The `traceparent` of `span`, or an empty string when it is not sampled.
+/// The `traceparent` of `span`, which says whether it is sampled, too, so that whoever
+/// is called next does not draw anew. Empty where no collector is configured.
 pub fn traceparent(span: &Span) -> String {
+    let Some(context) = context_of(span) else { return String::new() };
+    let (trace, span, flags) = (context.trace_id(), context.span_id(), context.trace_flags());
+    format!("00-{trace}-{span}-{:02x}", (flags & TraceFlags::SAMPLED).to_u8())
+}
+
+/// A collector is configured and gets this span.
+pub fn is_sampled(span: &Span) -> bool {
+    context_of(span).is_some_and(|context| context.is_sampled())
+}
+
+fn context_of(span: &Span) -> Option<SpanContext> {
     if span.is_disabled() {
-        return String::new();
+        return None;
     }
-    let context = span.context();
-    let span = context.span();
-    let context = span.span_context();
-    if !context.is_valid() || !context.is_sampled() {
-        return String::new();
-    }
-    format!("00-{}-{}-01", context.trace_id(), context.span_id())
+    let context = span.context().span().span_context().clone();
+    context.is_valid().then_some(context)
 }
 
 /// Makes `span` a child of the span that `traceparent` names, if it names one.

@@ -5,6 +5,7 @@ use kernels::cuda::{GpuError, Results, Rows};
 
 use super::{ExpertGroup, ExpertScratch, forward_experts};
 use crate::numerics::Numerics;
+use crate::parallel::grown;
 
 /// Where experts are computed. Batches begin, and their results are taken in the same order; another may begin before the
 /// results of one are taken, not more.
@@ -14,8 +15,8 @@ pub trait Experts: Send {
         false
     }
 
-    /// Begins to compute every group's rows with its expert: places are the groups' rows one after the other, and `rows`
-    /// finds each, in the wire form of the class or in FP8. All are asked for before it returns.
+    /// Begins to compute every group's rows with its expert: places are the groups' rows one after the other, `rows` in
+    /// the wire form of the class or in FP8. All are copied before it returns.
     ///
     /// # Errors
     /// The device that computes cannot any more; so of the others.
@@ -24,7 +25,7 @@ pub trait Experts: Send {
         compute: &Compute,
         numerics: Numerics,
         groups: &[ExpertGroup<'_>],
-        rows: Rows<'_>,
+        rows: &dyn Rows,
     ) -> Result<(), GpuError>;
 
     /// Whether the results of the oldest batch are there.
@@ -51,13 +52,15 @@ impl Experts for CpuExperts {
         compute: &Compute,
         numerics: Numerics,
         groups: &[ExpertGroup<'_>],
-        rows: Rows<'_>,
+        rows: &dyn Rows,
     ) -> Result<(), GpuError> {
         let Self { scratch, x, out, width } = self;
-        x.clear();
-        let count = groups.iter().map(|group| group.rows).sum();
-        (0..count).for_each(|place| x.extend_from_slice(rows(place).bytes));
         *width = groups.first().map_or(0, |group| group.expert.hidden() * numerics.bytes());
+        let count: usize = groups.iter().map(|group| group.rows).sum();
+        let x = grown(x, count * *width);
+        for (place, row) in x.chunks_exact_mut((*width).max(1)).enumerate() {
+            rows.copy(place, row);
+        }
         forward_experts(compute, numerics, groups, x, out, scratch);
         Ok(())
     }

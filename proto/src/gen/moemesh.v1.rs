@@ -36,6 +36,9 @@ pub struct DispatchFrame {
     /// frame, the weighted sum of its slots' results in slot order.
     #[prost(float, repeated, tag = "13")]
     pub weights: ::prost::alloc::vec::Vec<f32>,
+    /// Instead of `rows`, where processes of one host share memory.
+    #[prost(message, optional, tag = "14")]
+    pub shared: ::core::option::Option<SharedRows>,
     /// slot_counts.len() x hidden values of dtype, little-endian, row-major.
     #[prost(bytes = "bytes", tag = "15")]
     pub rows: ::prost::bytes::Bytes,
@@ -63,6 +66,9 @@ pub struct DispatchReply {
     /// Set instead of rows when the frame was refused or failed.
     #[prost(message, optional, tag = "7")]
     pub error: ::core::option::Option<DispatchError>,
+    /// Instead of `rows`: how many bytes of results stand where the frame's `shared` had room for them.
+    #[prost(uint64, tag = "8")]
+    pub shared_bytes: u64,
     /// One row per slot of the frame, in the frame's slot order, unweighted; or,
     /// if the frame had weights, one weighted sum per row.
     #[prost(bytes = "bytes", tag = "15")]
@@ -70,6 +76,21 @@ pub struct DispatchReply {
     /// As the frame's, if that had one.
     #[prost(fixed32, optional, tag = "16")]
     pub checksum: ::core::option::Option<u32>,
+}
+/// Places in the memory that the connection's client has handed to its server (ARCHITECTURE.md,
+/// "Shared rows"). They are the frame's until it is answered.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct SharedRows {
+    /// The frame's rows.
+    #[prost(uint64, tag = "1")]
+    pub rows_at: u64,
+    #[prost(uint64, tag = "2")]
+    pub rows_bytes: u64,
+    /// Room for its results.
+    #[prost(uint64, tag = "3")]
+    pub results_at: u64,
+    #[prost(uint64, tag = "4")]
+    pub results_bytes: u64,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct DispatchError {

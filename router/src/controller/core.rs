@@ -456,13 +456,21 @@ impl Core {
 
     fn problem(&self, nodes: &[Seen], load: &[u64]) -> Problem {
         let grid = &self.settings.grid;
+        let held = |seen: &Seen| -> u64 {
+            let owned = seen.owned.iter().zip(&grid.bytes).filter(|(owned, _)| **owned);
+            owned.map(|(_, bytes)| bytes).sum()
+        };
+        let sore = |seen: &Seen| self.sore.contains_key(&seen.endpoint);
+        // What nobody owns nobody can be asked for: who has the files loads it, if there is one.
+        let lost = |cell| !nodes.iter().any(|node| node.owned[cell]);
+        let loads = |seen: &Seen| {
+            let room = seen.capacity.is_none_or(|most| held(seen) < most);
+            !seen.partial && room && !sore(seen) && !self.is_draining(&seen.endpoint)
+        };
+        let from_files = (0..grid.experts.cells()).any(lost) && nodes.iter().any(loads);
         let node = |seen: &Seen| {
-            let held = || seen.owned.iter().zip(&grid.bytes).filter(|(owned, _)| **owned);
-            let full = self.sore.contains_key(&seen.endpoint);
-            let capacity = match full {
-                true => Some(held().map(|(_, bytes)| bytes).sum()),
-                false => seen.capacity,
-            };
+            let full = sore(seen) || (seen.partial && from_files);
+            let capacity = if full { Some(held(seen)) } else { seen.capacity };
             let draining = self.is_draining(&seen.endpoint);
             Node { capacity, draining, owned: seen.owned.clone() }
         };

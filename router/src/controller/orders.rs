@@ -17,6 +17,7 @@ use tonic::{Code, Request, Status};
 
 use super::core::{Failure, Orders};
 use super::tally::Counted;
+use crate::history::{self, History};
 
 /// Loading reads weights from disk: many gigabytes when a node is lost.
 const ORDER_TIMEOUT: Duration = Duration::from_secs(120);
@@ -37,6 +38,16 @@ pub enum Told {
     Load(Order, Vec<LayerExperts>, Vec<Source>),
     Drop(Order, Vec<LayerExperts>),
     SetDrained(Order, bool),
+}
+
+impl Told {
+    fn order(&self) -> (Order, &'static str) {
+        match self {
+            Self::Load(order, ..) => (*order, "load"),
+            Self::Drop(order, _) => (*order, "drop"),
+            Self::SetDrained(order, _) => (*order, "set_drained"),
+        }
+    }
 }
 
 /// What came of telling it.
@@ -95,11 +106,14 @@ pub fn targets(
 }
 
 /// Tells every node its part; returns when all have answered.
-pub async fn give(targets: Vec<Target<Told>>) -> Vec<Outcome> {
+pub async fn give(targets: Vec<Target<Told>>, history: History) -> Vec<Outcome> {
     let mut telling = JoinSet::new();
     for Target { endpoint, channel, what } in targets {
+        let history = history.clone();
         telling.spawn(async move {
             let mut node = ExpertControlClient::new(channel);
+            let (Order { term, epoch }, name) = what.order();
+            let sent = history::now();
             let answer = match what {
                 Told::Load(order, experts, sources) => {
                     let request = LoadRequest { order: Some(order), experts, sources };
@@ -114,6 +128,15 @@ pub async fn give(targets: Vec<Target<Told>>) -> Vec<Outcome> {
                     node.set_drained(timed(request, MARK_TIMEOUT)).await.map(|_| ())
                 }
             };
+            let obeyed = answer.is_ok();
+            history.record(
+                "order",
+                format_args!(
+                    "\"sent\":{sent},\"term\":{term},\"epoch\":{epoch},\"what\":\"{name}\",\
+                     \"node\":{endpoint:?},\"obeyed\":{obeyed}"
+                ),
+            );
+            history.flush();
             Outcome { endpoint, failure: answer.err().map(|status| judge(&status)) }
         });
     }

@@ -72,6 +72,8 @@ impl Controller {
             elected.term = Some(term);
             elected.told.clear();
             self.core.take_office(term, seen, now);
+            self.parts.history.record("term", format_args!("\"term\":{term}"));
+            self.parts.history.flush();
         }
         self.tell(seen, term, ctx);
         Ok(())
@@ -88,7 +90,8 @@ impl Controller {
             let load = vec![(node.endpoint.clone(), Vec::new())];
             let orders = Orders { order: Order { term, epoch: 0 }, load, ..Orders::default() };
             let name = (node.endpoint.clone(), node.incarnation);
-            let telling = orders::give(self.targets(orders)).into_actor(self);
+            let telling = orders::give(self.targets(orders), self.parts.history.clone());
+            let telling = telling.into_actor(self);
             ctx.spawn(telling.map(move |outcomes, controller, _| {
                 let heard = outcomes.iter().any(|outcome| outcome.failure.is_none());
                 if let Some(elected) = controller.elected.as_mut().filter(|_| !heard) {

@@ -4,6 +4,7 @@
 
 use std::time::Instant;
 
+use mesh::telemetry::propagate;
 use model::LogitRows;
 use model::sample::{self, Choice, History, NonFinite, Row, Scored, Scratch};
 use proto::v1::generate_event::Event;
@@ -45,6 +46,8 @@ pub(super) struct Stream {
     dropped: (u64, u64),
     stalled: Option<Stalled>,
     pub span: Span,
+    /// A collector gets its span, and those of its steps.
+    pub traced: bool,
 }
 
 /// A sequence that needs an expert which is not there.
@@ -67,6 +70,7 @@ impl Stream {
             tokens[prompt_len..].iter().for_each(|&token| history.push(token));
         }
         let (generated, span) = (job.emitted, job.span.clone());
+        let traced = propagate::is_sampled(&span);
         Self {
             job,
             prompt_len,
@@ -77,6 +81,7 @@ impl Stream {
             dropped: (0, 0),
             stalled: None,
             span,
+            traced,
         }
     }
 

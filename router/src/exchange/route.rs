@@ -5,11 +5,12 @@ use std::time::Instant;
 
 use bytes::{BufMut as _, BytesMut};
 use mesh::placement::{NodeIndex, Placement};
+use mesh::shared::{Place, Room};
 use proto::frame;
 use proto::wire;
 use proto::{Attempt, ExpertId, Ticket};
 
-use super::{Combine, Exchange, LANES, Open, Outgoing, Shape, Wire};
+use super::{Combine, Encoded, Exchange, LANES, Open, Outgoing, Shape, Wire};
 
 /// Vectors that routing uses again.
 #[derive(Default)]
@@ -135,9 +136,17 @@ impl Exchange {
 
     /// Appends the frame of an open ticket to `buffer`, as it goes to the
     /// stream. `rows` are the layer's as they are sent ([`Shape::sent`]), `weights` its
-    /// slots', which only a node that sums needs. Nothing if it is not open.
-    pub fn encode(&mut self, ticket: Ticket, rows: &[u8], weights: &[f32], buffer: &mut BytesMut) {
-        let Some(open) = self.open.iter().find(|open| open.ticket == ticket) else { return };
+    /// slots', which only a node that sums needs. They are put into the stream's shared memory
+    /// in place of the frame if there is `room` for them. None if it is not open.
+    pub fn encode(
+        &mut self,
+        ticket: Ticket,
+        rows: &[u8],
+        weights: &[f32],
+        room: Option<&Room>,
+        buffer: &mut BytesMut,
+    ) -> Option<Encoded> {
+        let open = self.open.iter().find(|open| open.ticket == ticket)?;
         let Shape { hidden, top_k, wire, combine, .. } = self.shape;
         let dtype = self.shape.sent();
         let end = self.started + self.patience.expert_wait;
@@ -164,11 +173,28 @@ impl Exchange {
             head.weights.extend(open.slots.iter().map(|&slot| weights[slot as usize]));
         }
         let width = dtype.row_bytes(hidden as usize);
-        wire::put(buffer, head, head.slot_counts.len() * width, |buffer| {
-            for slots in each_row {
-                let from = (slots[0] / top_k) as usize * width;
-                buffer.put_slice(&rows[from..from + width]);
-            }
+        let each_row = each_row.map(|slots| {
+            let from = (slots[0] / top_k) as usize * width;
+            &rows[from..from + width]
         });
+        let results = match combine {
+            Combine::Router => open.slots.len(),
+            Combine::Node => head.slot_counts.len(),
+        };
+        let results = results * self.shape.replied().row_bytes(hidden as usize);
+        let bytes = head.slot_counts.len() * width;
+        let place = room.and_then(|room| room.place(ticket.0, bytes, results));
+        let shared = place.is_some();
+        head.shared = place.as_ref().map(Place::said);
+        match place {
+            Some(mut place) => {
+                each_row.for_each(|row| place.put(row));
+                wire::put(buffer, head, 0, |_| {});
+            }
+            None => wire::put(buffer, head, bytes, |buffer| {
+                each_row.for_each(|row| buffer.put_slice(row));
+            }),
+        }
+        Some(Encoded { bytes, shared })
     }
 }

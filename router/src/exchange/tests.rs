@@ -86,13 +86,13 @@ impl Case {
         let outbox = std::mem::take(&mut self.exchange.outbox);
         let read = |out: Outgoing| {
             let mut wire = bytes::BytesMut::new();
-            self.exchange.encode(out.ticket, &self.rows, &[], &mut wire);
+            self.exchange.encode(out.ticket, &self.rows, &[], None, &mut wire).unwrap();
             let mut messages = Messages::new(1 << 20);
             messages.push(wire.freeze());
             let mut frame = DispatchFrame::default();
             wire::read(messages.take().unwrap().unwrap(), &mut frame).unwrap();
             let shape = frame::Shape { hidden: 2, experts: EXPERTS, top_k: 2 };
-            frame::check(&frame, shape).unwrap();
+            frame::check(&frame, shape, 0).unwrap();
             assert_eq!(frame.ticket, out.ticket.0);
             Sent { node: out.node, frame }
         };

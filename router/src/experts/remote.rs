@@ -109,6 +109,7 @@ impl Remote {
             match event {
                 Some(Some(LinkEvent::Reply(node, reply))) => {
                     let ticket = reply.ticket;
+                    self.metrics.count_rows(reply.rows.len(), reply.shared_bytes > 0);
                     let exchange = &mut self.lanes[lane(Ticket(ticket))].0;
                     let before = exchange.missing();
                     let taken = exchange.on_reply(node, reply, &placement, now);
@@ -264,19 +265,32 @@ impl Remote {
         // On the pump, where waking the connections costs no system call.
         self.pump.run(async {
             while let Some(Outgoing { node, ticket }) = exchange.outbox.pop() {
-                exchange.encode(ticket, rows, routed.weights, self.wire.buffer());
                 let link = self.links.get(node);
-                if link.as_ref().is_some_and(|link| link.is_sealed()) {
-                    wire::seal(self.wire.buffer());
-                }
-                let frame = self.wire.take();
-                if frame.is_empty() {
+                let stream = link.as_ref().and_then(|link| link.stream());
+                let room = stream.as_ref().and_then(|stream| stream.room());
+                let buffer = self.wire.buffer();
+                let Some(encoded) = exchange.encode(ticket, rows, routed.weights, room, buffer)
+                else {
                     // Its slots have been given up since.
                     continue;
+                };
+                if stream.as_ref().is_some_and(|stream| stream.is_sealed()) {
+                    wire::seal(buffer);
                 }
-                if !link.is_some_and(|link| link.send(frame)) {
+                let frame = self.wire.take();
+                let sent = match (&link, &stream) {
+                    (Some(link), Some(stream)) => link.send(stream, frame),
+                    _ => false,
+                };
+                if !sent {
+                    if let Some(room) = room {
+                        room.release(ticket.0);
+                    }
                     exchange.on_unsent(ticket, placement, now);
-                } else if history.is_on() {
+                    continue;
+                }
+                self.metrics.count_rows(encoded.bytes, encoded.shared);
+                if history.is_on() {
                     record_sent(history, exchange, lane, ticket);
                 }
             }

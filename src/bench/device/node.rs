@@ -11,6 +11,7 @@ use anyhow::{Context as _, anyhow, bail, ensure};
 use expert_node::device::Device;
 use kernels::cuda::{Arena, Gpu, GroupedFfn, Layout, Piece, Row};
 use mesh::link::Identity;
+use mesh::near::Shortcut;
 use mesh::transport::Endpoint;
 use model::rows::{NodeSum, encode_fp8, fp8_row_bytes};
 use model::{
@@ -209,6 +210,7 @@ impl Layer {
             },
             layer: LayerId(self.layer as u32),
             experts: self.experts as u32,
+            shared_rows: Shortcut::Auto,
         })
         .map_err(|missing| anyhow!("the expert node cannot be reached: {missing}"))
     }

@@ -5,8 +5,8 @@ use mesh::transport::Endpoint;
 use model::gpu::GpuBudget;
 
 use super::{
-    Process, Role, RoleConfig, admin, first_cpu, id, isa, listen, model_dir, numerics, telemetry,
-    threads,
+    Process, Role, RoleConfig, admin, first_cpu, id, isa, listen, model_dir, numerics, shared_rows,
+    telemetry, threads,
 };
 use crate::config::ConfigError;
 use crate::config::reader::Reader;
@@ -32,7 +32,7 @@ pub(super) fn expert_node(reader: &mut Reader<'_>) -> Result<Process, ConfigErro
         model_dir: model_dir(
             reader,
             "Directory of the checkpoint. Only the bytes of the node's own experts are read. With `join`\n\
-             weight files may be missing: their experts are fetched from other nodes into memory.",
+             or `etcd` weight files may be missing: their experts are fetched from other nodes into memory.",
         )?,
         numerics: numerics(reader)?,
         shard: shard(reader, joins)?,
@@ -64,10 +64,11 @@ pub(super) fn expert_node(reader: &mut Reader<'_>) -> Result<Process, ConfigErro
         isa: isa(reader)?,
         local_socket: reader.or(
             "local_socket",
-            mesh::near::LocalSocket::Auto,
+            mesh::near::Shortcut::Auto,
             "Where `listen` is host:port, whether routers on the same host are also served over a\n\
              Unix socket, which they find by themselves: auto or off.",
         )?,
+        shared_rows: shared_rows(reader)?,
         max_queued_rows: reader.within(
             "max_queued_rows",
             65_536,

@@ -10,18 +10,34 @@ use super::schedule::Group;
 /// What rows and groups lie at multiples of.
 const ALIGN: usize = 16;
 
-/// A row as it came.
+/// A batch's rows as they came, by place.
+pub trait Rows {
+    /// A number that places have in common if they have the same row, and whether the row is in FP8: e4m3 codes, then f32
+    /// scales of 128 values each; bf16 if not. Little-endian.
+    fn kind(&self, place: usize) -> (usize, bool);
+
+    /// Writes a place's row, which is as long as `to`.
+    fn copy(&self, place: usize, to: &mut [u8]);
+}
+
+/// A row that lies somewhere; what finds it by place are rows.
 #[derive(Clone, Copy, Debug)]
 pub struct Row<'a> {
-    /// The same for places of a batch that have the same row.
     pub id: usize,
-    /// Whether it is in FP8: e4m3 codes, then f32 scales of 128 values each; bf16 if not. Little-endian.
     pub fp8: bool,
     pub bytes: &'a [u8],
 }
 
-/// Where each row of a batch is found, by its place.
-pub type Rows<'a> = &'a dyn Fn(usize) -> Row<'a>;
+impl<'a, F: Fn(usize) -> Row<'a>> Rows for F {
+    fn kind(&self, place: usize) -> (usize, bool) {
+        let Row { id, fp8, .. } = self(place);
+        (id, fp8)
+    }
+
+    fn copy(&self, place: usize, to: &mut [u8]) {
+        to.copy_from_slice(self(place).bytes);
+    }
+}
 
 /// Bytes of a row of `k` values.
 pub fn row_bytes(k: usize, fp8: bool) -> usize {
@@ -52,13 +68,12 @@ pub struct Packer {
 }
 
 impl Packer {
-    /// Writes a chunk, whose rows are these places of the batch. Panics if `to` is shorter than [`capacity`] says or a row is
-    /// not of `k` values.
+    /// Writes a chunk, whose rows are these places of the batch. Panics if `to` is shorter than [`capacity`] says.
     pub fn pack(
         &mut self,
         groups: &[Group],
         places: impl Iterator<Item = usize> + Clone,
-        rows: Rows<'_>,
+        rows: &dyn Rows,
         k: usize,
         to: &mut [u8],
     ) -> Packed {
@@ -70,16 +85,16 @@ impl Packer {
         }
         let mut end = at + groups.len() * Group::BYTES;
         for (nth, place) in places.enumerate() {
-            let row = rows(place);
-            if row.id >= self.placed.len() {
-                self.placed.resize(row.id + 1, (0, 0));
+            let (id, fp8) = rows.kind(place);
+            if id >= self.placed.len() {
+                self.placed.resize(id + 1, (0, 0));
             }
-            let (chunk, source) = &mut self.placed[row.id];
+            let (chunk, source) = &mut self.placed[id];
             if *chunk != self.chunk {
-                assert_eq!(row.bytes.len(), row_bytes(k, row.fp8), "a row of {k} values");
-                to[end..end + row.bytes.len()].copy_from_slice(row.bytes);
-                (*chunk, *source) = (self.chunk, (end / ALIGN) as u32 * 2 + u32::from(row.fp8));
-                end = (end + row.bytes.len()).next_multiple_of(ALIGN);
+                let bytes = row_bytes(k, fp8);
+                rows.copy(place, &mut to[end..end + bytes]);
+                (*chunk, *source) = (self.chunk, (end / ALIGN) as u32 * 2 + u32::from(fp8));
+                end = (end + bytes).next_multiple_of(ALIGN);
             }
             to[nth * 4..][..4].copy_from_slice(&source.to_le_bytes());
         }

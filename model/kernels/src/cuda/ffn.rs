@@ -19,9 +19,9 @@ use self::chunks::chunks;
 use self::operand::Operand;
 use super::arena::Arena;
 use super::arrive::{self, Packed, Packer, Rows};
-use super::call::{self, CODING_ROWS, CODING_THREADS, Call, Product, THREADS};
+use super::call::{CODING_ROWS, CODING_THREADS, Call, Product, THREADS};
 use super::error::GpuError;
-use super::gpu::{Gpu, Grid, Kernel, Lane, Mark, SHARED_BYTES};
+use super::gpu::{Grid, Kernel, Lane, Mark, SHARED_BYTES};
 use super::layout::{BLOCK, Coding, stride};
 use super::memory::{Memory, Pinned};
 use super::schedule::{Launch, RowTile, Schedule, schedule};
@@ -170,9 +170,9 @@ impl GroupedFfn {
         Ok(())
     }
 
-    /// Has `pieces` of the batch that began last computed, whose rows are found in `rows`, each until this returns. Panics
-    /// if a piece names no slot, a row is not of the experts' width or its place is beyond the batch.
-    pub fn compute(&mut self, pieces: &[Piece], rows: Rows<'_>) -> Result<(), GpuError> {
+    /// Has `pieces` of the batch that began last computed, whose rows are in `rows`. Panics if a piece names no slot, or its
+    /// places are beyond the batch.
+    pub fn compute(&mut self, pieces: &[Piece], rows: &dyn Rows) -> Result<(), GpuError> {
         let Some(&home) = self.begun.back() else { return Ok(()) };
         assert!(pieces.iter().all(|piece| (piece.slot as usize) < self.arena.slots()));
         let given = self.give(pieces, rows, home);
@@ -183,7 +183,7 @@ impl GroupedFfn {
         given
     }
 
-    fn give(&mut self, pieces: &[Piece], rows: Rows<'_>, home: usize) -> Result<(), GpuError> {
+    fn give(&mut self, pieces: &[Piece], rows: &dyn Rows, home: usize) -> Result<(), GpuError> {
         for chunk in chunks(pieces, self.capacity) {
             let turn = self.turn;
             self.turn = (turn + 1) % self.turns.len();
@@ -235,7 +235,7 @@ impl GroupedFfn {
     pub fn time(
         &mut self,
         pieces: &[Piece],
-        rows: Rows<'_>,
+        rows: &dyn Rows,
         repeats: u32,
     ) -> Result<Stages, GpuError> {
         let all: usize = pieces.iter().map(|piece| piece.rows.len()).sum();
@@ -288,7 +288,7 @@ impl GroupedFfn {
         &mut self,
         turn: usize,
         chunk: &[Piece],
-        rows: Rows<'_>,
+        rows: &dyn Rows,
     ) -> Result<(Schedule, Packed), GpuError> {
         let work: Vec<(u32, usize)> =
             chunk.iter().map(|piece| (piece.slot, piece.rows.len())).collect();

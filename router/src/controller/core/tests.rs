@@ -444,6 +444,32 @@ fn a_node_without_files_is_told_owners_and_others_when_those_fail() {
 }
 
 #[test]
+fn what_nobody_owns_is_loaded_from_files_and_a_node_without_gets_its_share_afterwards() {
+    let mut world = World::new(2, 64, 1);
+    for (name, index) in [("a", 0), ("b", 1)] {
+        world.start(name, index, 2);
+    }
+    world.pass(3 * SECOND);
+    world.start("c", 0, 0);
+    world.node("c").partial = true;
+    world.stop("a");
+    while !world.whole() {
+        if let Some(orders) = world.decide() {
+            assert!(orders.load.iter().all(|(to, _)| to == "b"), "{:?}", orders.load);
+            world.obey(orders);
+        }
+        world.now += Duration::from_millis(50);
+    }
+    world.pass(10 * SECOND);
+    let counts = world.counts();
+    assert!(counts[1] > 0 && counts[0].abs_diff(counts[1]) <= 4, "{counts:?}");
+    // Where nobody has all files, whoever is there tries.
+    world.node("b").partial = true;
+    world.stop("c");
+    assert!(world.decide().is_some_and(|orders| !orders.load.is_empty()));
+}
+
+#[test]
 fn a_drain_outlives_its_controller_until_it_is_cancelled_or_the_node_starts_anew() {
     let mut world = World::new(1, 12, 1);
     for (name, index) in [("a", 0), ("b", 1), ("c", 2)] {

@@ -304,8 +304,7 @@ impl World {
         while let Some(Outgoing { node, ticket }) = self.exchange.outbox.pop() {
             let rows: Vec<u8> = (0..ROWS).flat_map(row).collect();
             let mut wire = BytesMut::new();
-            self.exchange.encode(ticket, &rows, &[], &mut wire);
-            if wire.is_empty() {
+            if self.exchange.encode(ticket, &rows, &[], None, &mut wire).is_none() {
                 continue;
             }
             let mut messages = Messages::new(1 << 20);

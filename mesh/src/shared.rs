@@ -1,0 +1,203 @@
+//! Rows in memory that two processes of one host share, in place of the socket between them.
+//!
+//! The client of a Unix socket makes a [`Segment`] and hands it over with the connection's first
+//! bytes (`handover`), so it is that connection's and nobody else's. Who answers says that it
+//! took it ([`ACCEPTED`]). From then on the client gives out the places ([`Room`]): a frame names
+//! where its rows stand and where its results are to go, and both are free again when its one
+//! reply has come and not before, so what answers late writes where nobody else does. Frames
+//! that find no room, and connections of any other kind, carry their rows themselves.
+
+mod handover;
+mod places;
+mod segment;
+
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use bytes::{Bytes, BytesMut};
+use parking_lot::Mutex;
+use proto::v1::{DispatchReply, SharedRows};
+
+pub use handover::Handed;
+pub(crate) use handover::{Bringing, Receiving};
+use places::{Places, Taken};
+pub use segment::Segment;
+
+/// The response header that says that the segment which came with the connection is used.
+pub const ACCEPTED: &str = "moemesh-shared-rows";
+/// Frames whose rows and results together are shorter carry them.
+const WORTH: usize = 16 << 10;
+/// Buffers that results are copied into: one per micro-batch, and one more.
+const COPIES: usize = 3;
+
+/// How much more memory the system is asked for at once.
+const STEP: usize = 1 << 20;
+
+/// What a client has of a segment: which frame has which place in it.
+pub struct Room {
+    segment: Segment,
+    places: Mutex<Places>,
+    /// Up to where the segment has memory.
+    backed: AtomicUsize,
+}
+
+/// A frame's places, into which its rows are put.
+pub struct Place<'a> {
+    segment: &'a Segment,
+    taken: Taken,
+    next: usize,
+}
+
+/// A reply's rows are not where its frame had room for them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("it says that {said} bytes of results stand where there is room for {room}")]
+pub struct Misplaced {
+    pub said: u64,
+    pub room: u64,
+}
+
+impl Room {
+    /// For at most `frames` frames at once.
+    pub fn new(segment: Segment, frames: usize) -> Self {
+        let places = Mutex::new(Places::new(segment.size(), frames));
+        Self { segment, places, backed: AtomicUsize::new(0) }
+    }
+
+    /// Places for a frame's `rows` and `results`, in bytes, if they are worth it and there is
+    /// room. They are the frame's until [`Self::release`] or [`Self::settle`].
+    pub fn place(&self, ticket: u64, rows: usize, results: usize) -> Option<Place<'_>> {
+        if rows.saturating_add(results) < WORTH {
+            return None;
+        }
+        let mut places = self.places.lock();
+        let taken = places.take(ticket, rows, results)?;
+        // Under the lock, so nobody else moves it.
+        let backed = self.backed.load(Ordering::Relaxed);
+        if taken.end() > backed {
+            let until = taken.end().next_multiple_of(STEP).min(self.segment.size());
+            if let Err(error) = self.segment.back(backed, until - backed) {
+                tracing::debug!(%error, "no memory for rows to share");
+                places.give_back(ticket);
+                return None;
+            }
+            self.backed.store(until, Ordering::Relaxed);
+        }
+        Some(Place { segment: &self.segment, taken, next: taken.rows_at })
+    }
+
+    /// The frame was not sent.
+    pub fn release(&self, ticket: u64) {
+        self.places.lock().give_back(ticket);
+    }
+
+    /// Takes a frame's places back, as its reply has come, whose rows are copied out of them.
+    ///
+    /// # Errors
+    /// They are not where they should be.
+    pub fn settle(&self, reply: &mut DispatchReply, copies: &mut Copies) -> Result<(), Misplaced> {
+        let taken = self.places.lock().give_back(reply.ticket);
+        let (said, room) = (reply.shared_bytes, taken.map_or(0, |taken| taken.results as u64));
+        match taken {
+            _ if said > room => Err(Misplaced { said, room }),
+            Some(Taken { results_at, .. }) if said > 0 => {
+                let bytes = said as usize;
+                reply.rows = copies.make(bytes, |to| self.segment.read(results_at, bytes, to));
+                Ok(())
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
+impl Place<'_> {
+    /// Appends to the rows, which are not to be longer than was said.
+    pub fn put(&mut self, row: &[u8]) {
+        self.segment.write(self.next, row);
+        self.next += row.len();
+        debug_assert!(self.next <= self.taken.rows_at + self.taken.rows);
+    }
+
+    /// As the frame says it.
+    pub fn said(&self) -> SharedRows {
+        let Taken { rows_at, rows, results_at, results, .. } = self.taken;
+        let [rows_at, rows_bytes, results_at, results_bytes] =
+            [rows_at, rows, results_at, results].map(|n| n as u64);
+        SharedRows { rows_at, rows_bytes, results_at, results_bytes }
+    }
+}
+
+/// Memory that results are copied into. It is used again when nobody reads them any more.
+#[derive(Default)]
+pub struct Copies(Vec<BytesMut>);
+
+impl Copies {
+    fn make(&mut self, bytes: usize, fill: impl FnOnce(&mut BytesMut)) -> Bytes {
+        let at = match self.0.iter_mut().position(|buffer| buffer.try_reclaim(bytes)) {
+            Some(at) => at,
+            None => {
+                if self.0.len() == COPIES {
+                    self.0.remove(0);
+                }
+                // Not a little more each time.
+                self.0.push(BytesMut::with_capacity(bytes.next_power_of_two()));
+                self.0.len() - 1
+            }
+        };
+        fill(&mut self.0[at]);
+        self.0[at].split().freeze()
+    }
+}
+
+#[cfg(test)]
+#[cfg(target_os = "linux")]
+mod tests {
+    use super::*;
+
+    fn reply(ticket: u64, shared_bytes: u64) -> DispatchReply {
+        DispatchReply { ticket, shared_bytes, ..Default::default() }
+    }
+
+    fn pair() -> (Room, Segment) {
+        let (segment, handed) = Segment::create().unwrap();
+        (Room::new(segment, 4), Segment::adopt(handed).unwrap())
+    }
+
+    #[test]
+    fn rows_go_there_and_results_come_back() {
+        let (room, node) = pair();
+        let mut copies = Copies::default();
+        assert!(room.place(1, 100, 100).is_none(), "not worth it");
+        for ticket in 1..100 {
+            let mut place = room.place(ticket, 20_000, 70_000).unwrap();
+            (0..20).for_each(|row| place.put(&[row; 1000]));
+            let said = place.said();
+            let mut rows = Vec::new();
+            node.read(said.rows_at as usize, said.rows_bytes as usize, &mut rows);
+            assert!((0..20).all(|row| rows[1000 * row..][..1000] == [row as u8; 1000]));
+            node.write(said.results_at as usize, &vec![ticket as u8; 70_000]);
+            let mut reply = reply(ticket, 70_000);
+            room.settle(&mut reply, &mut copies).unwrap();
+            assert_eq!(reply.rows[..], vec![ticket as u8; 70_000]);
+            assert_eq!(copies.0.len(), 1, "memory is used again");
+        }
+    }
+
+    #[test]
+    fn what_is_not_asked_for_is_told_and_a_full_segment_refuses() {
+        let (room, _node) = pair();
+        let mut copies = Copies::default();
+        let big = room.segment.size() / 2;
+        let said = room.place(7, big, big).unwrap().said();
+        assert_eq!((said.rows_at, said.results_at), (0, big as u64));
+        assert!(room.place(8, WORTH, 0).is_none());
+        let misplaced = |said, room| Err(Misplaced { said, room });
+        assert_eq!(room.settle(&mut reply(8, 1), &mut copies), misplaced(1, 0));
+        let one = big as u64 + 1;
+        assert_eq!(room.settle(&mut reply(7, one), &mut copies), misplaced(one, one - 1));
+        // An answer inside the message, or a refusal.
+        assert!(room.place(9, WORTH, 0).is_some());
+        assert_eq!(room.settle(&mut reply(9, 0), &mut copies), Ok(()));
+        assert!(room.place(10, big, big).is_some());
+        room.release(10);
+        assert!(room.place(11, big, big).is_some());
+    }
+}
