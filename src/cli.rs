@@ -50,9 +50,9 @@ pub enum Command {
     /// Serve the OpenAI-compatible HTTP API, in front of routers
     Gateway(RoleArgs),
     /// Serve the model's trunk: attention, KV cache, gate, scheduler, sampling
-    Router(RoleArgs),
+    Router(ComputingArgs),
     /// Serve experts to routers
-    ExpertNode(ExpertNodeArgs),
+    ExpertNode(ComputingArgs),
     /// Show how gateways, routers and expert nodes are doing
     Status(StatusArgs),
     /// Move all experts away from a node, so that it can be stopped
@@ -215,12 +215,12 @@ pub struct RoleArgs {
     pub die_with_parent: bool,
 }
 
-/// A role's, and what is worth a flag.
+/// A role's that computes, and what is worth a flag.
 #[derive(Debug, Args)]
-pub struct ExpertNodeArgs {
+pub struct ComputingArgs {
     #[command(flatten)]
     pub role: RoleArgs,
-    /// What computes the experts: cpu, or cuda:N for an NVIDIA GPU of the Hopper
+    /// What computes trunk or experts: cpu, or cuda:N for an NVIDIA GPU of the Hopper
     /// generation [default: cpu]
     #[arg(long, value_name = "DEVICE")]
     pub device: Option<String>,

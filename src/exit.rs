@@ -39,7 +39,8 @@ fn bad_tls(error: &Error) -> bool {
 /// The exit code for a failure.
 pub fn code(error: &Error) -> u8 {
     let bad_url = matches!(error.downcast_ref(), Some(ClientError::Url { .. }));
-    let no_device = matches!(error.downcast_ref(), Some(expert_node::Error::Device(..)));
+    let no_device = matches!(error.downcast_ref(), Some(expert_node::Error::Device(..)))
+        || matches!(error.downcast_ref(), Some(router::Error::Device(..)));
     if bad_url || no_device || error.is::<ConfigError>() || bad_tls(error) {
         USAGE
     } else if error.is::<BadCheckpoint>() || error.is::<ModelDirError>() {

@@ -26,7 +26,7 @@ use std::process::ExitCode;
 
 use clap::Parser as _;
 
-use crate::cli::{BenchCommand, Cli, Command, ExpertNodeArgs, RoleArgs, UpArgs};
+use crate::cli::{BenchCommand, Cli, Command, ComputingArgs, RoleArgs, UpArgs};
 use crate::client::http::Server;
 use crate::config::local::Local;
 use crate::config::roles::Role;
@@ -99,11 +99,8 @@ async fn run(command: Command) -> anyhow::Result<()> {
             }
         }
         Command::Gateway(args) => role(Role::Gateway, args).await,
-        Command::Router(args) => role(Role::Router, args).await,
-        Command::ExpertNode(ExpertNodeArgs { role: mut args, device }) => {
-            args.set.extend(device.map(|device| format!("device={device}")));
-            role(Role::ExpertNode, args).await
-        }
+        Command::Router(args) => role(Role::Router, on_device(args)).await,
+        Command::ExpertNode(args) => role(Role::ExpertNode, on_device(args)).await,
         Command::Status(args) => status::run(args).await,
         Command::Drain(args) => operate::drain(args).await,
         Command::Rebalance(args) => operate::rebalance(args).await,
@@ -124,6 +121,13 @@ async fn run(command: Command) -> anyhow::Result<()> {
             Ok(())
         }
     }
+}
+
+/// A device that was given is a setting like others.
+fn on_device(args: ComputingArgs) -> RoleArgs {
+    let ComputingArgs { role: mut args, device } = args;
+    args.set.extend(device.map(|device| format!("device={device}")));
+    args
 }
 
 async fn role(role: Role, args: RoleArgs) -> anyhow::Result<()> {

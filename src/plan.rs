@@ -103,12 +103,15 @@ fn render(
     let _ = match fit::kv_tokens(parts, budget) {
         Some(tokens) => writeln!(
             text,
-            "A router's device has {} beside the trunk: KV cache of {tokens} tokens.",
-            gb(budget.usable - parts.trunk())
+            "A router's device has {} beside the trunk of {}: KV cache of {tokens} tokens.",
+            gb(budget.usable - parts.trunk_on_gpu),
+            gb(parts.trunk_on_gpu)
         ),
-        None => {
-            writeln!(text, "The trunk of {} does not fit on a router's device.", gb(parts.trunk()))
-        }
+        None => writeln!(
+            text,
+            "The trunk of {} does not fit on a router's device.",
+            gb(parts.trunk_on_gpu)
+        ),
     };
     text
 }
@@ -144,7 +147,8 @@ fn to_json(
         "model": config.summary(),
         "device_bytes": budget.device, "usable_bytes": budget.usable, "replicas": budget.replicas,
         "expert_bytes": parts.expert(), "experts": parts.count(),
-        "trunk_bytes": parts.trunk(), "kv_bytes_a_token": parts.kv_token,
+        "trunk_bytes": parts.trunk(), "trunk_bytes_on_a_gpu": parts.trunk_on_gpu,
+        "kv_bytes_a_token": parts.kv_token,
         "kv_tokens_a_router": fit::kv_tokens(parts, budget),
         "least_expert_nodes": least, "by_nodes": rows,
     })

@@ -4,7 +4,7 @@
 #   the same under compute-sanitizer, if it is there
 #   times beside the device's copy and matmul rates, and beside PyTorch where python3 has it
 #   one layer of DeepSeek-V3, 256 experts of 11.4 GB in all, resident on one node: its round trips through gRPC, broken down
-#   the bundled model with its experts on cuda:0: greedy text beside the CPU's
+#   the bundled model with its experts, its trunk, and both on cuda:0: greedy text beside the CPU's
 # Needs a Rust toolchain, or target/release/moemesh built elsewhere. Says "no device" and ends with 2 where there is none.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -58,7 +58,7 @@ else
   echo "$folder has room for $room bytes, 14 GB are needed: left out"
 fi
 
-say "the bundled model, experts on $device"
+say "the bundled model, experts and trunk on $device"
 generate() { # FILE of configuration
   local port=$((20000 + RANDOM % 20000))
   "$moemesh" up --no-demo --expert-nodes 1 --http "127.0.0.1:$port" --config "$1" >"$folder/log" 2>&1 &
@@ -74,14 +74,19 @@ generate() { # FILE of configuration
   cat "$folder/log" "$folder/error" >&2
   return 1
 }
+experts=$(printf '[expert-node]\ndevice = "%s"\ndevice_memory = 1073741824\n' "$device")
 : >"$folder/cpu.toml"
-printf '[router]\nexpert_device = "cuda"\n[expert-node]\ndevice = "%s"\ndevice_memory = 1073741824\n' "$device" >"$folder/gpu.toml"
+printf '[router]\nexpert_device = "cuda"\n%s\n' "$experts" >"$folder/experts.toml"
+printf '[router]\ndevice = "%s"\n' "$device" >"$folder/trunk.toml"
+printf '[router]\ndevice = "%s"\nexpert_device = "cuda"\n%s\n' "$device" "$experts" >"$folder/both.toml"
 generate "$folder/cpu.toml" >"$folder/cpu.txt"
-generate "$folder/gpu.toml" >"$folder/gpu.txt"
-cat "$folder/gpu.txt"
-if cmp -s "$folder/cpu.txt" "$folder/gpu.txt"; then
-  echo "the same text as on the CPU"
-else
-  echo "another text than on the CPU (near-ties may fall otherwise):"
-  diff "$folder/cpu.txt" "$folder/gpu.txt" || true
-fi
+for what in experts trunk both; do
+  generate "$folder/$what.toml" >"$folder/$what.txt"
+  cat "$folder/$what.txt"
+  if cmp -s "$folder/cpu.txt" "$folder/$what.txt"; then
+    echo "$what: the same text as on the CPU"
+  else
+    echo "$what: another text than on the CPU (near-ties may fall otherwise):"
+    diff "$folder/cpu.txt" "$folder/$what.txt" || true
+  fi
+done

@@ -47,7 +47,7 @@ impl Model {
         self.trunk.begin(&mut step, &[chunk], &kv).unwrap();
         let mut used = Vec::new();
         for layer in 0..config.layers {
-            if !self.trunk.attend(layer, &mut step, &mut kv) {
+            if !self.trunk.attend(layer, &mut step, &mut kv).unwrap() {
                 continue;
             }
             let routed = step.routed();
@@ -64,11 +64,11 @@ impl Model {
                     }
                 })
                 .collect();
-            self.trunk.absorb(layer, &mut step, &|slot| results[slot].as_slice());
+            self.trunk.absorb(layer, &mut step, &|slot| results[slot].as_slice()).unwrap();
         }
         used.sort_unstable();
         used.dedup();
-        (self.trunk.logits(&mut step).to_vec(), used)
+        (self.trunk.logits(&mut step).unwrap().to_vec(), used)
     }
 
     fn expert(&self, layer: usize, index: u32, row: &[u8]) -> Vec<u8> {

@@ -24,8 +24,7 @@ use crate::parallel::{Arena, ROWS, for_each, grown};
 use crate::profile::{Part, span};
 use crate::step::Batch;
 use heads::{Block, HeadScratch, Merged, Tile};
-pub(crate) use weights::Attention;
-use weights::Query;
+pub(crate) use weights::{Attention, Query};
 
 /// Most tokens whose queries are held in absorbed form at once.
 const BLOCK: usize = 256;

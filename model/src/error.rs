@@ -2,9 +2,11 @@
 //!
 //! `LoadError` is for everything read from disk: it always names the file and, where there is one,
 //! the tensor or the configuration field. `StepError` is for a step that its caller composed
-//! wrongly. Neither wraps a foreign error type except `std::io::Error`.
+//! wrongly, or whose device is gone. Neither wraps a foreign error type except `std::io::Error`.
 
 use std::path::Path;
+
+use kernels::cuda::GpuError;
 
 /// A checkpoint that cannot be used, and where.
 #[derive(Debug, thiserror::Error)]
@@ -65,8 +67,8 @@ impl LoadError {
     }
 }
 
-/// A step that cannot be run as composed.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+/// A step that cannot be run as composed, or at all.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum StepError {
     /// A chunk without tokens.
     #[error("chunk {chunk} has no tokens")]
@@ -104,4 +106,15 @@ pub enum StepError {
         /// Positions to be held.
         positions: usize,
     },
+    /// More tokens than the device has memory for in one step.
+    #[error("{rows} tokens in a step, whose memory on the device is for {most}")]
+    Rows {
+        /// Tokens of the step.
+        rows: usize,
+        /// What the step was made for.
+        most: usize,
+    },
+    /// The device that computes cannot any more.
+    #[error(transparent)]
+    Gpu(#[from] GpuError),
 }

@@ -39,7 +39,7 @@ pub struct GpuBudget {
     pub host: u64,
 }
 
-/// Why experts cannot be on a GPU.
+/// Why experts, or a trunk, cannot be on a GPU.
 #[derive(Debug, thiserror::Error)]
 pub enum GpuStartError {
     #[error(transparent)]
@@ -48,8 +48,10 @@ pub enum GpuStartError {
     Layout(#[from] LayoutError),
     #[error("one expert takes {need} bytes of device memory, {budget} are given to experts")]
     Budget { need: usize, budget: u64 },
-    #[error("a GPU computes experts in bf16 or fp8: set numerics to \"bf16\"")]
+    #[error("a GPU computes in bf16 or fp8: set numerics to \"bf16\"")]
     Numerics,
+    #[error("a GPU's trunk needs {what} to be {needed}, this model has {have}")]
+    Geometry { what: &'static str, needed: &'static str, have: usize },
     #[error("cannot start the thread that loads experts: {0}")]
     Thread(#[from] std::io::Error),
 }

@@ -3,10 +3,14 @@
 //! A page holds `page_tokens` consecutive positions of one sequence in all layers; a position is
 //! `kv_lora` latent values and `qk_rope` rotated key values, in the class's type. Who owns which
 //! page is the caller's business: the pool only hands pages out and takes them back, and never more
-//! than it was made with. Memory is reserved at once and backed by the system when first written.
+//! than it was made with. Memory is reserved at once: the host's, backed by the system when first written, or a device's,
+//! where a trunk computes there.
 
 use std::ops::Range;
+use std::sync::Arc;
 
+use kernels::cuda::GpuError;
+use kernels::cuda::trunk::{Buffer, Cache, Driver};
 use memmap2::MmapMut;
 
 use crate::config::Config;
@@ -35,12 +39,21 @@ pub enum KvError {
         /// What the system said.
         source: std::io::Error,
     },
+    /// The device did.
+    #[error(transparent)]
+    Gpu(#[from] GpuError),
+}
+
+/// Where pages are.
+enum Memory {
+    Host(MmapMut),
+    Gpu(Buffer),
 }
 
 /// All KV pages of one trunk.
 pub struct KvPool {
     /// `[pages][layers][page_tokens][width]` values.
-    memory: MmapMut,
+    memory: Memory,
     layers: usize,
     page_tokens: usize,
     /// Bytes of one position in one layer.
@@ -65,6 +78,31 @@ impl KvPool {
         pages: usize,
         page_tokens: usize,
     ) -> Result<KvPool, KvError> {
+        KvPool::with(config, numerics, pages, page_tokens, |bytes| {
+            let memory = MmapMut::map_anon(bytes);
+            Ok(Memory::Host(memory.map_err(|source| KvError::Memory { bytes, source })?))
+        })
+    }
+
+    /// The same on a device, in bf16.
+    pub(crate) fn on(
+        driver: &Arc<dyn Driver>,
+        config: &Config,
+        pages: usize,
+        page_tokens: usize,
+    ) -> Result<KvPool, KvError> {
+        KvPool::with(config, Numerics::Bf16, pages, page_tokens, |bytes| {
+            Ok(Memory::Gpu(Buffer::new::<u8>(driver, "the KV cache", bytes)?))
+        })
+    }
+
+    fn with(
+        config: &Config,
+        numerics: Numerics,
+        pages: usize,
+        page_tokens: usize,
+        memory: impl FnOnce(usize) -> Result<Memory, KvError>,
+    ) -> Result<KvPool, KvError> {
         let refuse = || KvError::Shape { pages, page_tokens };
         let row_bytes = config.kv_width() * numerics.bytes();
         let bytes = (config.layers * row_bytes)
@@ -73,10 +111,8 @@ impl KvPool {
             .filter(|b| *b > 0 && *b <= isize::MAX as usize)
             .ok_or_else(refuse)?;
         let count = u32::try_from(pages).map_err(|_| refuse())?;
-        let memory =
-            MmapMut::map_anon(bytes).map_err(|source| KvError::Memory { bytes, source })?;
         Ok(KvPool {
-            memory,
+            memory: memory(bytes)?,
             layers: config.layers,
             page_tokens,
             row_bytes,
@@ -122,7 +158,7 @@ impl KvPool {
         self.numerics
     }
 
-    /// Fills the cache with values spread in -1 to 1, for measuring without a prompt.
+    /// Fills the cache with values spread in -1 to 1, for measuring without a prompt. Panics if it is a device's.
     #[doc(hidden)]
     pub fn fill(&mut self) {
         let mut noise = 1u32;
@@ -130,16 +166,46 @@ impl KvPool {
             noise = noise.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
             (noise >> 8) as f32 / (1 << 23) as f32 - 1.0
         };
-        match self.numerics {
+        let numerics = self.numerics;
+        let memory = self.host_mut();
+        match numerics {
             Numerics::F32 => {
-                self.memory.as_chunks_mut().0.iter_mut().for_each(|v| *v = next().to_le_bytes())
+                memory.as_chunks_mut().0.iter_mut().for_each(|v| *v = next().to_le_bytes())
             }
-            Numerics::Bf16 => self
-                .memory
+            Numerics::Bf16 => memory
                 .as_chunks_mut()
                 .0
                 .iter_mut()
                 .for_each(|v| *v = half::bf16::from_f32(next()).to_le_bytes()),
+        }
+    }
+
+    fn host(&self) -> &[u8] {
+        match &self.memory {
+            Memory::Host(memory) => memory,
+            Memory::Gpu(_) => panic!("a device's cache in a step of the host's"),
+        }
+    }
+
+    fn host_mut(&mut self) -> &mut [u8] {
+        match &mut self.memory {
+            Memory::Host(memory) => memory,
+            Memory::Gpu(_) => panic!("a device's cache in a step of the host's"),
+        }
+    }
+
+    /// One layer on the device. Panics if the pool is the host's.
+    pub(crate) fn layer(&self, layer: usize) -> Cache<'_> {
+        let Memory::Gpu(buffer) = &self.memory else {
+            panic!("the host's cache in a step of a device's")
+        };
+        Cache {
+            buffer,
+            pages: self.taken.len(),
+            layers: self.layers,
+            layer,
+            page_tokens: self.page_tokens,
+            width: self.row_bytes / self.numerics.bytes(),
         }
     }
 
@@ -152,14 +218,15 @@ impl KvPool {
     pub(crate) fn rows(&self, page: PageId, layer: usize, slots: Range<usize>) -> &[u8] {
         debug_assert!(slots.end <= self.page_tokens);
         let start = self.start(page, layer);
-        &self.memory[start + slots.start * self.row_bytes..start + slots.end * self.row_bytes]
+        &self.host()[start + slots.start * self.row_bytes..start + slots.end * self.row_bytes]
     }
 
     /// Position `slot` of a page in one layer, `[width]` values.
     pub(crate) fn row_mut(&mut self, page: PageId, layer: usize, slot: usize) -> &mut [u8] {
         debug_assert!(slot < self.page_tokens);
         let start = self.start(page, layer) + slot * self.row_bytes;
-        &mut self.memory[start..start + self.row_bytes]
+        let end = start + self.row_bytes;
+        &mut self.host_mut()[start..end]
     }
 }
 

@@ -5,7 +5,7 @@
 //! - [`Trunk`], [`Step`], [`KvPool`]: embedding, attention over the paged latent cache, gate,
 //!   shared experts, head;
 //! - [`Expert`], [`forward_experts`]: routed experts, wherever they run;
-//! - [`gpu`]: the same on a GPU, with more experts than fit there;
+//! - [`gpu`]: the same on a GPU, with more experts than fit there; [`Trunk::onto`] has one compute the trunk;
 //! - [`rows`]: rows in other forms than the class's, and sums where the experts are;
 //! - [`sample`]: logits to a token;
 //! - [`Numerics`]: what activations are rounded to.
@@ -51,9 +51,10 @@ pub use error::{LoadError, StepError};
 pub use expert::{
     Arriving, CpuExperts, Expert, ExpertGroup, ExpertScratch, Experts, forward_experts,
 };
+pub use kernels::cuda::trunk::{Driver, Hopper};
 pub use kernels::cuda::{GpuError, Results, Row, Rows};
 pub use kernels::{Compute, Isa, Kernels};
 pub use kv::{KvError, KvPool, PageId};
-pub use numerics::{ExpertDevice, Numerics, UnknownNumerics, mesh_class};
+pub use numerics::{Device, ExpertDevice, Numerics, UnknownNumerics, mesh_class};
 pub use step::{Chunk, LogitRows, Routed, Step};
 pub use trunk::{Share, Trunk};

@@ -38,13 +38,22 @@ impl Local {
         numerics: Numerics,
         compute: Arc<Compute>,
     ) -> Result<Local, LoadError> {
+        Local::with(checkpoint, Trunk::load(checkpoint, numerics, compute)?, Step::new())
+    }
+
+    /// Loads experts beside a trunk that is there, and a step of its.
+    pub fn with(
+        checkpoint: &Arc<Checkpoint>,
+        trunk: Trunk,
+        step: Step,
+    ) -> Result<Local, LoadError> {
         let config = checkpoint.config();
         let layer =
             |layer| (0..config.experts).map(|e| Expert::load(checkpoint, layer, e)).collect();
         Ok(Local {
             experts: config.moe_layers().map(layer).collect::<Result<_, _>>()?,
-            trunk: Trunk::load(checkpoint, numerics, compute)?,
-            step: Step::new(),
+            trunk,
+            step,
             places: vec![Vec::new(); config.experts],
             rows: Vec::new(),
             results: Vec::new(),
@@ -68,17 +77,17 @@ impl Local {
     ) -> Result<&mut [f32], StepError> {
         self.trunk.begin(&mut self.step, chunks, kv)?;
         for layer in 0..self.trunk.config().layers {
-            if self.trunk.attend(layer, &mut self.step, kv) {
+            if self.trunk.attend(layer, &mut self.step, kv)? {
                 see(layer, self.step.routed());
                 self.dispatch(layer);
-                self.trunk.shared(layer, &mut self.step);
+                self.trunk.shared(layer, &mut self.step)?;
                 let bytes = self.trunk.config().hidden * self.trunk.numerics().bytes();
                 let (order, results) = (&self.order, &self.results);
                 let result = |place: usize| &results[order[place] * bytes..][..bytes];
-                self.trunk.absorb(layer, &mut self.step, &result);
+                self.trunk.absorb(layer, &mut self.step, &result)?;
             }
         }
-        Ok(self.trunk.logits(&mut self.step))
+        Ok(self.trunk.logits(&mut self.step)?)
     }
 
     /// Groups the routed rows by expert and runs them.

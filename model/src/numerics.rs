@@ -42,6 +42,48 @@ impl Numerics {
     }
 }
 
+/// What a process is told to compute with.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Device {
+    #[default]
+    Cpu,
+    /// The GPU that the driver has at this place.
+    Cuda(usize),
+}
+
+impl fmt::Display for Device {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Cpu => f.write_str("cpu"),
+            Self::Cuda(ordinal) => write!(f, "cuda:{ordinal}"),
+        }
+    }
+}
+
+impl FromStr for Device {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        if text == "cpu" {
+            return Ok(Self::Cpu);
+        }
+        let ordinal = text.strip_prefix("cuda:").and_then(|ordinal| ordinal.parse::<u16>().ok());
+        let wrong = || format!("`{text}` is neither cpu nor cuda:N with a device's number");
+        ordinal.map(|ordinal| Self::Cuda(ordinal.into())).ok_or_else(wrong)
+    }
+}
+
+impl Device {
+    /// The class of a trunk that it computes in `numerics`, where CPUs compute with `isa`. On Hopper products are in bf16
+    /// and add up in another order.
+    pub fn trunk_class(self, numerics: Numerics, isa: Isa) -> String {
+        match self {
+            Device::Cpu => numerics.class(isa),
+            Device::Cuda(_) => gpu_class(Coding::Bf16).to_owned(),
+        }
+    }
+}
+
 /// What a mesh's experts are computed on. One kind for all of a mesh's nodes, as each is a class of its own.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum ExpertDevice {
@@ -157,5 +199,19 @@ mod tests {
             |device: ExpertDevice| device.class(Numerics::Bf16, Isa::Amx, &checkpoint).unwrap();
         assert_eq!(class(ExpertDevice::Cpu), "bf16+amx");
         assert_eq!(class(ExpertDevice::Cuda), "bf16+sm90");
+    }
+
+    #[test]
+    fn a_device_is_written_as_it_is_read() {
+        for text in ["cpu", "cuda:0", "cuda:7"] {
+            assert_eq!(
+                text.parse::<Device>().map(|device| device.to_string()),
+                Ok(text.to_owned())
+            );
+        }
+        for text in ["", "gpu", "cuda", "cuda:", "cuda:-1", "cuda:x", "cuda:0:1"] {
+            let said = text.parse::<Device>().unwrap_err();
+            assert!(said.contains("neither cpu nor cuda:N"), "{said}");
+        }
     }
 }

@@ -17,6 +17,7 @@ use crate::gate::GateScratch;
 use crate::kv::PageId;
 use crate::numerics::Numerics;
 use crate::parallel::{Arena, grown};
+use crate::trunk::StepMemory;
 use kernels::{Acts, Gated};
 
 /// Which tokens of a chunk are to have logits.
@@ -113,6 +114,8 @@ pub struct Step {
     pub(crate) ffn: Gated,
     pub(crate) gate: Arena<GateScratch>,
     pub(crate) combine: Arena<crate::combine::CombineScratch>,
+    /// What a trunk on a device has of the step there, in place of most of the above.
+    pub(crate) gpu: Option<Box<StepMemory>>,
     /// Layer whose gate has decided and which waits for its experts.
     pub(crate) routed_layer: Option<usize>,
     /// Layer whose shared experts `shared` holds.
@@ -165,6 +168,11 @@ impl Batch {
 
     pub fn chunk_of(&self, row: usize) -> usize {
         self.chunks[row] as usize
+    }
+
+    /// Position of a chunk's first row.
+    pub fn start(&self, chunk: usize) -> usize {
+        self.spans[chunk].start
     }
 
     pub fn chunk_rows(&self, chunk: usize) -> Range<usize> {
@@ -225,7 +233,7 @@ fn check(config: &Config, index: usize, chunk: &Chunk<'_>) -> Result<(), StepErr
 // === impl Step ===
 
 impl Step {
-    /// Without buffers yet.
+    /// Without buffers yet; for a trunk of the host's, others make theirs (`Trunk::step`).
     pub fn new() -> Step {
         Step::default()
     }
@@ -245,7 +253,10 @@ impl Step {
         let count = self.batch.rows();
         let chosen = count * self.top_k;
         Routed {
-            rows: as_wire(self.acts()),
+            rows: match &self.gpu {
+                Some(memory) => memory.sent(count * self.hidden),
+                None => as_wire(self.acts()),
+            },
             count,
             top_k: self.top_k,
             experts: &self.experts[..chosen],
@@ -269,7 +280,10 @@ impl Step {
 
     /// Makes a row one that computes on without any trouble, to no purpose: what it held is lost.
     pub fn silence(&mut self, row: usize) {
-        self.residual[row * self.hidden..(row + 1) * self.hidden].fill(0.0);
+        match &mut self.gpu {
+            Some(memory) => memory.silence(row),
+            None => self.residual[row * self.hidden..(row + 1) * self.hidden].fill(0.0),
+        }
     }
 
     /// The normed rows as they enter products.

@@ -1,9 +1,12 @@
 //! The trunk: everything of the model but its routed experts.
 //!
 //! A step goes `begin`, then for each layer `attend`, and where that says so: rows to the experts,
-//! `shared` meanwhile, `absorb` with what came back; then `logits`. Nothing here waits, sends or
-//! knows where experts live. The residual stream is f32 in every class.
+//! `shared` meanwhile, `absorb` with what came back; then `logits`. Nothing here waits for experts, sends or
+//! knows where they live. The residual stream is f32 in every class.
+//!
+//! A trunk computes on the CPU, or, after [`Trunk::onto`], on a device (`gpu.rs`), by the same calls.
 
+mod gpu;
 mod layer;
 #[cfg(test)]
 mod tests;
@@ -11,6 +14,8 @@ mod tests;
 use std::sync::Arc;
 
 use half::bf16;
+use kernels::cuda::GpuError;
+use kernels::cuda::trunk::Driver;
 use kernels::{Acts, Compute};
 
 use crate::activations::rounded;
@@ -20,12 +25,14 @@ use crate::combine::combine;
 use crate::config::Config;
 use crate::error::{LoadError, StepError};
 use crate::gate::Routing;
-use crate::kv::KvPool;
+use crate::gpu::GpuStartError;
+use crate::kv::{KvError, KvPool};
 use crate::numerics::Numerics;
 use crate::parallel::{ROWS, for_each, grown};
 use crate::profile::{Part, span};
 use crate::step::{Chunk, Step};
 use crate::weight::Weight;
+pub(crate) use gpu::StepMemory;
 use layer::{Layer, Mlp, Moe};
 
 /// A model's trunk, ready to run.
@@ -41,6 +48,8 @@ pub struct Trunk {
     final_norm: Vec<f32>,
     /// `[vocab, hidden]`; the embedding if they are tied.
     head: Weight,
+    /// What computes in place of the CPU.
+    gpu: Option<Box<gpu::OnGpu>>,
 }
 
 impl Checkpoint {
@@ -104,7 +113,39 @@ impl Trunk {
             embedding,
             final_norm,
             head,
+            gpu: None,
         })
+    }
+
+    /// Whether a GPU's kernels take the model and the class.
+    pub fn check_gpu(&self) -> Result<(), GpuStartError> {
+        gpu::check(self.config(), self.numerics)
+    }
+
+    /// Has a device compute the trunk from now on, and brings its weights there.
+    ///
+    /// # Errors
+    /// The device has not enough memory, or its kernels do not take this model or class.
+    pub fn onto(mut self, driver: Arc<dyn Driver>) -> Result<Trunk, GpuStartError> {
+        self.check_gpu()?;
+        self.gpu = Some(Box::new(gpu::OnGpu::load(&self, driver)?));
+        Ok(self)
+    }
+
+    /// A cache for it of `pages` pages of `page_tokens` positions, where it computes.
+    pub fn cache(&self, pages: usize, page_tokens: usize) -> Result<KvPool, KvError> {
+        match &self.gpu {
+            Some(gpu) => gpu.cache(self.config(), pages, page_tokens),
+            None => KvPool::new(self.config(), self.numerics, pages, page_tokens),
+        }
+    }
+
+    /// A step for it over `kv`, of up to `rows` tokens: a device takes memory for so many.
+    pub fn step(&self, kv: &KvPool, rows: usize) -> Result<Step, GpuError> {
+        match &self.gpu {
+            Some(gpu) => gpu.step(self.config(), kv, rows),
+            None => Ok(Step::new()),
+        }
     }
 
     /// The model's shape and settings.
@@ -148,6 +189,16 @@ impl Trunk {
         step.top_k = config.top_k;
         step.numerics = Some(self.numerics);
         (step.routed_layer, step.shared_layer) = (None, None);
+        if let Some(gpu) = &self.gpu {
+            let Step { batch, gpu: Some(memory), .. } = step else {
+                panic!("a step of another trunk")
+            };
+            let begun = gpu.begin(config, batch, chunks.iter().map(|chunk| chunk.tokens), memory);
+            if begun.is_err() {
+                step.batch.fill(config, &[])?;
+            }
+            return begun;
+        }
         let rows = step.batch.rows();
         let _span = span(Part::Norm);
         let embedding = self.embedding.mat(&self.checkpoint);
@@ -164,9 +215,17 @@ impl Trunk {
     /// was dense and is done.
     ///
     /// Panics if `kv` is of another class or smaller than the one that the step began with.
-    pub fn attend(&self, layer: usize, step: &mut Step, kv: &mut KvPool) -> bool {
+    ///
+    /// # Errors
+    /// The device cannot compute any more; nor can the calls below then.
+    pub fn attend(&self, layer: usize, step: &mut Step, kv: &mut KvPool) -> Result<bool, GpuError> {
         assert_eq!(kv.numerics(), self.numerics, "the cache's numerics class");
         let config = self.config();
+        if let Some(gpu) = &self.gpu {
+            let routed = gpu.attend(config, layer, step, kv)?;
+            step.routed_layer = routed.then_some(layer);
+            return Ok(routed);
+        }
         let weights = &self.layers[layer];
         let rows = step.batch.rows();
         let len = rows * config.hidden;
@@ -191,13 +250,13 @@ impl Trunk {
                 let (from, compute) = (&self.checkpoint, &*self.compute);
                 ffn.run(from, compute, x, rows, &mut step.ffn, delta);
                 add(&mut step.residual[..len], delta);
-                false
+                Ok(false)
             }
             Mlp::Moe(moe) => {
                 let _span = span(Part::Gate);
                 self.gate(moe, step);
                 step.routed_layer = Some(layer);
-                true
+                Ok(true)
             }
         }
     }
@@ -255,9 +314,14 @@ impl Trunk {
 
     /// Computes the shared experts of `layer`; meant for the time that the routed ones are away.
     /// Without shared experts it does nothing.
-    pub fn shared(&self, layer: usize, step: &mut Step) {
+    pub fn shared(&self, layer: usize, step: &mut Step) -> Result<(), GpuError> {
         step.shared_layer = Some(layer);
-        let Mlp::Moe(Moe { shared: Some(ffn), .. }) = &self.layers[layer].mlp else { return };
+        if let (Some(gpu), Some(memory)) = (&self.gpu, &step.gpu) {
+            return gpu.shared(layer, memory);
+        }
+        let Mlp::Moe(Moe { shared: Some(ffn), .. }) = &self.layers[layer].mlp else {
+            return Ok(());
+        };
         let _span = span(Part::Dense);
         let rows = step.batch.rows();
         let len = rows * self.config().hidden;
@@ -265,6 +329,7 @@ impl Trunk {
         let out = grown(&mut step.shared, len);
         let (from, compute) = (&self.checkpoint, &*self.compute);
         ffn.run(from, compute, x, rows, &mut step.ffn, out);
+        Ok(())
     }
 
     /// Finishes `layer` with its experts' results: `result(row * top_k + slot)` is the wire row
@@ -277,8 +342,8 @@ impl Trunk {
         layer: usize,
         step: &mut Step,
         result: &(dyn Fn(usize) -> &'r [u8] + Sync),
-    ) {
-        self.absorb_shares(layer, step, &|slot| Share::Result(result(slot)));
+    ) -> Result<(), GpuError> {
+        self.absorb_shares(layer, step, &|slot| Share::Result(result(slot)))
     }
 
     /// As [`Trunk::absorb`], of results that may have been summed where they were computed.
@@ -287,11 +352,14 @@ impl Trunk {
         layer: usize,
         step: &mut Step,
         share: &(dyn Fn(usize) -> Share<'r> + Sync),
-    ) {
+    ) -> Result<(), GpuError> {
         assert_eq!(step.routed_layer.take(), Some(layer), "the layer that waits for its experts");
         if step.shared_layer.take() != Some(layer) {
-            self.shared(layer, step);
+            self.shared(layer, step)?;
             step.shared_layer = None;
+        }
+        if let Some(gpu) = &self.gpu {
+            return gpu.absorb(self.config(), &self.compute, layer, step, share);
         }
         let _span = span(Part::Combine);
         let (hidden, top_k) = (self.config().hidden, self.config().top_k);
@@ -319,16 +387,24 @@ impl Trunk {
                 combine(kernels, self.numerics, results, shared, residual, memory);
             });
         });
+        Ok(())
     }
 
     /// Logits of the wanted rows, `[Step::wanted, vocab]`, after the last layer.
-    pub fn logits<'s>(&self, step: &'s mut Step) -> &'s mut [f32] {
+    pub fn logits<'s>(&self, step: &'s mut Step) -> Result<&'s mut [f32], GpuError> {
         self.logits_of(step, 0..step.wanted())
     }
 
     /// Logits of some of the wanted rows only, so that those of a long prompt need not be held at
     /// once.
-    pub fn logits_of<'s>(&self, step: &'s mut Step, rows: std::ops::Range<usize>) -> &'s mut [f32] {
+    pub fn logits_of<'s>(
+        &self,
+        step: &'s mut Step,
+        rows: std::ops::Range<usize>,
+    ) -> Result<&'s mut [f32], GpuError> {
+        if let Some(gpu) = &self.gpu {
+            return gpu.logits(self.config(), step, rows);
+        }
         let Config { hidden, vocab, rms_eps, .. } = *self.config();
         let _span = span(Part::Logits);
         let kernels = self.compute.kernels;
@@ -341,7 +417,7 @@ impl Trunk {
         let x = rounded(kernels, self.numerics, normed, &mut step.rounded);
         let logits = grown(&mut step.logits, count * vocab);
         self.compute.matmul(x, count, self.head.mat(&self.checkpoint), logits);
-        logits
+        Ok(logits)
     }
 }
 

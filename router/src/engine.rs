@@ -17,7 +17,7 @@ use mesh::failpoint;
 use mesh::pump::Pump;
 use missing::Shortfall;
 use model::sample::{Scratch, sample_all};
-use model::{Chunk, KvPool, LogitRows, Step, StepError, Trunk};
+use model::{Chunk, GpuError, KvPool, LogitRows, Step, StepError, Trunk};
 use proto::LayerId;
 use tokio::sync::mpsc::Receiver;
 use tokio::sync::mpsc::error::TryRecvError;
@@ -54,6 +54,8 @@ pub struct Gauges {
 pub struct Parts {
     pub trunk: Trunk,
     pub kv: KvPool,
+    /// One per micro-batch.
+    pub steps: [Step; LANES],
     pub experts: Experts,
     /// How long a sequence waits for an expert without a live owner.
     pub expert_wait: Duration,
@@ -73,8 +75,6 @@ pub struct Engine {
     parts: Parts,
     streams: HashMap<SeqId, Stream>,
     overlap: Overlap,
-    /// One per micro-batch.
-    steps: [Step; LANES],
     /// Steps begun.
     count: u64,
 }
@@ -92,11 +92,14 @@ impl Pages for KvPool {
 impl Engine {
     pub fn new(parts: Parts) -> Self {
         let overlap = Overlap::new(parts.splitting);
-        Self { parts, streams: HashMap::new(), overlap, steps: Default::default(), count: 0 }
+        Self { parts, streams: HashMap::new(), overlap, count: 0 }
     }
 
     /// Runs until every sender of jobs is gone and every sequence has ended.
-    pub fn run(&mut self) {
+    ///
+    /// # Errors
+    /// The device that computes cannot any more; every stream has been told, and may go on elsewhere.
+    pub fn run(&mut self) -> Result<(), GpuError> {
         self.parts.trunk.compute().pool.bind_caller();
         let mut open = true;
         while open || !self.parts.scheduler.is_empty() {
@@ -114,9 +117,11 @@ impl Engine {
                 open = self.idle(open);
                 continue;
             }
-            self.compute(&plan);
+            let computed = self.compute(&plan);
             self.publish();
+            computed?;
         }
+        Ok(())
     }
 
     /// Takes what has been submitted; false when nobody can submit any more.
@@ -185,7 +190,7 @@ impl Engine {
     }
 
     /// One step, as a whole or as two micro-batches.
-    fn compute(&mut self, plan: &[Part]) {
+    fn compute(&mut self, plan: &[Part]) -> Result<(), GpuError> {
         failpoint::pass("engine");
         let start = Instant::now();
         self.count += 1;
@@ -204,23 +209,32 @@ impl Engine {
             [plan, &[]]
         };
         let mut short = Shortfall::default();
-        // A plan that the trunk refuses is our own mistake, but costs only its step.
-        if let Err(error) = self.forward(plan, &batches, &mut short) {
-            return self.fail(plan, &error);
+        match self.forward(plan, &batches, &mut short) {
+            Ok(()) => {}
+            Err(StepError::Gpu(error)) => return Err(self.lose(error)),
+            // A plan that the trunk refuses is our own mistake, but costs only its step.
+            Err(error) => {
+                self.fail(plan, &error);
+                return Ok(());
+            }
         }
         let end = if short.is_all(plan) { "step_failed" } else { "step_end" };
         self.parts.history.record(end, format_args!("\"n\":{count}"));
         for (lane, batch) in batches.iter().enumerate() {
-            self.answer(lane, batch, &mut short);
+            if let Err(error) = self.answer(lane, batch, &mut short) {
+                return Err(self.lose(error));
+            }
         }
         if short.is_any() {
-            return self.make_do(short);
+            self.make_do(short);
+            return Ok(());
         }
         let took = start.elapsed();
         self.overlap.observe(rows, split, took);
         self.parts.scheduler.took(plan, took);
         self.parts.metrics.step.observe(took.as_secs_f64());
         self.parts.history.flush();
+        Ok(())
     }
 
     /// Runs all layers. What it leaves is the logits of the wanted rows. A micro-batch
@@ -238,17 +252,18 @@ impl Engine {
         let (traced, _in_step) = (!span.is_disabled(), span.enter());
         self.parts.metrics.step_rows.observe(rows as f64);
         let mut lanes = 0;
-        for (step, batch) in self.steps.iter_mut().zip(batches).filter(|(_, b)| !b.is_empty()) {
+        for (step, batch) in self.parts.steps.iter_mut().zip(batches).filter(|(_, b)| !b.is_empty())
+        {
             let chunks = chunks(&self.parts.scheduler, &self.streams, batch);
             self.parts.trunk.begin(step, &chunks, &self.parts.kv)?;
             lanes += 1;
         }
-        let Parts { trunk, kv, experts, .. } = &mut self.parts;
+        let Parts { trunk, kv, experts, steps, .. } = &mut self.parts;
         let layers = trunk.config().layers;
         // The layer whose results each lane waits for, and its span.
         let mut away: [Option<(usize, Span)>; LANES] = Default::default();
         for layer in 0..=layers {
-            for (lane, step) in self.steps.iter_mut().enumerate().take(lanes) {
+            for (lane, step) in steps.iter_mut().enumerate().take(lanes) {
                 if let Some((layer, span)) = away[lane].take() {
                     let _in_layer = span.enter();
                     experts.wait(lane, &step.routed());
@@ -257,7 +272,7 @@ impl Engine {
                         experts.abandon();
                         return Ok(());
                     }
-                    trunk.absorb_shares(layer, step, &|slot| experts.share(lane, slot));
+                    trunk.absorb_shares(layer, step, &|slot| experts.share(lane, slot))?;
                     short.silence(step);
                 }
                 if layer == layers {
@@ -268,9 +283,9 @@ impl Engine {
                     false => Span::none(),
                 };
                 let in_layer = span.enter();
-                if trunk.attend(layer, step, kv) {
+                if trunk.attend(layer, step, kv)? {
                     experts.send(lane, LayerId(layer as u32), &step.routed(), &span);
-                    trunk.shared(layer, step);
+                    trunk.shared(layer, step)?;
                     drop(in_layer);
                     away[lane] = Some((layer, span));
                 }
@@ -296,13 +311,18 @@ impl Engine {
     }
 
     /// Samples every finished row of a micro-batch and sends what the streams are owed.
-    fn answer(&mut self, lane: usize, plan: &[Part], short: &mut Shortfall) {
+    fn answer(
+        &mut self,
+        lane: usize,
+        plan: &[Part],
+        short: &mut Shortfall,
+    ) -> Result<(), GpuError> {
         if plan.iter().all(|part| short.is_lost(part.id)) {
-            return;
+            return Ok(());
         }
-        let Parts { trunk, scheduler, sampling, gauges, metrics, .. } = &mut self.parts;
+        let Parts { trunk, steps, scheduler, sampling, gauges, metrics, .. } = &mut self.parts;
         let vocab = trunk.config().vocab;
-        let mut logits = trunk.logits(&mut self.steps[lane]);
+        let mut logits = trunk.logits(&mut steps[lane])?;
         let mut last = Vec::new();
         for &part in plan {
             let Some(stream) = self.streams.get_mut(&part.id) else { continue };
@@ -360,6 +380,16 @@ impl Engine {
         for id in ended {
             self.end(id);
         }
+        Ok(())
+    }
+
+    /// The device cannot compute any more: all streams end, so that gateways resume them elsewhere.
+    fn lose(&mut self, error: GpuError) -> GpuError {
+        for stream in self.streams.values_mut() {
+            self.parts.metrics.failed.inc();
+            stream.fail(tonic::Status::unavailable(format!("the router's trunk: {error}")));
+        }
+        error
     }
 
     /// The step's results cannot be had: its sequences end, the others go on.

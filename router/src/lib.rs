@@ -38,7 +38,7 @@ pub mod service;
 mod tests;
 
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use arc_swap::{ArcSwap, ArcSwapOption};
@@ -55,8 +55,12 @@ use mesh::registry::office::Office;
 use mesh::registry::{Etcd, Member};
 use mesh::tls::{self, TlsError};
 use mesh::transport::{self, Endpoint, TransportError};
+use model::gpu::GpuStartError;
 use model::sample::Scratch;
-use model::{Checkpoint, ExpertDevice, KvError, KvPool, LoadError, Numerics, Trunk, mesh_class};
+use model::{
+    Checkpoint, Device, Driver as _, ExpertDevice, GpuError, Hopper, KvError, LoadError, Numerics,
+    Step, Trunk, mesh_class,
+};
 use proto::v1::Dtype;
 use proto::v1::inference_server::InferenceServer;
 use proto::v1::operations_server::OperationsServer;
@@ -111,6 +115,8 @@ pub struct Config {
     pub first_cpu: Option<usize>,
     /// `None` takes the best the CPU has.
     pub isa: Option<Isa>,
+    /// What computes the trunk.
+    pub device: Device,
     /// What the nodes compute experts on.
     pub expert_device: ExpertDevice,
     /// Tokens the KV cache holds, over all sequences.
@@ -170,6 +176,10 @@ pub enum Error {
     Thread(#[from] std::io::Error),
     #[error("the engine panicked; the router cannot compute any more")]
     Engine,
+    #[error("device = \"{0}\": {1}")]
+    Device(Device, GpuStartError),
+    #[error("the router cannot compute any more: {0}")]
+    Gpu(GpuError),
 }
 
 /// Loads, binds, serves, and drains when `shutdown` is triggered: new requests
@@ -199,8 +209,13 @@ pub async fn serve(config: Config, shutdown: Shutdown) -> Result<(), Error> {
     let compute = Arc::new(Compute::bound(isa, config.threads, config.first_cpu));
     let sampling = Scratch::new(compute.kernels);
     let trunk = Trunk::load(&checkpoint, config.numerics, compute.clone())?;
+    let (trunk, device) = placed(trunk, config.device, isa)?;
     let pages = config.kv_tokens.div_ceil(config.page_tokens.max(1));
-    let kv = KvPool::new(model, config.numerics, pages, config.page_tokens)?;
+    let no_device = |error: GpuError| Error::Device(config.device, error.into());
+    let kv = trunk.cache(pages, config.page_tokens).map_err(|error| match error {
+        KvError::Gpu(error) => no_device(error),
+        other => other.into(),
+    })?;
 
     let history = History::open(config.history.as_deref(), &config.id)
         .map_err(|error| Error::History(config.history.clone().unwrap_or_default(), error))?;
@@ -249,11 +264,15 @@ pub async fn serve(config: Config, shutdown: Shutdown) -> Result<(), Error> {
         }))
     };
 
+    let step = || trunk.step(&kv, config.step_tokens).map_err(no_device);
+    // One that is alone has no use for the second.
+    let steps = [step()?, if alone { Step::new() } else { step()? }];
     let gauges = Arc::new(Gauges::default());
     let (jobs, inbox) = mpsc::channel(config.max_waiting.max(1));
     let engine = Engine::new(engine::Parts {
         trunk,
         kv,
+        steps,
         experts,
         expert_wait: config.expert_wait,
         scheduler: Scheduler::new(Limits {
@@ -275,7 +294,7 @@ pub async fn serve(config: Config, shutdown: Shutdown) -> Result<(), Error> {
         metrics: metrics.clone(),
         history: history.clone(),
     });
-    let engine_ended = run_engine(engine)?;
+    let (engine_ended, lost) = run_engine(engine)?;
 
     let view = Arc::new(View {
         intake: ArcSwapOption::empty(),
@@ -287,8 +306,8 @@ pub async fn serve(config: Config, shutdown: Shutdown) -> Result<(), Error> {
         metrics,
         shutdown: shutdown.clone(),
     });
-    let class = config.numerics.class(isa);
-    // Experts inside the router are computed as the trunk is.
+    let class = config.device.trunk_class(config.numerics, isa);
+    // Experts inside the router are computed on the CPU, wherever the trunk is.
     let nodes = if alone { ExpertDevice::Cpu } else { config.expert_device };
     let experts = nodes.class(config.numerics, isa, &checkpoint)?;
     let combine = if alone { Combine::Router } else { config.combine };
@@ -296,7 +315,7 @@ pub async fn serve(config: Config, shutdown: Shutdown) -> Result<(), Error> {
         router_id: config.id.clone(),
         model_digest: checkpoint.digest(),
         numerics: exchange::class(mesh_class(&class, &experts), config.wire, combine),
-        device: format!("cpu/{isa}"),
+        device,
         vocab: model.vocab,
         max_context: model.max_positions,
         kv_pages: pages,
@@ -384,7 +403,11 @@ pub async fn serve(config: Config, shutdown: Shutdown) -> Result<(), Error> {
     {
         served.map_err(Error::Admin)?;
     }
-    if died { Err(Error::Engine) } else { Ok(()) }
+    match (lost.get(), died) {
+        (Some(error), _) => Err(Error::Gpu(error.clone())),
+        (None, true) => Err(Error::Engine),
+        (None, false) => Ok(()),
+    }
 }
 
 /// Every node is a process of this host, as far as that is known.
@@ -412,15 +435,33 @@ fn seed(id: &str) -> u64 {
     })
 }
 
-/// Runs the engine on its own thread; the receiver turns true when it has ended.
-fn run_engine(mut engine: Engine) -> std::io::Result<watch::Receiver<bool>> {
+/// Has `device` compute the trunk, if it is not the CPU; and what it is called.
+fn placed(trunk: Trunk, device: Device, isa: Isa) -> Result<(Trunk, String), Error> {
+    let Device::Cuda(ordinal) = device else { return Ok((trunk, format!("cpu/{isa}"))) };
+    let failed = |error| Error::Device(device, error);
+    trunk.check_gpu().map_err(failed)?;
+    let driver = Arc::new(Hopper::open(ordinal).map_err(|error| failed(error.into()))?);
+    let name = format!("{device}/{}", driver.name());
+    let trunk = trunk.onto(driver).map_err(failed)?;
+    tracing::info!(gpu = name, "the trunk is computed on a GPU");
+    Ok((trunk, name))
+}
+
+/// Runs the engine on its own thread; the receiver turns true when it has ended, and the cell says whether its device is why.
+fn run_engine(
+    mut engine: Engine,
+) -> std::io::Result<(watch::Receiver<bool>, Arc<OnceLock<GpuError>>)> {
     let (ended, end) = watch::channel(false);
+    let lost = Arc::new(OnceLock::new());
+    let told = lost.clone();
     std::thread::Builder::new().name("engine".into()).spawn(move || {
         // Dropped on a panic too, which is when somebody must hear of it.
         let _ended = SetOnDrop(ended);
-        engine.run();
+        if let Err(error) = engine.run() {
+            told.get_or_init(|| error);
+        }
     })?;
-    Ok(end)
+    Ok((end, lost))
 }
 
 struct SetOnDrop(watch::Sender<bool>);

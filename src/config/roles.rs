@@ -212,6 +212,12 @@ fn router(reader: &mut Reader<'_>) -> Result<Process, ConfigError> {
         threads: threads(reader)?,
         first_cpu: first_cpu(reader)?,
         isa: isa(reader)?,
+        device: reader.or(
+            "device",
+            model::Device::Cpu,
+            "What computes the trunk: cpu, or cuda:N for an NVIDIA GPU of the Hopper generation, which\n\
+             has the weights and the KV cache then.",
+        )?,
         expert_device: reader.or(
             "expert_device",
             model::ExpertDevice::Cpu,

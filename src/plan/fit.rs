@@ -4,7 +4,10 @@
 use mesh::placement::plan::shard;
 use model::{Config, KvPool, Numerics};
 
-use crate::published::{Tensor, tensors};
+use crate::published::{Stored, Tensor, tensors};
+
+/// In the names of routed experts' tensors.
+const ROUTED: &str = ".mlp.experts.";
 
 /// Bytes of a model's parts.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -22,6 +25,8 @@ pub struct Parts {
     pub embedding: u64,
     /// Gates and norms.
     pub small: u64,
+    /// What a GPU holds of the trunk: FP8 matrices are bf16 there.
+    pub trunk_on_gpu: u64,
     /// A token's entry in the KV cache, all layers.
     pub kv_token: u64,
 }
@@ -38,6 +43,11 @@ impl Parts {
         };
         for tensor in tensors(config) {
             *parts.part_of(&tensor) += tensor.bytes() as u64;
+            if !tensor.name.contains(ROUTED) {
+                let fp8 = matches!(tensor.stored, Stored::Fp8 { .. });
+                let bytes = if fp8 { 2 * tensor.values() } else { tensor.bytes() };
+                parts.trunk_on_gpu += bytes as u64;
+            }
         }
         parts
     }
@@ -45,7 +55,7 @@ impl Parts {
     fn part_of(&mut self, tensor: &Tensor) -> &mut u64 {
         let name = tensor.name.as_str();
         match name {
-            _ if name.contains(".mlp.experts.") => &mut self.routed,
+            _ if name.contains(ROUTED) => &mut self.routed,
             _ if name.contains("norm") || name.contains(".mlp.gate.") => &mut self.small,
             _ if name.contains(".self_attn.") => &mut self.attention,
             _ if name.contains(".shared_experts.") => &mut self.shared,
@@ -126,7 +136,7 @@ pub fn worth_showing(parts: &Parts, budget: &Budget, least: Option<u16>) -> Vec<
 
 /// Tokens of KV cache beside the trunk on a router's device; `None` if the trunk does not fit.
 pub fn kv_tokens(parts: &Parts, budget: &Budget) -> Option<u64> {
-    Some(budget.usable.checked_sub(parts.trunk())? / parts.kv_token)
+    Some(budget.usable.checked_sub(parts.trunk_on_gpu)? / parts.kv_token)
 }
 
 #[cfg(test)]
@@ -165,6 +175,11 @@ mod tests {
             [(1536, 7168), (24_576, 1536), (576, 7168), (32_768, 512), (7168, 16_384)];
         let fp8 = |(n, k): (u64, u64)| n * k + 4 * n.div_ceil(128) * k.div_ceil(128);
         assert_eq!(parts.attention, 61 * matrices.map(fp8).iter().sum::<u64>());
+        // Two bytes a value on a GPU, whatever is stored.
+        let values = |(n, k): (u64, u64)| 2 * n * k;
+        let attention = 61 * matrices.map(values).iter().sum::<u64>();
+        let networks = 2 * 3 * (3 * 18_432 + 58 * 2048) * 7168;
+        assert_eq!(parts.trunk_on_gpu, attention + networks + parts.embedding + parts.small);
         // 671 B parameters in all: nearly all of them one byte, the embedding and head two.
         let all = (parts.trunk() + parts.routed) as f64;
         assert!((671e9..675e9).contains(&all), "{all}");

@@ -115,7 +115,7 @@ fn check_seals(file: &File) -> io::Result<()> {
     // TMPFS_MAGIC of linux/magic.h.
     const ORDINARY: i64 = 0x0102_1994;
     let sealed = fcntl_get_seals(file)?.contains(SealFlags::SHRINK);
-    match sealed && i64::from(fstatfs(file)?.f_type) == ORDINARY {
+    match sealed && fstatfs(file)?.f_type == ORDINARY {
         true => Ok(()),
         false => Err(io::Error::other("shared memory that could become shorter, or of huge pages")),
     }

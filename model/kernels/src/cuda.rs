@@ -19,6 +19,7 @@ mod memory;
 pub mod reference;
 pub mod schedule;
 mod tensor_map;
+pub mod trunk;
 
 pub use arena::Arena;
 pub use arrive::{Row, Rows};

@@ -194,9 +194,9 @@ impl Transposed<'_> {
             let mut l = from;
             // SAFETY: the caller's; each stretch of columns ends inside the segment, and so inside w's rows and y's.
             unsafe {
-                if !W::WATCHED && self.rows <= S::TILE.0 {
+                if self.rows <= S::TILE.0 {
                     while to - l >= WIDE {
-                        l += self.direct::<S, W>(&block, x, l, to - l);
+                        l += self.direct::<S, W>(&block, x, segment, l, to - l);
                     }
                 }
                 while l < to {
@@ -216,9 +216,16 @@ impl Transposed<'_> {
         &mut self,
         block: &Range<usize>,
         x: &[f32],
+        segment: usize,
         l: usize,
         left: usize,
     ) -> usize {
+        let mut scales = [1.0; BLOCK];
+        if let Some(table) = self.w.scales().filter(|_| W::WATCHED) {
+            for (scale, n) in scales.iter_mut().zip(block.clone()) {
+                *scale = f32::from_le_bytes(table.row(n)[segment]);
+            }
+        }
         let stride = match block.len() {
             1 => 0,
             _ => self.w.row_bytes(1).as_ptr().addr() - self.w.row_bytes(0).as_ptr().addr(),
@@ -227,6 +234,7 @@ impl Transposed<'_> {
             x: x.as_ptr(),
             w: self.w.row_bytes(block.start).as_ptr().wrapping_add(l * W::SIZE),
             stride,
+            scales: scales.as_ptr(),
             count: block.len(),
             y: self.y.as_mut_ptr().wrapping_add(l),
             ldy: self.ldy,
@@ -238,6 +246,10 @@ impl Transposed<'_> {
                 // More columns at once, so that memory is read in longer stretches.
                 tile.compute::<S, W, 1, 16>();
                 return 4 * WIDE;
+            }
+            if self.rows == 1 && const { S::TILE.1 >= 4 && W::WATCHED } && left >= 2 * WIDE {
+                tile.compute::<S, W, 1, 8>();
+                return 2 * WIDE;
             }
             tile.rows::<S, W>(self.rows);
         }
@@ -299,6 +311,7 @@ impl Transposed<'_> {
                 x: x[r * BLOCK..].as_ptr(),
                 w: widened.as_ptr().cast(),
                 stride: WIDE * 4,
+                scales: std::ptr::null(),
                 count,
                 y: self.y[r * self.ldy + l..].as_mut_ptr(),
                 ldy: self.ldy,
@@ -336,6 +349,8 @@ struct Tile {
     w: *const u8,
     /// Bytes from one row of the weight to the next.
     stride: usize,
+    /// One for each row of an FP8 weight.
+    scales: *const f32,
     /// Rows of the weight.
     count: usize,
     y: *mut f32,
@@ -393,6 +408,13 @@ impl Tile {
                 let mut w = [S::zero(); N];
                 for i in 0..N {
                     w[i] = W::lanes::<S>(row.add(i * LANES * W::SIZE));
+                    if W::WATCHED {
+                        // A line further on for each of this one: the stretch of columns that comes next.
+                        if i % 4 == 0 {
+                            S::prefetch(row.wrapping_add((N + i) * LANES));
+                        }
+                        w[i] = S::mul(w[i], S::splat(*self.scales.add(n)));
+                    }
                 }
                 for r in 0..R {
                     let x = S::splat(*self.x.add(r * BLOCK + n));

@@ -4,6 +4,8 @@
 
 #[path = "standin/common.rs"]
 mod common;
+#[path = "standin/compiled.rs"]
+mod compiled;
 
 use std::ffi::{CString, c_char, c_int, c_void};
 use std::sync::OnceLock;
@@ -16,7 +18,8 @@ use kernels::cuda::{BLOCK, Coding, ExpertShape, Layout, Row, Tiled, stride};
 use kernels::{Mat, f32_to_fp8, fp8_to_f32, round_bf16};
 use libloading::{Library, Symbol};
 
-use common::{Random, compiled, widened};
+use common::{Random, widened};
+use compiled::compiled;
 
 type RunProduct =
     unsafe extern "C" fn(*const c_char, u32, u32, u64, *const Map, *const Call) -> c_int;

@@ -6,11 +6,19 @@
 mod attention;
 #[path = "standin/common.rs"]
 mod common;
+#[path = "standin/compiled.rs"]
+mod compiled;
 #[path = "trunk/device.rs"]
 mod device;
+#[path = "standin/driver.rs"]
+mod driver;
 #[path = "trunk/gate.rs"]
 mod gate;
+#[path = "trunk/product.rs"]
+mod product;
 #[path = "trunk/rows.rs"]
 mod rows;
 #[path = "trunk/sample.rs"]
 mod sample;
+#[path = "trunk/waves.rs"]
+mod waves;

@@ -5,7 +5,7 @@ use crate::error::LoadError;
 use crate::weight::Weight;
 
 /// How queries are made.
-pub(super) enum Query {
+pub(crate) enum Query {
     /// `[heads * (qk_nope + qk_rope), hidden]`
     Plain(Weight),
     /// Through a compressed form.
@@ -23,19 +23,19 @@ pub(super) enum Query {
 
 /// One layer's attention.
 pub(crate) struct Attention {
-    pub(super) query: Query,
+    pub(crate) query: Query,
     /// `[kv_lora + qk_rope, hidden]`
-    pub(super) latent: Weight,
+    pub(crate) latent: Weight,
     /// `[kv_lora + qk_rope]`
-    pub(super) latent_bias: Option<Vec<f32>>,
+    pub(crate) latent_bias: Option<Vec<f32>>,
     /// `[kv_lora]`
-    pub(super) latent_norm: Vec<f32>,
+    pub(crate) latent_norm: Vec<f32>,
     /// `[heads * (qk_nope + v_head), kv_lora]`: per head its key rows, then its value rows.
-    pub(super) up: Weight,
+    pub(crate) up: Weight,
     /// `[hidden, heads * v_head]`
-    pub(super) out: Weight,
+    pub(crate) out: Weight,
     /// `[hidden]`
-    pub(super) out_bias: Option<Vec<f32>>,
+    pub(crate) out_bias: Option<Vec<f32>>,
 }
 
 impl Attention {

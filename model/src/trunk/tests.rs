@@ -54,12 +54,12 @@ fn steps_that_do_not_fit_are_refused_and_hold_nothing() {
     }
     // An empty step runs through, too.
     for layer in 0..trunk.config().layers {
-        if trunk.attend(layer, &mut step, &mut kv) {
+        if trunk.attend(layer, &mut step, &mut kv).unwrap() {
             assert_eq!(step.routed().count, 0);
-            trunk.absorb(layer, &mut step, &|_| &[]);
+            trunk.absorb(layer, &mut step, &|_| &[]).unwrap();
         }
     }
-    assert!(trunk.logits(&mut step).is_empty());
+    assert!(trunk.logits(&mut step).unwrap().is_empty());
 }
 
 /// Logits of a step whose experts answer with rows of ones, at an odd address if `shift`.
@@ -73,19 +73,20 @@ fn run(bench: &mut Bench, early: bool, shift: bool) -> Vec<u32> {
     let mut bytes = vec![0; usize::from(shift)];
     bytes.extend(one.repeat(trunk.config().hidden));
     for layer in 0..trunk.config().layers {
-        if trunk.attend(layer, step, kv) {
+        if trunk.attend(layer, step, kv).unwrap() {
             let routed = step.routed();
             assert_eq!((routed.count, routed.experts.len(), routed.weights.len()), (3, 9, 9));
             assert_eq!(routed.row(1).len(), trunk.config().hidden * trunk.numerics().bytes());
             if early {
-                trunk.shared(layer, step);
+                trunk.shared(layer, step).unwrap();
             }
-            trunk.absorb(layer, step, &|_| &bytes[usize::from(shift)..]);
+            trunk.absorb(layer, step, &|_| &bytes[usize::from(shift)..]).unwrap();
         }
     }
-    let all: Vec<u32> = trunk.logits(step).iter().map(|l| l.to_bits()).collect();
+    let all: Vec<u32> = trunk.logits(step).unwrap().iter().map(|l| l.to_bits()).collect();
     let vocab = trunk.config().vocab;
-    let second: Vec<u32> = trunk.logits_of(step, 1..2).iter().map(|l| l.to_bits()).collect();
+    let second: Vec<u32> =
+        trunk.logits_of(step, 1..2).unwrap().iter().map(|l| l.to_bits()).collect();
     assert_eq!(second, all[vocab..2 * vocab]);
     all
 }
@@ -105,9 +106,9 @@ fn shared_experts_may_be_left_to_absorb_and_results_may_lie_anywhere() {
 fn a_layer_is_absorbed_once() {
     let Bench { trunk, mut kv, mut step, pages } = bench(Numerics::Bf16);
     trunk.begin(&mut step, &[chunk(&[5], 0, &pages)], &kv).unwrap();
-    assert!(!trunk.attend(0, &mut step, &mut kv));
-    assert!(trunk.attend(1, &mut step, &mut kv));
+    assert!(!trunk.attend(0, &mut step, &mut kv).unwrap());
+    assert!(trunk.attend(1, &mut step, &mut kv).unwrap());
     let row = vec![0; 48 * 2];
-    trunk.absorb(1, &mut step, &|_| &row);
-    trunk.absorb(1, &mut step, &|_| &row);
+    trunk.absorb(1, &mut step, &|_| &row).unwrap();
+    trunk.absorb(1, &mut step, &|_| &row).unwrap();
 }

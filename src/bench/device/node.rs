@@ -8,11 +8,11 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, anyhow, bail, ensure};
-use expert_node::device::Device;
 use kernels::cuda::{Arena, Gpu, GroupedFfn, Layout, Piece, Row};
 use mesh::link::Identity;
 use mesh::near::Shortcut;
 use mesh::transport::Endpoint;
+use model::Device;
 use model::rows::{NodeSum, encode_fp8, fp8_row_bytes};
 use model::{
     Checkpoint, Compute, Expert, ExpertDevice, ExpertGroup, ExpertScratch, Isa, Numerics, Routed,

@@ -32,19 +32,31 @@ pub struct Call {
     pub second: u32,
 }
 
-/// Which of an expert's two products.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// Which product.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Product {
+    /// silu(gate x) * up x, as bf16.
     GateUp,
+    /// As bf16.
     Down,
+    /// The same left in f32.
+    Linear,
 }
 
 impl Product {
-    /// The parts of a slot that it multiplies with.
+    /// The parts of an expert's slot that it multiplies with.
     pub const fn parts(self) -> [usize; 2] {
         match self {
             Product::GateUp => [0, 1],
-            Product::Down => [2, 2],
+            Product::Down | Product::Linear => [2, 2],
+        }
+    }
+
+    /// Values from one row of `columns` results to the next.
+    pub fn out_stride(self, columns: usize) -> usize {
+        match self {
+            Product::GateUp | Product::Down => stride(columns, Coding::Bf16) / 2,
+            Product::Linear => columns,
         }
     }
 
@@ -53,6 +65,7 @@ impl Product {
         let name = match self {
             Product::GateUp => "gate_up",
             Product::Down => "down",
+            Product::Linear => "linear",
         };
         let coding = match coding {
             Coding::Fp8 => "fp8",
@@ -63,8 +76,8 @@ impl Product {
 }
 
 impl Call {
-    /// One product of one launch: slots begin at `slots`, the launch's table of groups is at `groups`, and bf16 results
-    /// go to `out`.
+    /// One product of one launch with experts: slots begin at `slots`, the launch's table of groups is at `groups`, and
+    /// results go to `out`.
     pub fn new(
         layout: &Layout,
         product: Product,
@@ -74,21 +87,41 @@ impl Call {
         out: u64,
     ) -> Call {
         let shape = layout.shape;
-        let (k, columns, width, second) = match product {
-            Product::GateUp => (shape.hidden, shape.inner, GATED_COLUMNS, 0),
-            Product::Down => (shape.inner, shape.hidden, DOWN_COLUMNS, DOWN_COLUMNS / 2),
+        let (k, columns) = match product {
+            Product::GateUp => (shape.hidden, shape.inner),
+            Product::Down | Product::Linear => (shape.inner, shape.hidden),
         };
         Call {
             scales: product.parts().map(|part| slots + layout.parts[part].scales as u64),
             slot_bytes: layout.bytes as u64,
+            ..Call::plain(product, (k, columns), shape.coding, launch, groups, out)
+        }
+    }
+
+    /// One product of rows of `k` values with weights that have no scales.
+    pub fn plain(
+        product: Product,
+        (k, columns): (usize, usize),
+        coding: Coding,
+        launch: &Launch,
+        groups: u64,
+        out: u64,
+    ) -> Call {
+        let (width, second) = match product {
+            Product::GateUp => (GATED_COLUMNS, 0),
+            Product::Down | Product::Linear => (DOWN_COLUMNS, DOWN_COLUMNS / 2),
+        };
+        Call {
+            scales: [0; 2],
+            slot_bytes: 0,
             groups: groups + (launch.groups.start * Group::BYTES) as u64,
             out,
-            out_stride: (stride(columns, Coding::Bf16) / 2) as u32,
+            out_stride: product.out_stride(columns) as u32,
             group_count: launch.groups.len() as u32,
             tiles: launch.tiles(columns, width) as u32,
             column_tiles: columns.div_ceil(width) as u32,
             columns: columns as u32,
-            k_blocks: (k * shape.coding.size()).div_ceil(BOX_BYTES) as u32,
+            k_blocks: (k * coding.size()).div_ceil(BOX_BYTES) as u32,
             second: second as u32,
         }
     }
@@ -96,13 +129,23 @@ impl Call {
 
 /// A part of all slots.
 pub fn weights(layout: &Layout, part: usize, slots: usize, address: u64) -> Tiled {
-    let coding = layout.shape.coding;
     let part = &layout.parts[part];
+    let address = address + part.at as u64;
+    matrices((part.n, part.k, slots), (part.stride, layout.bytes), layout.shape.coding, address)
+}
+
+/// `slots` weights `[n, k]`, whose rows and which are so many bytes apart.
+pub fn matrices(
+    (n, k, slots): (usize, usize, usize),
+    (row, slot): (usize, usize),
+    coding: Coding,
+    address: u64,
+) -> Tiled {
     Tiled {
         element: element(coding),
-        address: address + part.at as u64,
-        sizes: vec![part.k as u64, part.n as u64, slots as u64],
-        strides: vec![part.stride as u64, layout.bytes as u64],
+        address,
+        sizes: vec![k as u64, n as u64, slots as u64],
+        strides: vec![row as u64, slot as u64],
         tile: vec![(BOX_BYTES / coding.size()) as u32, BOX_ROWS, 1],
         swizzled: true,
     }

@@ -36,6 +36,9 @@ pub enum GpuError {
     /// A refusal, of the host's memory.
     #[error("{what} needs {need} bytes of pinned host memory, which the system does not give")]
     Pinned { what: &'static str, need: usize },
+    /// A launch that would leave its memory, and was not made.
+    #[error("{kernel} needs {need} bytes of {what}, which has {have}")]
+    Shape { kernel: &'static str, what: &'static str, need: usize, have: usize },
     /// Nothing works on the device any more in this process.
     #[error("cuda:{ordinal} was lost during {doing}: {code}")]
     Lost { ordinal: usize, doing: &'static str, code: String },

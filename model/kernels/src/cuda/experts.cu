@@ -7,6 +7,8 @@
 //
 // A block is a warpgroup that loads (one thread, TMA) and two that multiply, 64 weight rows each: gate and up of the same
 // 64 columns, or 128 columns of down. Blocks stay, and walk over the tiles; loads run ahead across tiles.
+//
+// `linear` is `down` with results left in f32: the trunk's projections, whose heads are groups where each has a weight.
 #include "hopper.cuh"
 
 constexpr u32 K_BYTES = 128;   // bytes of k in a stage: one swizzled row
@@ -29,7 +31,7 @@ struct Call {
     const u8* scales1; // of the second
     u64 slot_bytes;
     const Group* groups;
-    u16* out;          // bf16 [rows][out_stride]
+    void* out;         // [rows][out_stride], bf16 or f32 as the kernel leaves them
     u32 out_stride;
     u32 group_count;
     u32 tiles;         // all tiles: row tiles times column tiles
@@ -98,7 +100,14 @@ __device__ __forceinline__ float silu(float x) {
     return x / (1.0f + expf(-x));
 }
 
-template <u32 ROWS, bool FP8, bool GATED>
+__device__ __forceinline__ void leave(u16& to, float x) {
+    to = f32_to_bf16(x);
+}
+__device__ __forceinline__ void leave(float& to, float x) {
+    to = x;
+}
+
+template <u32 ROWS, bool FP8, bool GATED, typename Out>
 __device__ __forceinline__ void product(const TensorMap& w0, const TensorMap& w1, const TensorMap& x,
                                         const TensorMap& xs, const Call& call) {
     extern __shared__ u8 memory[];
@@ -193,13 +202,13 @@ __device__ __forceinline__ void product(const TensorMap& w0, const TensorMap& w1
         if (GATED) barrier_sync(1, CONSUMERS);
         if (!GATED || half == 0) {
             const u32 from = walk.column + (GATED ? 0 : half * M) + m;
-            u16* out = call.out + (u64)walk.row * call.out_stride + from;
+            Out* out = static_cast<Out*>(call.out) + (u64)walk.row * call.out_stride + from;
 #pragma unroll
             for (u32 i = 0; i < ROWS / 2; i++) {
                 const u32 down = 8 * (i / 2 % 2), row = 8 * (i / 4) + 2 * (lane % 4) + i % 2;
                 const float value = GATED ? silu(sum[i]) * s.exchange[i][thread % 128] : sum[i];
                 if (row < walk.rows && from + down < call.columns) {
-                    out[(u64)row * call.out_stride + down] = f32_to_bf16(value);
+                    leave(out[(u64)row * call.out_stride + down], value);
                 }
             }
         }
@@ -207,22 +216,25 @@ __device__ __forceinline__ void product(const TensorMap& w0, const TensorMap& w1
     }
 }
 
-#define PRODUCT(name, rows, fp8, gated)                                                                      \
+#define PRODUCT(name, rows, fp8, gated, out)                                                                 \
     extern "C" __global__ void __launch_bounds__(THREADS, 1)                                                 \
         name(const __grid_constant__ TensorMap w0, const __grid_constant__ TensorMap w1,                     \
              const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap xs, const Call call) {   \
-        product<rows, fp8, gated>(w0, w1, x, xs, call);                                                      \
+        product<rows, fp8, gated, out>(w0, w1, x, xs, call);                                                 \
     }
 
-PRODUCT(gate_up_fp8_16, 16, true, true)
-PRODUCT(gate_up_fp8_64, 64, true, true)
-PRODUCT(gate_up_fp8_128, 128, true, true)
-PRODUCT(down_fp8_16, 16, true, false)
-PRODUCT(down_fp8_64, 64, true, false)
-PRODUCT(down_fp8_128, 128, true, false)
-PRODUCT(gate_up_bf16_16, 16, false, true)
-PRODUCT(gate_up_bf16_64, 64, false, true)
-PRODUCT(gate_up_bf16_128, 128, false, true)
-PRODUCT(down_bf16_16, 16, false, false)
-PRODUCT(down_bf16_64, 64, false, false)
-PRODUCT(down_bf16_128, 128, false, false)
+PRODUCT(gate_up_fp8_16, 16, true, true, u16)
+PRODUCT(gate_up_fp8_64, 64, true, true, u16)
+PRODUCT(gate_up_fp8_128, 128, true, true, u16)
+PRODUCT(down_fp8_16, 16, true, false, u16)
+PRODUCT(down_fp8_64, 64, true, false, u16)
+PRODUCT(down_fp8_128, 128, true, false, u16)
+PRODUCT(gate_up_bf16_16, 16, false, true, u16)
+PRODUCT(gate_up_bf16_64, 64, false, true, u16)
+PRODUCT(gate_up_bf16_128, 128, false, true, u16)
+PRODUCT(down_bf16_16, 16, false, false, u16)
+PRODUCT(down_bf16_64, 64, false, false, u16)
+PRODUCT(down_bf16_128, 128, false, false, u16)
+PRODUCT(linear_bf16_16, 16, false, false, float)
+PRODUCT(linear_bf16_64, 64, false, false, float)
+PRODUCT(linear_bf16_128, 128, false, false, float)

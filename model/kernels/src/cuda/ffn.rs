@@ -401,7 +401,7 @@ impl GroupedFfn {
         let arena = &*self.arena;
         let (input, output, kernels) = match product {
             Product::GateUp => (&turn.x, turn.h.address(), &self.gate_up),
-            Product::Down => (&turn.h, turn.out.address(), &self.down),
+            Product::Down | Product::Linear => (&turn.h, turn.out.address(), &self.down),
         };
         let (slots, groups) = (arena.address(), turn.arrived.address() + packed.groups as u64);
         let mut call = Call::new(arena.layout(), product, launch, slots, groups, output);

@@ -103,6 +103,17 @@ impl Memory {
         copied.map_err(|error| self.gpu.error("copying from the device", error))
     }
 
+    /// Has `lane` set `len` bytes from `at` on to zero. Panics if they are not inside.
+    pub fn zero(&self, lane: Lane, at: usize, len: usize) -> Result<(), GpuError> {
+        assert!(at <= self.len && len <= self.len - at, "bytes inside their memory");
+        let stream = self.gpu.stream(lane).cu_stream();
+        let filled = self.gpu.bind().and_then(|()| {
+            // SAFETY: inside, as was just checked.
+            unsafe { result::memset_d8_async(self.address + at as u64, 0, len, stream) }
+        });
+        filled.map_err(|error| self.gpu.error("zeroing memory", error))
+    }
+
     /// Has `lane` set all bytes to `value`.
     pub fn fill(&self, lane: Lane, value: u8) -> Result<(), GpuError> {
         let stream = self.gpu.stream(lane).cu_stream();

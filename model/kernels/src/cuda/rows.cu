@@ -1,5 +1,5 @@
 // The trunk's work on single rows, as model/src does it on the CPU: embedding, norms, rotation, what goes to the cache,
-// activation, and putting a layer together. Activations are f32 and are rounded to bf16 where they enter a product.
+// and putting a layer together. Activations are f32 and are rounded to bf16 where they enter a product.
 //
 // A block has one row, and sums are taken in an order that only the row's length decides.
 #include "hopper.cuh"
@@ -118,16 +118,6 @@ extern "C" __global__ void __launch_bounds__(ROW_THREADS) join(const u16* values
     const u64 row = blockIdx.x, rows = gridDim.x;
     for (u32 i = threadIdx.x; i < heads * n; i += ROW_THREADS)
         out[row * stride + i] = values[(i / n * rows + row) * n + i % n];
-}
-
-// silu(gate) * up, f32 [rows][n], as bf16 in rows `stride` apart.
-extern "C" __global__ void __launch_bounds__(ROW_THREADS)
-    silu_mul(const float* gate, const float* up, u32 n, u16* out, u32 stride) {
-    const u64 row = blockIdx.x;
-    for (u32 i = threadIdx.x; i < n; i += ROW_THREADS) {
-        const float g = gate[row * n + i];
-        out[row * stride + i] = f32_to_bf16(g / (1.0f + expf(-g)) * up[row * n + i]);
-    }
 }
 
 // residual += (sum over slots of weight * result) + shared, in this order (DeepSeek-V3 report, eq. 12). Results are bf16

@@ -44,9 +44,18 @@ pub struct Tiled {
 #[repr(C, align(64))]
 pub struct TensorMap(sys::CUtensorMap);
 
+impl TensorMap {
+    /// For what stands in for a driver.
+    #[doc(hidden)]
+    pub fn of_words(opaque: [u64; 16]) -> TensorMap {
+        TensorMap(sys::CUtensorMap { opaque })
+    }
+}
+
 impl Tiled {
     /// Why the driver would refuse it, by the rules of its documentation; `None` if it would not.
-    fn problem(&self) -> Option<String> {
+    #[doc(hidden)]
+    pub fn problem(&self) -> Option<String> {
         let rank = self.sizes.len();
         if !(1..=5).contains(&rank) || self.strides.len() + 1 != rank || self.tile.len() != rank {
             return Some(format!(

@@ -1,9 +1,12 @@
-// The trunk's kernels through the stand-in, as a library that tests/trunk.rs calls.
+// The trunk's kernels and the products through the stand-in, as a library that standin/driver.rs calls.
 #define STANDIN "warps.h"
 #include "attention.cu"
 #include "gate.cu"
 #include "rows.cu"
 #include "sample.cu"
+#define Shared ProductShared // attention has one, too
+#include "experts.cu"
+#undef Shared
 
 #include <utility>
 
@@ -32,8 +35,16 @@ extern "C" int standin_launch(const char* name, u32 blocks_x, u32 blocks_y, u32 
     KERNEL(queries);
     KERNEL(latent);
     KERNEL(join);
-    KERNEL(silu_mul);
     KERNEL(combine);
     KERNEL(sample);
+    KERNEL(gate_up_bf16_16);
+    KERNEL(gate_up_bf16_64);
+    KERNEL(gate_up_bf16_128);
+    KERNEL(down_bf16_16);
+    KERNEL(down_bf16_64);
+    KERNEL(down_bf16_128);
+    KERNEL(linear_bf16_16);
+    KERNEL(linear_bf16_64);
+    KERNEL(linear_bf16_128);
     return 0;
 }

@@ -2,10 +2,11 @@
 
 use half::bf16;
 
-use crate::device::{Arg, Memory, Random, distance, launch, library, widened};
+use kernels::cuda::trunk::{Attend, Row, SPAN, Span};
 
-/// Positions of a span, and heads of a block (attention.cu).
-const SPAN: usize = 512;
+use crate::device::{Memory, Random, distance, launch, library, widened};
+
+/// Heads of a block (attention.cu).
 const HEADS: usize = 32;
 const SCALE: f32 = 0.7;
 
@@ -69,10 +70,12 @@ impl Case {
                 let slot = page_at + (page_tokens + at % page_tokens) * width;
                 cache[slot..slot + width].copy_from_slice(values);
             }
-            table.extend([first as u32, position as u32, part as u32]);
+            let (pages, position_at) = (first as u32, position as u32);
+            table.extend(Row { pages, position: position_at, part: part as u32 }.words());
             first += needed[row];
             let count = position / SPAN + 1;
-            spans.extend((0..count as u32).flat_map(|span| [row as u32, span]));
+            let row = row as u32;
+            spans.extend((0..count as u32).flat_map(|index| Span { row, index }.words()));
             part += if count > 1 { count } else { 0 };
         }
 
@@ -90,26 +93,26 @@ impl Case {
         let out = Memory::poisoned::<bf16>(heads * rows * rank);
         let parts = Memory::poisoned::<f32>(part * heads * rank);
         let tops = Memory::poisoned::<f32>(part * heads * 2);
-        let two = |low: usize, high: u32| low as u64 | u64::from(high) << 32;
-        let call = || {
-            Arg(vec![
-                absorbed.address(),
-                rotated.address(),
-                cache.address() + (page_tokens * width * 2) as u64,
-                page as u64,
-                pages.address(),
-                table.address(),
-                span_table.address(),
-                out.address(),
-                parts.address(),
-                tops.address(),
-                two(rows, heads as u32),
-                two(width, rank as u32),
-                two(page_tokens, SCALE.to_bits()),
-            ])
+        let call = Attend {
+            absorbed: absorbed.address(),
+            rotated: rotated.address(),
+            cache: cache.address() + (page_tokens * width * 2) as u64,
+            page_stride: page as u64,
+            pages: pages.address(),
+            row: table.address(),
+            spans: span_table.address(),
+            out: out.address(),
+            parts: parts.address(),
+            tops: tops.address(),
+            rows: rows as u32,
+            heads: heads as u32,
+            width: width as u32,
+            rank: rank as u32,
+            page_tokens: page_tokens as u32,
+            scale: SCALE,
         };
-        launch("attend", (spans.len() / 2, heads.div_ceil(HEADS)), 256, seed, &[call()]);
-        launch("merge", (rows, heads), 128, seed, &[call()]);
+        launch("attend", (spans.len() / 2, heads.div_ceil(HEADS)), 256, seed, &[call.into()]);
+        launch("merge", (rows, heads), 128, seed, &[call.into()]);
         // Their fences are looked at.
         parts.read::<f32>();
         tops.read::<f32>();

@@ -1,23 +1,14 @@
-//! The stand-in as tests see it: memory, arguments, launches.
+//! The stand-in as tests of single kernels see it: memory, arguments, launches.
 
-use std::ffi::{CString, c_char, c_int, c_void};
-use std::sync::OnceLock;
+use std::ffi::c_void;
 
 use bytemuck::{AnyBitPattern, NoUninit};
 use half::bf16;
-use libloading::{Library, Symbol};
+use kernels::cuda::trunk::{Attend, Routing};
 
-pub use crate::common::{Random, compiled, widened};
+pub use crate::common::{Random, widened};
+pub use crate::driver::library;
 pub use kernels::cuda::reference::distance;
-
-type Launch =
-    unsafe extern "C" fn(*const c_char, u32, u32, u32, u64, *const *const c_void) -> c_int;
-
-/// The stand-in with the kernels in it, compiled once; nothing where there is no C++ compiler.
-pub fn library() -> Option<&'static Library> {
-    static BUILT: OnceLock<Option<Library>> = OnceLock::new();
-    BUILT.get_or_init(|| compiled("trunk.cpp")).as_ref()
-}
 
 /// Bytes before and after that nothing may write to, in words of 16.
 const FENCE: usize = 64;
@@ -72,6 +63,20 @@ impl From<usize> for Arg {
     }
 }
 
+impl From<Attend> for Arg {
+    fn from(value: Attend) -> Arg {
+        // SAFETY: plain numbers without padding.
+        Arg(unsafe { std::mem::transmute::<Attend, [u64; 13]>(value) }.to_vec())
+    }
+}
+
+impl From<Routing> for Arg {
+    fn from(value: Routing) -> Arg {
+        // SAFETY: plain numbers without padding; words are copied.
+        Arg(unsafe { std::mem::transmute_copy::<Routing, [u64; 3]>(&value) }.to_vec())
+    }
+}
+
 impl From<f32> for Arg {
     fn from(value: f32) -> Arg {
         Arg(vec![u64::from(value.to_bits())])
@@ -83,17 +88,12 @@ pub const NULL: usize = 0;
 
 /// Runs `kernel` on a grid of `blocks`. Threads take turns in the order that `seed` gives.
 pub fn launch(kernel: &str, blocks: (usize, usize), threads: u32, seed: u64, args: &[Arg]) {
-    /// The stand-in has one block's state for the whole process.
-    static ONE_AT_A_TIME: parking_lot::Mutex<()> = parking_lot::Mutex::new(());
-    let _turn = ONE_AT_A_TIME.lock();
-    let name = CString::new(kernel).unwrap();
-    let args: Vec<*const c_void> = args.iter().map(|arg| arg.0.as_ptr().cast()).collect();
-    // SAFETY: that is its type (standin/trunk.cpp).
-    let launch: Symbol<'_, Launch> = unsafe { library().unwrap().get(b"standin_launch") }.unwrap();
-    let (x, y) = (blocks.0 as u32, blocks.1 as u32);
+    let mut args: Vec<*mut c_void> =
+        args.iter().map(|arg| arg.0.as_ptr().cast_mut().cast()).collect();
     // SAFETY: arguments outlive the run, and tests give each kernel those that it takes.
-    let found = unsafe { launch(name.as_ptr(), x, y, threads, seed, args.as_ptr()) };
-    assert_eq!(found, 1, "{kernel} is not in the stand-in");
+    unsafe {
+        crate::driver::run(kernel, (blocks.0 as u32, blocks.1 as u32), threads, seed, &mut args)
+    };
 }
 
 impl Random {

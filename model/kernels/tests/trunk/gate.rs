@@ -2,7 +2,7 @@
 
 use std::cmp::Ordering;
 
-use crate::device::{Arg, Memory, Random, distance, launch, library, widened};
+use crate::device::{Memory, Random, distance, launch, library, widened};
 
 /// Experts, and rows, of a block (gate.cu), and its shared values.
 const TILE: usize = 8;
@@ -57,13 +57,15 @@ impl Routing {
         let (scores, bias) = (Memory::of(scores), Memory::of(bias));
         let chosen = Memory::poisoned::<u32>(rows * self.top_k);
         let weights = Memory::poisoned::<f32>(rows * self.top_k);
-        let two = |low: usize, high: u32| low as u64 | u64::from(high) << 32;
-        let routing = Arg(vec![
-            two(self.experts, self.top_k as u32),
-            two(self.groups, self.kept as u32),
-            two(self.normed.into(), self.scaling.to_bits()),
-        ]);
-        let args = [scores.arg(), bias.arg(), routing, chosen.arg(), weights.arg()];
+        let routing = kernels::cuda::trunk::Routing {
+            experts: self.experts as u32,
+            top_k: self.top_k as u32,
+            groups: self.groups as u32,
+            kept_groups: self.kept as u32,
+            normed: self.normed.into(),
+            scaling: self.scaling,
+        };
+        let args = [scores.arg(), bias.arg(), routing.into(), chosen.arg(), weights.arg()];
         launch("gate_choose", (rows, 1), 32, 1, &args);
         (chosen.read(), weights.read())
     }
