@@ -2,7 +2,8 @@
 # Builds, checks and times everything that needs a GPU, in one call on a machine that has one:
 #   every kernel against the reference in double, over poisoned memory, rows alone bit for bit
 #   the same under compute-sanitizer, if it is there
-#   times beside the device's copy and matmul rates
+#   times beside the device's copy and matmul rates, and beside PyTorch where python3 has it
+#   one layer of DeepSeek-V3, 256 experts of 11.4 GB in all, resident on one node: its round trips through gRPC, broken down
 #   the bundled model with its experts, its trunk, and both on cuda:0: greedy text beside the CPU's
 # Needs a Rust toolchain, or target/release/moemesh built elsewhere. Says "no device" and ends with 2 where there is none.
 set -euo pipefail
@@ -35,12 +36,29 @@ else
 fi
 
 say "times"
-"$moemesh" bench device --device "$device"
-
-say "the bundled model, experts and trunk on $device"
 folder=$(mktemp -d)
 mesh=
 trap '[ -z "$mesh" ] || kill "$mesh"; rm -rf "$folder"' EXIT
+"$moemesh" bench device --device "$device" --lines "$folder/ours.jsonl"
+
+say "PyTorch"
+if python3 -c "import torch" 2>/dev/null; then
+  python3 tests/peers/grouped_ffn.py --device "$device" --beside "$folder/ours.jsonl" || echo "failed: not measured"
+else
+  echo "python3 has no torch: left out"
+fi
+
+say "one layer of DeepSeek-V3 on one node"
+room=$(df --output=avail -B1 "$folder" | tail -1)
+if [ "$room" -gt 14000000000 ]; then
+  "$moemesh" bench make-checkpoint "$folder/v3-layer" --size v3-layer --dtype fp8
+  "$moemesh" bench device --device "$device" --model "$folder/v3-layer"
+  rm -rf "$folder/v3-layer"
+else
+  echo "$folder has room for $room bytes, 14 GB are needed: left out"
+fi
+
+say "the bundled model, experts and trunk on $device"
 generate() { # FILE of configuration
   local port=$((20000 + RANDOM % 20000))
   "$moemesh" up --no-demo --expert-nodes 1 --http "127.0.0.1:$port" --config "$1" >"$folder/log" 2>&1 &

@@ -73,6 +73,11 @@ impl Batch {
         }
     }
 
+    /// One of [`Batch::places`]. Panics if there are not so many.
+    pub fn place(&self, at: usize) -> Place {
+        self.keyed[at].1
+    }
+
     /// The places of all groups, one after another.
     pub fn places(&self) -> impl Iterator<Item = Place> {
         self.keyed.iter().map(|&(_, place)| place)

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use kernels::Isa;
 pub use model::Device;
 use model::gpu::{GpuExperts, GpuStartError};
-use model::{Checkpoint, ExpertDevice, ExpertScratch, Experts, Numerics};
+use model::{Checkpoint, CpuExperts, ExpertDevice, Experts, Numerics};
 
 use crate::store::Store;
 use crate::{Config, Error};
@@ -30,7 +30,7 @@ pub fn open(
 ) -> Result<Opened, Error> {
     let Device::Cuda(ordinal) = config.device else {
         return Ok(Opened {
-            experts: Box::new(ExpertScratch::default()),
+            experts: Box::new(CpuExperts::default()),
             class: config.numerics.class(isa),
             name: format!("cpu/{isa}"),
         });

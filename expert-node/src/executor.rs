@@ -1,19 +1,23 @@
 //! The one task that computes, on the thread that reads the frames: a frame is
 //! read, computed and answered without waking another thread. It takes every
 //! frame that has been read, up to a bound, groups their rows by expert, runs
-//! them through the kernels' pool and answers each frame. It never waits for a
-//! socket: a frame carries the permit its reply needs.
+//! them through the kernels' pool, or a GPU, and answers each frame. It never waits
+//! for a socket: a frame carries the permit its reply needs. While a GPU computes,
+//! frames are read and the next batch begins, so that its rows travel meanwhile.
 
+mod answer;
+
+use std::cell::Cell;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use bytes::{BufMut as _, Bytes, BytesMut};
+use bytes::{Bytes, BytesMut};
 use mesh::shared::Segment;
 use mesh::telemetry::propagate;
 use mesh::{failpoint, pump};
-use model::rows::decode_fp8;
-use model::{ExpertGroup, Experts, GpuError, Numerics};
+use model::rows::{decode_fp8, finite_fp8};
+use model::{ExpertGroup, Experts, GpuError, Numerics, Results, Rows};
 use proto::frame::all_finite;
 use proto::v1::{DispatchError, DispatchFrame, DispatchReply, Dtype, ErrorCode, SharedRows};
 use proto::wire::{self, Leaving};
@@ -24,10 +28,11 @@ use tonic::Status;
 use tracing::Span;
 use tracing::field::Empty;
 
+use self::answer::Answers;
 use crate::admission::Admission;
 use crate::batcher::Batch;
 use crate::metrics::NodeMetrics;
-use crate::results::Results;
+use crate::results::Writer;
 use crate::store::{Resident, Store};
 use crate::stream::Spare;
 
@@ -43,7 +48,7 @@ pub struct Job {
     /// Where its slots begin among those of its batch.
     pub first: usize,
     /// Whether an input row of it was found not to be finite.
-    pub tainted: bool,
+    pub tainted: Cell<bool>,
     pub arrived: Instant,
     pub reply: OwnedPermit<Result<Bytes, Status>>,
 }
@@ -71,34 +76,42 @@ pub struct Parts {
 /// See the module's text.
 pub struct Executor {
     parts: Parts,
+    /// Batches that are not under way; their memory is used again.
+    idle: Vec<Flight>,
+    /// What replies are written into; its memory comes back when they have left.
+    wire: Leaving,
+    /// Results of a stub: its rows as they came.
+    echo: Vec<u8>,
+    /// A frame's rows before decoding, if they stood in shared memory, and after it, on their way into a buffer of its own.
+    coded: Vec<u8>,
+    decoded: Vec<u8>,
+    writer: Writer,
+}
+
+/// A batch on its way.
+#[derive(Default)]
+struct Flight {
+    jobs: Vec<Job>,
     batch: Batch,
     experts: Vec<Arc<Resident>>,
     /// Per slot of all frames, in their order: which result row is its.
     rows: Vec<u32>,
-    /// What replies are written into; its memory comes back when they have left.
-    wire: Leaving,
-    /// Input and result rows of a batch, in wire form, grouped by expert.
-    x: Vec<u8>,
-    out: Vec<u8>,
-    /// A frame's rows before decoding, if they stood in shared memory, and after it, on their way into a buffer of its own.
-    coded: Vec<u8>,
-    decoded: Vec<u8>,
-    results: Results,
+    /// When it began; nothing if nothing of it is computed.
+    start: Option<Instant>,
+    stub: bool,
+    span: Option<Span>,
 }
 
 impl Executor {
     pub fn new(parts: Parts) -> Self {
         Self {
             parts,
-            batch: Batch::default(),
-            experts: Vec::new(),
-            rows: Vec::new(),
+            idle: vec![Flight::default(), Flight::default()],
             wire: Leaving::default(),
-            x: Vec::new(),
-            out: Vec::new(),
+            echo: Vec::new(),
             coded: Vec::new(),
             decoded: Vec::new(),
-            results: Results::default(),
+            writer: Writer::default(),
         }
     }
 
@@ -110,35 +123,84 @@ impl Executor {
     /// has to go, and routers send them to other owners.
     pub async fn run(mut self, mut jobs: UnboundedReceiver<Job>) -> Result<(), GpuError> {
         self.parts.compute.pool.bind_caller();
-        let mut batch = Vec::new();
+        let mut under_way: Option<Flight> = None;
         let mut awake = Instant::now();
-        while let Some(first) = next(&mut jobs, awake).await {
-            let mut rows = first.slots;
-            batch.push(first);
-            while rows < BATCH_ROWS
-                && let Ok(next) = jobs.try_recv()
-            {
-                rows += next.slots;
-                batch.push(next);
+        loop {
+            let first = match under_way {
+                Some(_) => self.meanwhile(&mut jobs).await?,
+                None => match next(&mut jobs, awake).await {
+                    Some(job) => Some(job),
+                    None => return Ok(()),
+                },
+            };
+            let mut begun = None;
+            if let Some(first) = first {
+                let mut flight = self.idle.pop().unwrap_or_default();
+                self.take(first, &mut jobs, &mut flight);
+                self.begin(&mut flight)?;
+                begun = Some(flight);
             }
-            self.parts.admission.leave(rows);
-            self.parts.metrics.queued_rows.set(self.parts.admission.queued() as i64);
-            self.compute(&mut batch)?;
+            if let Some(before) = std::mem::replace(&mut under_way, begun) {
+                self.done().await?;
+                self.finish(before)?;
+            }
+            if self.parts.experts.is_done()?
+                && let Some(flight) = under_way.take()
+            {
+                self.finish(flight)?;
+            }
             awake = Instant::now() + pump::AWAKE;
             tokio::task::yield_now().await;
+        }
+    }
+
+    /// A job that comes before what is under way is done.
+    async fn meanwhile(
+        &mut self,
+        jobs: &mut UnboundedReceiver<Job>,
+    ) -> Result<Option<Job>, GpuError> {
+        while !self.parts.experts.is_done()? {
+            if let Ok(job) = jobs.try_recv() {
+                return Ok(Some(job));
+            }
+            pump::pass().await;
+        }
+        Ok(None)
+    }
+
+    /// Reads frames until the oldest batch is done.
+    async fn done(&mut self) -> Result<(), GpuError> {
+        while !self.parts.experts.is_done()? {
+            pump::pass().await;
         }
         Ok(())
     }
 
-    /// Computes and answers all `jobs`.
-    fn compute(&mut self, jobs: &mut Vec<Job>) -> Result<(), GpuError> {
+    /// Takes `first` and what else is queued into a batch.
+    fn take(&self, first: Job, jobs: &mut UnboundedReceiver<Job>, flight: &mut Flight) {
+        let mut rows = first.slots;
+        flight.jobs.push(first);
+        while rows < BATCH_ROWS
+            && let Ok(next) = jobs.try_recv()
+        {
+            rows += next.slots;
+            flight.jobs.push(next);
+        }
+        self.parts.admission.leave(rows);
+        self.parts.metrics.queued_rows.set(self.parts.admission.queued() as i64);
+    }
+
+    /// Has a batch computed; refuses what cannot be.
+    fn begin(&mut self, flight: &mut Flight) -> Result<(), GpuError> {
         failpoint::pass("executor");
         let start = Instant::now();
-        for late in jobs.extract_if(.., |job| expired(job, start).is_some()) {
+        flight.start = None;
+        for late in flight.jobs.extract_if(.., |job| expired(job, start).is_some()) {
             let Some(error) = expired(&late, start) else { continue };
-            self.refuse(late, error);
+            refuse(&self.parts.metrics, late, error);
         }
         // Computed under the first traced frame's span; a batch serves many. Most serve none.
+        let jobs = &mut flight.jobs;
         let span = match jobs.iter().find(|job| !job.frame.traceparent.is_empty()) {
             Some(job) => {
                 let span = tracing::debug_span!("expert", frames = jobs.len(), rows = Empty);
@@ -150,57 +212,83 @@ impl Executor {
         let _in_span = span.enter();
 
         self.wire.begin();
-        self.decode(jobs);
-        self.batch.group(jobs.iter().map(|job| &job.frame));
-        if !self.find_experts() {
+        if !self.parts.experts.takes_fp8() {
+            self.decode(jobs);
+        }
+        flight.batch.group(jobs.iter().map(|job| &job.frame));
+        if !flight.find_experts(&self.parts.store) {
             // Residency was checked at admission; it changed since.
-            for job in jobs.drain(..) {
+            for job in flight.jobs.drain(..) {
                 let layer = job.frame.layer;
                 let message = format!("an expert of layer {layer} left this node");
-                self.refuse(job, (ErrorCode::NotResident, message));
+                refuse(&self.parts.metrics, job, (ErrorCode::NotResident, message));
             }
             return Ok(());
         }
-        self.gather(jobs);
-        let groups = &self.batch.groups;
+        flight.number();
+        flight.span = Some(span.clone());
+        let Flight { jobs, batch, experts, stub, .. } = flight;
+        let groups = &batch.groups;
         let work: Vec<_> = groups
             .iter()
-            .zip(&self.experts)
+            .zip(&*experts)
             .filter_map(|(group, resident)| {
                 let expert = resident.weights.as_ref()?;
                 Some(ExpertGroup { expert, rows: group.places.len() })
             })
             .collect();
-        if work.is_empty() {
-            // A stub: all its experts answer with what they are given.
-            std::mem::swap(&mut self.out, &mut self.x);
+        let Parts { compute, experts: device, numerics, hidden, .. } = &mut self.parts;
+        let once = device.takes_fp8();
+        let rows = Standing { jobs, batch, hidden: *hidden, once };
+        *stub = work.is_empty();
+        if *stub {
+            // All its experts answer with what they are given.
+            let width = wire_dtype(*numerics).row_bytes(*hidden);
+            self.echo.resize(batch.places().count() * width, 0);
+            for (at, row) in self.echo.chunks_exact_mut(width).enumerate() {
+                rows.copy(at, row);
+            }
         } else {
-            let Parts { compute, experts, numerics, .. } = &mut self.parts;
-            experts.forward(compute, *numerics, &work, &self.x, &mut self.out)?;
+            device.begin(compute, *numerics, &work, &rows)?;
         }
-        let rows: usize = groups.iter().map(|group| group.places.len()).sum();
-        for (group, resident) in groups.iter().zip(&self.experts) {
-            resident.rows.fetch_add(group.places.len() as u64, Ordering::Relaxed);
-            self.parts.metrics.rows_per_expert.observe(group.places.len() as f64);
-        }
-        span.record("rows", rows);
-        let took = start.elapsed();
-        self.parts.metrics.rows.inc_by(rows as u64);
-        self.parts.metrics.compute_seconds.observe(took.as_secs_f64());
-        drop(work);
-        self.answer(jobs, start, took);
-        self.experts.clear();
+        flight.start = Some(start);
         Ok(())
     }
 
-    /// Looks up the expert of every group; false if one is not here.
-    fn find_experts(&mut self) -> bool {
-        self.experts.clear();
-        self.experts.extend(self.batch.groups.iter().map_while(|group| {
-            let (layer, expert) = (LayerId(group.layer), ExpertId(group.expert));
-            self.parts.store.held(layer, expert, group.version).ok()
-        }));
-        self.experts.len() == self.batch.groups.len()
+    /// Answers the jobs of a batch, once its results are there.
+    fn finish(&mut self, mut flight: Flight) -> Result<(), GpuError> {
+        let Some(start) = flight.start else {
+            self.idle.push(flight);
+            return Ok(());
+        };
+        let width = self.row_bytes();
+        let Self { parts, idle, wire, echo, writer, .. } = self;
+        let Parts { compute, experts, numerics, hidden, spare, metrics, .. } = parts;
+        let results = match flight.stub {
+            true => Results { bytes: echo, width, pitch: width },
+            false => experts.results()?,
+        };
+        let took = start.elapsed();
+        let mut rows = 0;
+        for (group, resident) in flight.batch.groups.iter().zip(&flight.experts) {
+            rows += group.places.len() as u64;
+            resident.rows.fetch_add(group.places.len() as u64, Ordering::Relaxed);
+            metrics.rows_per_expert.observe(group.places.len() as f64);
+        }
+        if let Some(span) = flight.span.take() {
+            span.record("rows", rows);
+        }
+        metrics.rows.inc_by(rows);
+        metrics.compute_seconds.observe(took.as_secs_f64());
+        let (kernels, numerics, hidden) = (compute.kernels, *numerics, *hidden);
+        Answers { kernels, numerics, hidden, spare, metrics, wire, writer }.send(
+            &mut flight,
+            results,
+            (start, took),
+        );
+        flight.experts.clear();
+        idle.push(flight);
+        Ok(())
     }
 
     /// Puts FP8 rows into the form that is computed with.
@@ -218,112 +306,92 @@ impl Executor {
             }
             self.wire.buffer().extend_from_slice(&self.decoded);
             job.frame.rows = self.wire.take();
+            job.frame.dtype = wire_dtype(self.parts.numerics) as i32;
         }
-    }
-
-    /// Copies every group's input rows next to each other. Whether they are finite is
-    /// looked at on the way, while they are in the cache: a row that is not spoils no
-    /// other, and its frame is refused in the end.
-    fn gather(&mut self, jobs: &mut [Job]) {
-        let (width, dtype) = (self.row_bytes(), self.dtype());
-        self.x.clear();
-        for place in self.batch.places() {
-            let job = &mut jobs[place.frame as usize];
-            let (from, to) = (place.row as usize * width, self.x.len());
-            match job.shared() {
-                // Decoded rows are the frame's own.
-                Some((segment, shared)) if job.frame.rows.is_empty() => {
-                    segment.read(shared.at as usize + from, width, &mut self.x);
-                }
-                _ => self.x.extend_from_slice(&job.frame.rows[from..][..width]),
-            }
-            job.tainted |= place.first && !all_finite(&self.x[to..], dtype);
-        }
-    }
-
-    /// Writes one reply per frame, its results in its slot order.
-    fn answer(&mut self, jobs: &mut Vec<Job>, start: Instant, took: Duration) {
-        let width = self.row_bytes();
-        // Where each frame's slots begin among all, found by walking the frames
-        // in order; `first` is kept in the job it belongs to.
-        let slots: usize = jobs.iter().map(|job| job.slots).sum();
-        self.rows.clear();
-        self.rows.resize(slots, 0);
-        let mut first = 0;
-        for job in jobs.iter_mut() {
-            job.first = first;
-            first += job.slots;
-        }
-        for (row, place) in self.batch.places().enumerate() {
-            self.rows[jobs[place.frame as usize].first + place.slot as usize] = row as u32;
-        }
-        for job in jobs.drain(..) {
-            if job.tainted {
-                let message = format!("layer {}: an input row is not finite", job.frame.layer);
-                self.refuse(job, (ErrorCode::NonFinite, message));
-                continue;
-            }
-            let rows = &self.rows[job.first..job.first + job.slots];
-            let queued = start.duration_since(job.arrived);
-            let form = self.results.form(&job.frame, self.parts.numerics);
-            let mut head = DispatchReply {
-                ticket: job.frame.ticket,
-                attempt: job.frame.attempt,
-                dtype: form.dtype() as i32,
-                hidden: self.parts.hidden as u32,
-                queue_us: micros(queued),
-                compute_us: micros(took),
-                ..Default::default()
-            };
-            let mut finite = true;
-            let bytes = form.rows(&job.frame) * form.dtype().row_bytes(self.parts.hidden);
-            let kernels = self.parts.compute.kernels;
-            let result = |&row: &u32| &self.out[row as usize * width..][..width];
-            let results = rows.iter().map(result);
-            let room = job.shared().filter(|(_, place)| place.results_bytes >= bytes as u64);
-            if let Some((segment, place)) = room {
-                let mut at = place.at as usize;
-                finite = self.results.write(kernels, form, &job.frame, results, |row| {
-                    segment.write(at, row);
-                    at += row.len();
-                });
-                head.shared_bytes = bytes as u64;
-                wire::put(self.wire.buffer(), &head, 0, |_| {});
-            } else {
-                wire::put(self.wire.buffer(), &head, bytes, |buffer| {
-                    finite = self.results.write(kernels, form, &job.frame, results, |row| {
-                        buffer.put_slice(row);
-                    });
-                });
-            }
-            if job.frame.checksum.is_some() {
-                wire::seal(self.wire.buffer());
-            }
-            let reply = self.wire.take();
-            if !finite {
-                let message = format!("layer {}: a result is not finite", job.frame.layer);
-                self.refuse(job, (ErrorCode::NonFinite, message));
-                continue;
-            }
-            self.parts.metrics.frames.inc();
-            self.parts.metrics.queue_seconds.observe(queued.as_secs_f64());
-            job.reply.send(Ok(reply));
-            self.parts.spare.put(job.frame);
-        }
-    }
-
-    fn refuse(&self, job: Job, (code, message): (ErrorCode, String)) {
-        self.parts.metrics.refuse(code);
-        job.reply.send(Ok(refusal(&job.frame, code, message)));
-    }
-
-    fn dtype(&self) -> Dtype {
-        wire_dtype(self.parts.numerics)
     }
 
     fn row_bytes(&self) -> usize {
-        self.dtype().row_bytes(self.parts.hidden)
+        wire_dtype(self.parts.numerics).row_bytes(self.parts.hidden)
     }
+}
+
+impl Flight {
+    /// Looks up the expert of every group; false if one is not here.
+    fn find_experts(&mut self, store: &Store) -> bool {
+        self.experts.clear();
+        self.experts.extend(self.batch.groups.iter().map_while(|group| {
+            let (layer, expert) = (LayerId(group.layer), ExpertId(group.expert));
+            store.held(layer, expert, group.version).ok()
+        }));
+        self.experts.len() == self.batch.groups.len()
+    }
+
+    /// Finds where each frame's slots begin among all, and which result row is each slot's.
+    fn number(&mut self) {
+        let mut slots = 0;
+        for job in &mut self.jobs {
+            job.first = slots;
+            slots += job.slots;
+        }
+        self.rows.clear();
+        self.rows.resize(slots, 0);
+        for (row, place) in self.batch.places().enumerate() {
+            self.rows[self.jobs[place.frame as usize].first + place.slot as usize] = row as u32;
+        }
+    }
+}
+
+/// A batch's rows, where they stand.
+struct Standing<'a> {
+    jobs: &'a [Job],
+    batch: &'a Batch,
+    hidden: usize,
+    /// Each row is copied once or little more, whatever the number of its experts.
+    once: bool,
+}
+
+impl Standing<'_> {
+    fn dtype(&self, job: &Job) -> Dtype {
+        // Known, as the frame was checked.
+        Dtype::try_from(job.frame.dtype).unwrap_or_default()
+    }
+}
+
+impl Rows for Standing<'_> {
+    fn kind(&self, place: usize) -> (usize, bool) {
+        let place = self.batch.place(place);
+        let job = &self.jobs[place.frame as usize];
+        // A frame has no more rows than slots.
+        (job.first + place.row as usize, self.dtype(job) == Dtype::Fp8)
+    }
+
+    /// Whether a row is finite is looked at on the way, while it is in the cache: one that is not spoils no other,
+    /// and its frame is refused in the end.
+    fn copy(&self, place: usize, to: &mut [u8]) {
+        let place = self.batch.place(place);
+        let job = &self.jobs[place.frame as usize];
+        let (dtype, width) = (self.dtype(job), to.len());
+        let from = place.row as usize * width;
+        match job.shared() {
+            // Decoded rows are the frame's own.
+            Some((segment, shared)) if job.frame.rows.is_empty() => {
+                segment.read(shared.at as usize + from, width, &mut &mut *to);
+            }
+            _ => to.copy_from_slice(&job.frame.rows[from..][..width]),
+        }
+        if place.first || self.once {
+            let finite = match dtype {
+                Dtype::Fp8 => finite_fp8(to, self.hidden),
+                _ => all_finite(to, dtype),
+            };
+            job.tainted.set(job.tainted.get() || !finite);
+        }
+    }
+}
+
+fn refuse(metrics: &NodeMetrics, job: Job, (code, message): (ErrorCode, String)) {
+    metrics.refuse(code);
+    job.reply.send(Ok(refusal(&job.frame, code, message)));
 }
 
 /// The next job, if there will be one. Does not sleep before `awake` is over.

@@ -31,13 +31,13 @@ impl Form {
 
 /// Working memory, used again from reply to reply.
 #[derive(Default)]
-pub struct Results {
+pub struct Writer {
     sum: NodeSum,
     row: Vec<u8>,
     converted: Vec<u8>,
 }
 
-impl Results {
+impl Writer {
     /// What `frame`, which was checked, asks for.
     pub fn form(&self, frame: &DispatchFrame, have: Numerics) -> Form {
         let want = match Dtype::try_from(frame.reply_dtype) {

@@ -2,6 +2,7 @@
 //! every refusal is a typed reply on the stream, so that one bad frame harms
 //! neither its neighbours nor the stream.
 
+use std::cell::Cell;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Instant, SystemTime};
@@ -199,7 +200,7 @@ impl Service {
                     frame,
                     slots,
                     first: 0,
-                    tainted: false,
+                    tainted: Cell::new(false),
                     arrived,
                     reply,
                 });

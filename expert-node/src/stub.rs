@@ -7,7 +7,7 @@ use mesh::lifecycle::{Readiness, Shutdown};
 use mesh::metrics::Metrics;
 use mesh::near::{Offer, Shortcut};
 use mesh::transport::{self, Endpoint};
-use model::{Checkpoint, ExpertScratch, Numerics};
+use model::{Checkpoint, CpuExperts, Numerics};
 use proto::LayerId;
 use proto::frame::Shape;
 
@@ -79,7 +79,7 @@ pub async fn serve(
             partial: false,
         },
         compute: kernels::Compute::new(isa, 1),
-        experts: Box::new(ExpertScratch::default()),
+        experts: Box::new(CpuExperts::default()),
         store: Arc::new(Store::stub(&model.layers, owned)),
         control: Control::new(None),
         admission: Arc::new(Admission::new(usize::MAX >> 1)),

@@ -5,6 +5,7 @@
 //! cut changes no bit, as every value is computed from its own row by one kernel call.
 
 mod arriving;
+mod batch;
 #[cfg(test)]
 mod tests;
 
@@ -12,7 +13,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use half::bf16;
-use kernels::cuda::{ExpertShape, GpuError, LayoutError};
+use kernels::cuda::{ExpertShape, LayoutError};
 use kernels::{Compute, Gated, Mat, Out, Packed, Pool};
 
 use crate::activations::{WireScratch, from_wire, to_wire};
@@ -23,6 +24,7 @@ use crate::numerics::Numerics;
 use crate::parallel::{Arena, for_each, grown};
 use crate::weight::Weight;
 pub use arriving::Arriving;
+pub use batch::{CpuExperts, Experts};
 
 /// One routed expert: offsets into its mapped checkpoint, which it keeps open.
 #[derive(Clone)]
@@ -171,37 +173,6 @@ pub struct ExpertGroup<'a> {
     pub expert: &'a Expert,
     /// How many of the rows are for it.
     pub rows: usize,
-}
-
-/// Where experts are computed.
-pub trait Experts: Send {
-    /// Computes every group's rows with its expert, as [`forward_experts`] says.
-    ///
-    /// # Errors
-    /// The device that computes cannot any more.
-    fn forward(
-        &mut self,
-        compute: &Compute,
-        numerics: Numerics,
-        groups: &[ExpertGroup<'_>],
-        x: &[u8],
-        out: &mut Vec<u8>,
-    ) -> Result<(), GpuError>;
-}
-
-/// On the CPU.
-impl Experts for ExpertScratch {
-    fn forward(
-        &mut self,
-        compute: &Compute,
-        numerics: Numerics,
-        groups: &[ExpertGroup<'_>],
-        x: &[u8],
-        out: &mut Vec<u8>,
-    ) -> Result<(), GpuError> {
-        forward_experts(compute, numerics, groups, x, out, self);
-        Ok(())
-    }
 }
 
 /// Reusable working memory of [`forward_experts`].

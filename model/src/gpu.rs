@@ -1,18 +1,23 @@
 //! Routed experts on a GPU: as many as fit into its slots, the others in pinned host memory and on disk, brought in when
 //! rows come for them while those that are there are computed ([`residency`]).
 //!
-//! Rows are bf16, in and out. With FP8 checkpoints activations are coded in FP8 too (`kernels::cuda`), so that experts on a
-//! GPU are a numerics class of their own ([`crate::ExpertDevice::class`]).
+//! Rows come in bf16 or, where they travelled so, in FP8, and leave in bf16. With FP8 checkpoints activations are coded in
+//! FP8 too (`kernels::cuda`), so that experts on a GPU are a numerics class of their own ([`crate::ExpertDevice::class`]).
+//!
+//! A batch begins while the one before is computed: its rows travel meanwhile. Experts are kept in their slots until the
+//! results of their batch are taken, or until one has to be waited for that could need the place.
 
 pub mod residency;
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
+use std::ops::Range;
 use std::sync::Arc;
 use std::thread::JoinHandle;
 
 use kernels::Compute;
 use kernels::cuda::{
-    Arena, ExpertShape, Gpu, GpuError, GroupedFfn, Layout, LayoutError, Piece, Pinned,
+    Arena, ExpertShape, Gpu, GpuError, GroupedFfn, Layout, LayoutError, Piece, Pinned, Results,
+    Rows,
 };
 use parking_lot::{Condvar, Mutex};
 
@@ -99,6 +104,8 @@ impl GpuOffers {
 /// See the module's text.
 pub struct GpuExperts {
     ffn: GroupedFfn,
+    /// By batch whose results were not taken: experts that are kept in their slots, and their rows.
+    held: VecDeque<Vec<(Key, usize)>>,
     shared: Arc<Shared>,
     loader: Option<JoinHandle<()>>,
 }
@@ -137,7 +144,7 @@ impl GpuExperts {
         let shared = Arc::new(Shared { state: Mutex::new(state), loaded, wanted });
         let loader = Loader { shared: shared.clone(), arena, places };
         let loader = std::thread::Builder::new().name("loader".into()).spawn(|| loader.run())?;
-        Ok(GpuExperts { ffn, shared, loader: Some(loader) })
+        Ok(GpuExperts { ffn, held: VecDeque::new(), shared, loader: Some(loader) })
     }
 
     /// As the driver calls it, and how many experts fit on it.
@@ -153,12 +160,13 @@ impl GpuExperts {
 
     /// Takes the slots of those of `todo` that are on the device out of it; waits until there is one.
     fn acquire(
-        &self,
+        &mut self,
         groups: &[ExpertGroup<'_>],
         todo: &mut Vec<usize>,
     ) -> Result<Vec<(usize, u32)>, GpuError> {
-        let mut state = self.shared.state.lock();
+        let mut waits = false;
         loop {
+            let mut state = self.shared.state.lock();
             if let Some(error) = &state.failed {
                 return Err(error.clone());
             }
@@ -177,54 +185,91 @@ impl GpuExperts {
             if !ready.is_empty() || todo.is_empty() {
                 return Ok(ready);
             }
-            self.shared.loaded.wait(&mut state);
+            if waits {
+                self.shared.loaded.wait(&mut state);
+                continue;
+            }
+            drop(state);
+            // What is awaited may need a place that only this thread can free.
+            self.ffn.settle()?;
+            for held in &mut self.held {
+                self.shared.release(std::mem::take(held));
+            }
+            waits = true;
         }
     }
-}
 
-impl Experts for GpuExperts {
-    fn forward(
-        &mut self,
-        _: &Compute,
-        numerics: Numerics,
-        groups: &[ExpertGroup<'_>],
-        x: &[u8],
-        out: &mut Vec<u8>,
-    ) -> Result<(), GpuError> {
-        assert_eq!(numerics, Numerics::Bf16, "rows of a GPU's experts");
-        out.resize(x.len(), 0);
-        let width = self.ffn.arena().layout().shape.hidden * numerics.bytes();
-        let (mut pieces, mut rest, mut row) = (Vec::new(), &mut out[..], 0);
-        for group in groups {
-            let bytes = group.rows * width;
-            let (to, after) = std::mem::take(&mut rest).split_at_mut(bytes);
-            pieces.push(Some(Piece { slot: 0, x: &x[row..row + bytes], out: to }));
-            (rest, row) = (after, row + bytes);
-        }
+    fn compute(&mut self, groups: &[ExpertGroup<'_>], rows: &dyn Rows) -> Result<(), GpuError> {
+        let mut end = 0;
+        let place = |group: &ExpertGroup<'_>| {
+            end += group.rows;
+            end - group.rows..end
+        };
+        let places: Vec<Range<usize>> = groups.iter().map(place).collect();
+        self.ffn.begin(end)?;
+        self.held.push_back(Vec::new());
         // What is there is computed while the others are on their way.
         let mut todo: Vec<usize> = (0..groups.len()).filter(|&at| groups[at].rows > 0).collect();
         while !todo.is_empty() {
             let ready = self.acquire(groups, &mut todo)?;
-            let mut now: Vec<Piece<'_>> = Vec::with_capacity(ready.len());
-            for &(group, slot) in &ready {
-                now.extend(pieces[group].take().map(|piece| Piece { slot, ..piece }));
+            let piece = |&(group, slot): &(usize, u32)| Piece { slot, rows: places[group].clone() };
+            let pieces: Vec<Piece> = ready.iter().map(piece).collect();
+            if let Some(held) = self.held.back_mut() {
+                let expert = |&(group, _): &(usize, u32)| &groups[group];
+                held.extend(ready.iter().map(expert).map(|group| (group.expert.key(), group.rows)));
             }
-            let computed = self.ffn.forward(&mut now);
-            let mut state = self.shared.state.lock();
-            for &(group, _) in &ready {
-                let rows = if computed.is_ok() { groups[group].rows } else { 0 };
-                state.residency.release(groups[group].expert.key(), rows);
-            }
-            if let Err(error) = &computed {
-                state.residency.give_up();
-                state.failed = Some(error.clone());
-            }
-            drop(state);
-            // Places that were in use are free for what is to be loaded.
-            self.shared.wanted.notify_one();
-            computed?;
+            self.ffn.compute(&pieces, rows)?;
         }
         Ok(())
+    }
+}
+
+impl Shared {
+    /// Experts are not used any more that were kept in their slots.
+    fn release(&self, held: Vec<(Key, usize)>) {
+        let mut state = self.state.lock();
+        for (key, rows) in held {
+            state.residency.release(key, rows);
+        }
+        drop(state);
+        // Places that were in use are free for what is to be loaded.
+        self.wanted.notify_one();
+    }
+
+    /// Nothing is computed any more.
+    fn fail(&self, error: &GpuError) {
+        let mut state = self.state.lock();
+        state.residency.give_up();
+        state.failed = Some(error.clone());
+        drop(state);
+        self.wanted.notify_one();
+    }
+}
+
+impl Experts for GpuExperts {
+    fn takes_fp8(&self) -> bool {
+        true
+    }
+
+    fn begin(
+        &mut self,
+        _: &Compute,
+        numerics: Numerics,
+        groups: &[ExpertGroup<'_>],
+        rows: &dyn Rows,
+    ) -> Result<(), GpuError> {
+        assert_eq!(numerics, Numerics::Bf16, "rows of a GPU's experts");
+        self.compute(groups, rows).inspect_err(|error| self.shared.fail(error))
+    }
+
+    fn is_done(&self) -> Result<bool, GpuError> {
+        self.ffn.is_done().inspect_err(|error| self.shared.fail(error))
+    }
+
+    fn results(&mut self) -> Result<Results<'_>, GpuError> {
+        let results = self.ffn.results().inspect_err(|error| self.shared.fail(error))?;
+        self.shared.release(self.held.pop_front().unwrap_or_default());
+        Ok(results)
     }
 }
 

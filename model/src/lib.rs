@@ -48,9 +48,11 @@ mod weight;
 pub use checkpoint::{Checkpoint, Dtype, Head, QuantizeError, Quantized, TensorView, blocks};
 pub use config::{Config, Rope};
 pub use error::{LoadError, StepError};
-pub use expert::{Arriving, Expert, ExpertGroup, ExpertScratch, Experts, forward_experts};
-pub use kernels::cuda::GpuError;
+pub use expert::{
+    Arriving, CpuExperts, Expert, ExpertGroup, ExpertScratch, Experts, forward_experts,
+};
 pub use kernels::cuda::trunk::{Driver, Hopper};
+pub use kernels::cuda::{GpuError, Results, Row, Rows};
 pub use kernels::{Compute, Isa, Kernels};
 pub use kv::{KvError, KvPool, PageId};
 pub use numerics::{Device, ExpertDevice, Numerics, UnknownNumerics, mesh_class};

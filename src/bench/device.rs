@@ -1,16 +1,21 @@
 //! `moemesh bench device`: a GPU's expert kernels against a plain reference in double, and their times beside what
-//! the device copies and multiplies at most, measured in the same run. Everything of it needs a GPU.
+//! the device copies and multiplies at most, measured in the same run. With a checkpoint, one of its layers through an
+//! expert node ([`node`]), which a CPU can be too.
+
+mod node;
+mod replacement;
 
 use std::fmt::Write as _;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Instant;
 
 use anyhow::{Context as _, bail};
 use expert_node::device::Device;
 use kernels::cuda::reference::{self, distance};
-use kernels::cuda::{Arena, BLOCK, Coding, ExpertShape, Gpu, GpuError, GroupedFfn, Layout, Piece};
+use kernels::cuda::{Arena, BLOCK, Coding, ExpertShape, Gpu, GroupedFfn, Layout, Piece, Row};
 use kernels::{Mat, f32_to_fp8, round_bf16};
+use model::Numerics;
+use model::rows::{encode_fp8, fp8_row_bytes, through_fp8};
+use serde_json::json;
 
 use crate::bench::stats::Random;
 use crate::cli::BenchDeviceArgs;
@@ -26,9 +31,13 @@ const CAPACITY: usize = 1 << 14;
 
 /// Checks, then measures, and prints.
 pub fn run(args: &BenchDeviceArgs) -> anyhow::Result<()> {
+    if let Some(dir) = &args.model {
+        print!("{}", node::measure(args, dir)?);
+        return Ok(());
+    }
     let ordinal = match args.device {
         Device::Cuda(ordinal) => ordinal,
-        Device::Cpu => bail!("the CPU is measured by `moemesh bench kernels`"),
+        Device::Cpu => bail!("the CPU's kernels are measured by `moemesh bench kernels`"),
     };
     let gpu = Gpu::open(ordinal)?;
     let seed = args.seed.unwrap_or_else(|| {
@@ -77,13 +86,15 @@ impl Experts {
         Ok(Experts { weights, layout, ffn: GroupedFfn::new(arena, CAPACITY)? })
     }
 
-    /// Rows through the experts in slots, `work` as (slot, rows).
-    fn forward(&mut self, work: &[(u32, usize)], x: &[u8]) -> anyhow::Result<Vec<u8>> {
-        let mut out = vec![0xff; x.len()];
-        let mut pieces = pieces(work, self.layout.shape.hidden, x, &mut out);
+    /// Rows through the experts in slots, `work` as (slot, rows); in FP8 as they travel if `fp8`.
+    fn forward(&mut self, work: &[(u32, usize)], x: &[u8], fp8: bool) -> anyhow::Result<Vec<u8>> {
+        let hidden = self.layout.shape.hidden;
+        let width = if fp8 { fp8_row_bytes(hidden) } else { 2 * hidden };
         self.ffn.poison()?;
-        self.ffn.forward(&mut pieces)?;
-        Ok(out)
+        self.ffn.begin(x.len() / width)?;
+        self.ffn.compute(&pieces(work), &|id| Row { id, fp8, bytes: &x[id * width..][..width] })?;
+        let results = self.ffn.results()?;
+        Ok((0..x.len() / width).flat_map(|row| results.row(row)).copied().collect())
     }
 }
 
@@ -123,29 +134,25 @@ fn rows(count: usize, hidden: usize, random: &mut Random) -> Vec<u8> {
     (0..count * hidden).flat_map(|_| round_bf16(unit(random) * 2.0).to_le_bytes()).collect()
 }
 
-fn pieces<'a>(
-    work: &[(u32, usize)],
-    hidden: usize,
-    mut x: &'a [u8],
-    mut out: &'a mut [u8],
-) -> Vec<Piece<'a>> {
-    let cut = |&(slot, rows): &(u32, usize)| {
-        let (mine, rest) = x.split_at(rows * hidden * 2);
-        let (to, after) = std::mem::take(&mut out).split_at_mut(rows * hidden * 2);
-        (x, out) = (rest, after);
-        Piece { slot, x: mine, out: to }
+/// One after the other.
+fn pieces(work: &[(u32, usize)]) -> Vec<Piece> {
+    let mut end = 0;
+    let piece = |&(slot, rows): &(u32, usize)| {
+        end += rows;
+        Piece { slot, rows: end - rows..end }
     };
-    work.iter().map(cut).collect()
+    work.iter().map(piece).collect()
 }
 
-/// Ragged rows against the reference, and every row by itself against the batch, bit for bit.
+/// Ragged rows against the reference; every row by itself against the batch, and rows in FP8 against what they stand for,
+/// bit for bit.
 fn check(gpu: &Gpu, coding: Coding, sizes: (usize, usize), seed: u64) -> anyhow::Result<String> {
     let mut random = Random::new(seed);
     let mut experts = Experts::new(gpu, coding, sizes, (3, 3), &mut random)?;
     let work = [(2, 3), (0, 1), (1, 17), (0, 16), (2, 64), (1, 70), (0, 129)];
     let (hidden, all) = (sizes.0, work.iter().map(|(_, rows)| rows).sum::<usize>());
     let x = rows(all, hidden, &mut random);
-    let out = experts.forward(&work, &x)?;
+    let out = experts.forward(&work, &x, false)?;
 
     // The reference in double takes its time: some rows of each group.
     let owners = work.iter().flat_map(|&(slot, rows)| std::iter::repeat_n(slot, rows));
@@ -158,7 +165,7 @@ fn check(gpu: &Gpu, coding: Coding, sizes: (usize, usize), seed: u64) -> anyhow:
         let row_in = values(&x[bytes.clone()]);
         expected.extend(reference::expert(mats, coding, [row_in.as_slice()]));
         got.extend(values(&out[bytes.clone()]));
-        let by_itself = experts.forward(&[(slot, 1)], &x[bytes.clone()])?;
+        let by_itself = experts.forward(&[(slot, 1)], &x[bytes.clone()], false)?;
         if by_itself != out[bytes] {
             bail!("{coding:?} {sizes:?}: row {row} by itself is not the row in its batch");
         }
@@ -168,7 +175,20 @@ fn check(gpu: &Gpu, coding: Coding, sizes: (usize, usize), seed: u64) -> anyhow:
     if off.is_nan() || off > TOLERANCE {
         bail!("{coding:?} {sizes:?}: off by {off:.2e}, {TOLERANCE:.0e} is let pass");
     }
-    Ok(format!("{coding:?} {sizes:?}: off by {off:.2e}; {alone} rows alone are the same bits"))
+    // As FP8 weights are multiplied with, bf16 rows are coded as they travel; otherwise they become what a CPU makes of them.
+    let (mut coded, mut decoded) = (Vec::new(), Vec::new());
+    encode_fp8(Numerics::Bf16, &x, hidden, &mut coded);
+    through_fp8(Numerics::Bf16, &x, hidden, &mut decoded);
+    let expected = match coding {
+        Coding::Fp8 => out,
+        Coding::Bf16 => experts.forward(&work, &decoded, false)?,
+    };
+    if experts.forward(&work, &coded, true)? != expected {
+        bail!("{coding:?} {sizes:?}: rows in FP8 are not what they stand for");
+    }
+    Ok(format!(
+        "{coding:?} {sizes:?}: off by {off:.2e}; {alone} rows alone are the same bits, rows in FP8 too"
+    ))
 }
 
 fn values(bytes: &[u8]) -> Vec<f32> {
@@ -206,75 +226,44 @@ fn products(
         .with_context(|| format!("{count} experts of DeepSeek-V3; --experts takes fewer"))?;
     let (hidden, inner) = DEEPSEEK;
     let mut text = format!(
-        "\n| {coding:?}, {count} experts, rows each | us | GB/s of weights | of copying | TFLOP/s | of cuBLASLt |\n\
-         |---|---|---|---|---|---|\n"
+        "\n| {coding:?}, {count} experts, rows each | us | GB/s of weights | of copying | TFLOP/s | of cuBLASLt \
+         | packed, us | copied in | copied out |\n|---|---|---|---|---|---|---|---|---|\n"
     );
+    let mut lines = String::new();
     for &rows_each in &args.rows {
         let active = count.min(CAPACITY / rows_each.clamp(1, CAPACITY));
         let work: Vec<(u32, usize)> = (0..active as u32).map(|slot| (slot, rows_each)).collect();
         let x = rows(active * rows_each, hidden, &mut random);
-        let mut out = vec![0; x.len()];
-        let mut pieces = pieces(&work, hidden, &x, &mut out);
-        let took = experts.ffn.time(&mut pieces, 20)?;
-        let bytes = (active * experts.layout.bytes) as f64 / took;
-        let flops = 6.0 * (active * rows_each * hidden * inner) as f64 / took;
+        let row = |id: usize| Row { id, fp8: false, bytes: &x[id * 2 * hidden..][..2 * hidden] };
+        let took = experts.ffn.time(&pieces(&work), &row, 20)?;
+        let bytes = (active * experts.layout.bytes) as f64 / took.compute;
+        let flops = 6.0 * (active * rows_each * hidden * inner) as f64 / took.compute;
         let of_peak =
             peak.map_or("–".to_owned(), |peak| format!("{:.0} %", 100.0 * flops / peak));
+        let us = |seconds: f64| format!("{:.0}", seconds * 1e6);
         writeln!(
             text,
-            "| {active} x {rows_each} | {:.0} | {:.0} | {:.0} % | {:.0} | {of_peak} |",
-            took * 1e6,
+            "| {active} x {rows_each} | {} | {:.0} | {:.0} % | {:.0} | {of_peak} | {} | {} | {} |",
+            us(took.compute),
             bytes / 1e9,
             100.0 * bytes / copied,
-            flops / 1e12
+            flops / 1e12,
+            us(took.pack),
+            us(took.copy_in),
+            us(took.copy_out)
         )?;
-    }
-    let (alone, beside) = replacement(gpu, &mut experts, &mut random)?;
-    writeln!(
-        text,
-        "\nreplacing one expert of {} bytes: {:.2} ms, {:.2} ms while others compute",
-        experts.layout.bytes,
-        alone * 1e3,
-        beside * 1e3
-    )?;
-    Ok(text)
-}
-
-/// Seconds of filling the last slot, alone and while the others compute.
-fn replacement(
-    gpu: &Gpu,
-    experts: &mut Experts,
-    random: &mut Random,
-) -> Result<(f64, f64), GpuError> {
-    const TIMES: u32 = 10;
-    let arena = experts.ffn.arena().clone();
-    let last = arena.slots() as u32 - 1;
-    let packed = gpu.pin("an expert", experts.layout.bytes)?;
-    let fill = || {
-        let start = Instant::now();
-        (0..TIMES).try_for_each(|_| arena.fill(last, &packed))?;
-        Ok::<_, GpuError>(start.elapsed().as_secs_f64() / f64::from(TIMES))
-    };
-    let alone = fill()?;
-    let hidden = experts.layout.shape.hidden;
-    let work: Vec<(u32, usize)> = (0..last.max(1)).map(|slot| (slot, 4)).collect();
-    let x = rows(work.len() * 4, hidden, random);
-    let mut out = vec![0; x.len()];
-    let done = AtomicBool::new(false);
-    let beside = std::thread::scope(|scope| {
-        let computing = scope.spawn(|| {
-            let mut pieces = pieces(&work, hidden, &x, &mut out);
-            while !done.load(Ordering::Acquire) {
-                experts.ffn.forward(&mut pieces)?;
-            }
-            Ok::<_, GpuError>(())
+        let coding = format!("{coding:?}").to_lowercase();
+        let line = json!({
+            "engine": "moemesh", "coding": coding, "experts": active, "rows": rows_each,
+            "us": took.compute * 1e6,
         });
-        let beside = fill();
-        done.store(true, Ordering::Release);
-        match computing.join() {
-            Ok(computed) => computed.and(beside),
-            Err(panic) => std::panic::resume_unwind(panic),
-        }
-    })?;
-    Ok((alone, beside))
+        writeln!(lines, "{line}")?;
+    }
+    if let Some(path) = &args.lines {
+        let mut file = std::fs::OpenOptions::new().create(true).append(true).open(path)?;
+        std::io::Write::write_all(&mut file, lines.as_bytes())
+            .with_context(|| format!("cannot write {}", path.display()))?;
+    }
+    text += &replacement::measure(gpu, &mut experts, &mut random)?;
+    Ok(text)
 }

@@ -28,9 +28,18 @@ impl Times {
 
     /// 50th, 95th and 99th percentile, for a table.
     pub fn cell(&self) -> String {
+        self.percentiles(1)
+    }
+
+    /// The same to the microsecond.
+    pub fn fine(&self) -> String {
+        self.percentiles(3)
+    }
+
+    fn percentiles(&self, digits: usize) -> String {
         let all: Option<Vec<String>> = [50, 95, 99]
             .into_iter()
-            .map(|percent| Some(format!("{:.1}", self.percentile(percent)?)))
+            .map(|percent| Some(format!("{:.digits$}", self.percentile(percent)?)))
             .collect();
         all.map_or_else(|| "–".to_owned(), |all| all.join(" / "))
     }

@@ -85,6 +85,8 @@ pub enum CheckpointSize {
     M,
     /// 0.6 million parameters, for trying things out
     Xs,
+    /// One layer of DeepSeek-V3's 256 experts under a small trunk: 11.4 GB in FP8
+    V3Layer,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -264,9 +266,21 @@ Examples:
 #[derive(Debug, Args)]
 #[command(after_help = DEVICE_EXAMPLES)]
 pub struct BenchDeviceArgs {
-    /// The GPU
-    #[arg(long, value_name = "cuda:N", default_value = "cuda:0")]
+    /// The GPU; with --model also the CPU
+    #[arg(long, value_name = "cuda:N|cpu", default_value = "cuda:0")]
     pub device: Device,
+    /// Instead of kernels: a layer of this checkpoint, owned whole by one expert node, through gRPC on this host
+    #[arg(long, value_name = "DIR", conflicts_with_all = ["experts", "rows", "check", "lines"])]
+    pub model: Option<PathBuf>,
+    /// With --model: rows that are dispatched at once
+    #[arg(long, value_name = "N,…", value_delimiter = ',', requires = "model", default_values_t = [1, 16, 128])]
+    pub tokens: Vec<usize>,
+    /// With --model: round trips of each
+    #[arg(long, value_name = "N", requires = "model", default_value_t = 200)]
+    pub rounds: usize,
+    /// With --model: threads of the node
+    #[arg(long, value_name = "N", requires = "model", default_value_t = 1)]
+    pub threads: usize,
     /// Experts of DeepSeek-V3 that are resident: 44 MB each in FP8, 88 MB in bf16
     #[arg(long, value_name = "N", default_value_t = 64)]
     pub experts: usize,
@@ -276,6 +290,9 @@ pub struct BenchDeviceArgs {
     /// Only compare with the reference
     #[arg(long)]
     pub check: bool,
+    /// Also append the kernels' times to this file, as lines of JSON
+    #[arg(long, value_name = "FILE")]
+    pub lines: Option<PathBuf>,
     /// Of the random inputs [default: another one in each run]
     #[arg(long, value_name = "N")]
     pub seed: Option<u64>,
@@ -285,4 +302,5 @@ const DEVICE_EXAMPLES: &str = "\
 Examples:
   moemesh bench device
   moemesh bench device --device cuda:1 --check
-  moemesh bench device --experts 256 --rows 1,4,16,64";
+  moemesh bench device --experts 256 --rows 1,4,16,64
+  moemesh bench device --device cpu --model bench-m";

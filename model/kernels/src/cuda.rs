@@ -6,6 +6,8 @@
 
 mod arena;
 #[doc(hidden)]
+pub mod arrive;
+#[doc(hidden)]
 pub mod call;
 mod error;
 mod ffn;
@@ -20,9 +22,10 @@ mod tensor_map;
 pub mod trunk;
 
 pub use arena::Arena;
+pub use arrive::{Row, Rows};
 pub use error::GpuError;
-pub use ffn::{GroupedFfn, Piece};
-pub use gpu::{Gpu, Grid, Kernel, Lane, SHARED_BYTES};
+pub use ffn::{GroupedFfn, Piece, Results, Stages};
+pub use gpu::{Gpu, Grid, Kernel, Lane, Mark, SHARED_BYTES};
 pub use layout::{BLOCK, Coding, ExpertShape, Layout, LayoutError, Stored, stride};
 pub use memory::{Memory, Pinned};
 pub use tensor_map::{Element, TensorMap, Tiled};

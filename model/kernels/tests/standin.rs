@@ -1,4 +1,4 @@
-//! The kernels of `src/cuda/experts.cu`, run on the CPU through a stand-in for the GPU (`standin/standin.h`): against a plain
+//! The kernels of `src/cuda/experts.cu` and `coding.cu`, run on the CPU through a stand-in for the GPU (`standin/standin.h`): against a plain
 //! reference in double, over poisoned memory, with the schedules, tensors and calls that a GPU would be told. It cannot
 //! show how hardware rounds or how fast it is; `tests/gpu.sh` does, where there is one.
 
@@ -10,11 +10,12 @@ mod compiled;
 use std::ffi::{CString, c_char, c_int, c_void};
 use std::sync::OnceLock;
 
-use kernels::cuda::call::{self, Call, Product, QUANTIZE_ROWS, QUANTIZE_THREADS, THREADS};
+use kernels::cuda::arrive::{self, Packer};
+use kernels::cuda::call::{self, CODING_ROWS, CODING_THREADS, Call, Product, THREADS};
 use kernels::cuda::reference::{self, distance, scale};
 use kernels::cuda::schedule::{RowTile, schedule};
-use kernels::cuda::{BLOCK, Coding, ExpertShape, Layout, Tiled, stride};
-use kernels::{Mat, f32_to_fp8, round_bf16};
+use kernels::cuda::{BLOCK, Coding, ExpertShape, Layout, Row, Tiled, stride};
+use kernels::{Mat, f32_to_fp8, fp8_to_f32, round_bf16};
 use libloading::{Library, Symbol};
 
 use common::{Random, widened};
@@ -57,10 +58,16 @@ impl Map {
     }
 }
 
-/// The stand-in with the kernels in it, compiled once; nothing where there is no C++ compiler.
+/// The stand-in with the products in it, compiled once; nothing where there is no C++ compiler.
 fn library() -> Option<&'static Library> {
     static BUILT: OnceLock<Option<Library>> = OnceLock::new();
     BUILT.get_or_init(|| compiled("experts.cpp")).as_ref()
+}
+
+/// The same with what codes rows.
+fn coding() -> Option<&'static Library> {
+    static BUILT: OnceLock<Option<Library>> = OnceLock::new();
+    BUILT.get_or_init(|| compiled("coding.cpp")).as_ref()
 }
 
 /// The stand-in has one block's state for the whole process.
@@ -236,18 +243,18 @@ fn taken(mut memory: Memory, rows: usize, k: usize) -> Vec<half::bf16> {
 
 /// Codes and scales of `rows` rows, by the kernel.
 fn quantized(input: &Memory, rows: usize, k: usize, capacity: usize) -> (Memory, Memory) {
-    // SAFETY: that is its type (standin/experts.cpp).
+    // SAFETY: that is its type (standin/coding.cpp).
     let quantize: Symbol<'_, RunQuantize> =
-        unsafe { library().unwrap().get(b"standin_quantize") }.unwrap();
+        unsafe { coding().unwrap().get(b"standin_quantize") }.unwrap();
     let blocks = k.div_ceil(BLOCK);
     let codes = Memory::new(capacity * stride(k, Coding::Fp8));
     let scales = Memory::new(blocks * capacity * 4);
     // SAFETY: memory holds `capacity` rows, of which these are the first.
     unsafe {
         quantize(
-            rows.div_ceil(QUANTIZE_ROWS) as u32,
+            rows.div_ceil(CODING_ROWS) as u32,
             blocks as u32,
-            QUANTIZE_THREADS,
+            CODING_THREADS,
             input.address() as *const c_void,
             (stride(k, Coding::Bf16) / 2) as u32,
             rows as u32,
@@ -301,7 +308,7 @@ fn a_row_is_the_same_bits_in_every_tile_and_on_any_number_of_blocks() {
 
 #[test]
 fn rows_are_quantised_as_they_travel() {
-    if library().is_none() {
+    if coding().is_none() {
         return;
     }
     let _turn = ONE_AT_A_TIME.lock();
@@ -328,4 +335,102 @@ fn rows_are_quantised_as_they_travel() {
             }
         }
     }
+}
+
+/// Rows in both forms, some of them shared, packed as for a GPU: what arrives of each place in FP8 and in bf16.
+#[test]
+fn rows_arrive_in_the_form_that_weights_are_multiplied_with() {
+    if coding().is_none() {
+        return;
+    }
+    let _turn = ONE_AT_A_TIME.lock();
+    for k in [256, 200, 129, 5] {
+        let mut random = Random(k as u64);
+        let values: Vec<Vec<_>> =
+            (0..6).map(|_| (0..k).map(|_| round_bf16(random.unit() * 7.0)).collect()).collect();
+        let sent: Vec<Vec<u8>> = values
+            .iter()
+            .enumerate()
+            .map(|(id, row): (_, &Vec<half::bf16>)| match id % 2 {
+                0 => row.iter().flat_map(|x| x.to_le_bytes()).collect(),
+                _ => travelling(row),
+            })
+            .collect();
+        let places = [5, 0, 1, 1, 4, 3, 0, 2, 5];
+        let row = |place: usize| {
+            let id = places[place];
+            Row { id, fp8: id % 2 == 1, bytes: &sent[id] }
+        };
+        let mut arrived = Memory::new(arrive::capacity(places.len(), k));
+        let packed = Packer::default().pack(&[], 0..places.len(), &row, k, arrived.bytes());
+        let (codes, scales) = arrived_fp8(&arrived, packed.rows, k);
+        let halves = arrived_bf16(&arrived, packed.rows, k);
+        for (place, &id) in places.iter().enumerate() {
+            let expected = match id % 2 {
+                0 => travelling(&values[id]),
+                _ => sent[id].clone(),
+            };
+            let (expected_codes, expected_scales) = expected.split_at(k);
+            assert_eq!(codes[place * stride(k, Coding::Fp8)..][..k], *expected_codes, "{place}");
+            for (block, scale) in expected_scales.chunks_exact(4).enumerate() {
+                assert_eq!(scales[(block * ROOM + place) * 4..][..4], *scale, "{place} {block}");
+            }
+            let got = &halves[place * stride(k, Coding::Bf16)..][..2 * k];
+            let expected: Vec<u8> = match id % 2 {
+                0 => sent[id].clone(),
+                _ => (0..k)
+                    .flat_map(|i| {
+                        let scale = expected_scales.as_chunks::<4>().0[i / BLOCK];
+                        let value = fp8_to_f32(expected_codes[i]) * f32::from_le_bytes(scale);
+                        round_bf16(value).to_le_bytes()
+                    })
+                    .collect(),
+            };
+            assert_eq!(got, expected, "{place} of {k}");
+        }
+    }
+}
+
+/// Rows that what arrives is written among.
+const ROOM: usize = 16;
+
+/// A row as it travels in FP8.
+fn travelling(row: &[half::bf16]) -> Vec<u8> {
+    let scales = || row.chunks(BLOCK).map(|block| scale(&widened(block)));
+    let codes = row.chunks(BLOCK).zip(scales());
+    let codes = codes.flat_map(|(block, scale)| block.iter().map(move |x| (x, scale)));
+    codes
+        .map(|(x, scale)| f32_to_fp8(x.to_f32() / scale))
+        .chain(scales().flat_map(f32::to_le_bytes))
+        .collect()
+}
+
+fn arrived_fp8(arrived: &Memory, rows: usize, k: usize) -> (Vec<u8>, Vec<u8>) {
+    type Run = unsafe extern "C" fn(u32, u32, u32, u64, u64, u32, u32, u64, u32, u64, u32);
+    let (blocks, pitch) = (k.div_ceil(BLOCK), stride(k, Coding::Fp8));
+    let mut codes = Memory::new(ROOM * pitch);
+    let mut scales = Memory::new(blocks * ROOM * 4);
+    let (at, across) = (arrived.address(), rows.div_ceil(CODING_ROWS) as u32);
+    // SAFETY: that is its type (standin/coding.cpp), and memory is there for `ROOM` rows.
+    unsafe {
+        let run: Symbol<'_, Run> = coding().unwrap().get(b"standin_arrive_fp8").unwrap();
+        let (rows, k, pitch, room) = (rows as u32, k as u32, pitch as u32, ROOM as u32);
+        let (codes, scales) = (codes.address(), scales.address());
+        run(across, blocks as u32, CODING_THREADS, at, at, rows, k, codes, pitch, scales, room);
+    }
+    (codes.bytes().to_vec(), scales.bytes().to_vec())
+}
+
+fn arrived_bf16(arrived: &Memory, rows: usize, k: usize) -> Vec<u8> {
+    type Run = unsafe extern "C" fn(u32, u32, u32, u64, u64, u32, u32, u64, u32);
+    let (blocks, pitch) = (k.div_ceil(BLOCK), stride(k, Coding::Bf16));
+    let mut out = Memory::new(ROOM * pitch);
+    let (at, across) = (arrived.address(), rows.div_ceil(CODING_ROWS) as u32);
+    // SAFETY: as above.
+    unsafe {
+        let run: Symbol<'_, Run> = coding().unwrap().get(b"standin_arrive_bf16").unwrap();
+        let (rows, k, pitch) = (rows as u32, k as u32, (pitch / 2) as u32);
+        run(across, blocks as u32, CODING_THREADS, at, at, rows, k, out.address(), pitch);
+    }
+    out.bytes().to_vec()
 }

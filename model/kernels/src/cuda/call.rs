@@ -5,10 +5,11 @@ use super::layout::{BLOCK, Coding, Layout, stride};
 use super::schedule::{DOWN_COLUMNS, GATED_COLUMNS, Group, Launch, RowTile};
 use super::tensor_map::{Element, Tiled};
 
-/// Threads of a product's block, and rows that a quantiser's block takes (experts.cu).
+/// Threads of a product's block (experts.cu).
 pub const THREADS: u32 = 384;
-pub const QUANTIZE_THREADS: u32 = 128;
-pub const QUANTIZE_ROWS: usize = 4;
+/// Threads of a block that codes rows, and how many it takes (coding.cu).
+pub const CODING_THREADS: u32 = 128;
+pub const CODING_ROWS: usize = 4;
 /// Weight rows of a box: what a warpgroup multiplies.
 const BOX_ROWS: u32 = 64;
 /// Bytes of k in a box: a swizzled row.

@@ -238,25 +238,3 @@ PRODUCT(down_bf16_128, 128, false, false, u16)
 PRODUCT(linear_bf16_16, 16, false, false, float)
 PRODUCT(linear_bf16_64, 64, false, false, float)
 PRODUCT(linear_bf16_128, 128, false, false, float)
-
-// bf16 rows as e4m3 with an f32 scale per 128 values of a row: largest / 448, never so small that a quotient overflows, which
-// is how rows travel too (model/src/rows.rs). A warp has one block of one row: blockIdx.x rows of 4, blockIdx.y k-blocks.
-// `codes` is [rows][stride], `scales` [k / 128][scale_stride].
-extern "C" __global__ void __launch_bounds__(128)
-    quantize(const u16* x, u32 x_stride, u32 rows, u32 k, u8* codes, u32 stride, float* scales, u32 scale_stride) {
-    const u32 row = blockIdx.x * 4 + threadIdx.x / 32, lane = threadIdx.x % 32, first = blockIdx.y * 128 + lane * 4;
-    if (row >= rows) return;
-    float values[4];
-    float largest = 0.0f;
-    for (u32 i = 0; i < 4; i++) {
-        values[i] = first + i < k ? bf16_to_f32(x[(u64)row * x_stride + first + i]) : 0.0f;
-        largest = fmaxf(largest, fabsf(values[i]));
-    }
-    for (u32 apart = 16; apart > 0; apart /= 2) largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, apart));
-    const float scale = fmaxf(largest / 448.0f, 1.17549435e-38f);
-    const u32 lo = f32_to_e4m3x2(values[0] / scale, values[1] / scale);
-    const u32 hi = f32_to_e4m3x2(values[2] / scale, values[3] / scale);
-    // The stride is a multiple of 16, so that four codes are either all inside a row or all beyond it.
-    if (first < stride) *reinterpret_cast<u32*>(codes + (u64)row * stride + first) = lo | hi << 16;
-    if (lane == 0) scales[(u64)blockIdx.y * scale_stride + row] = scale;
-}

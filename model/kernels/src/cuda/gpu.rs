@@ -3,7 +3,9 @@
 use std::ffi::c_void;
 use std::sync::Arc;
 
-use cudarc::driver::{CudaContext, CudaFunction, CudaModule, CudaStream, DriverError, result, sys};
+use cudarc::driver::{
+    CudaContext, CudaEvent, CudaFunction, CudaModule, CudaStream, DriverError, result, sys,
+};
 use cudarc::nvrtc::Ptx;
 
 use super::error::{GpuError, fit};
@@ -12,7 +14,8 @@ use super::error::{GpuError, fit};
 pub const SHARED_BYTES: u32 = 232_448;
 
 /// The device code, by the source file that it is made of.
-const CUBINS: [(&str, &[u8]); 4] = [
+const CUBINS: [(&str, &[u8]); 5] = [
+    ("coding", include_bytes!("sm90a/coding.cubin")),
     ("experts", include_bytes!("sm90a/experts.cubin")),
     ("attention", include_bytes!("sm90a/attention.cubin")),
     ("gate", include_bytes!("sm90a/gate.cubin")),
@@ -42,6 +45,10 @@ pub enum Lane {
     /// What brings weights in beside it.
     Copy,
 }
+
+/// A point in a lane's work. One that was not set counts as reached.
+#[derive(Debug)]
+pub struct Mark(CudaEvent);
 
 /// See the module's text. Cheap to clone.
 #[derive(Clone)]
@@ -162,6 +169,29 @@ impl Gpu {
     /// Waits until `lane` has done all it was given.
     pub fn wait(&self, lane: Lane) -> Result<(), GpuError> {
         self.stream(lane).synchronize().map_err(|error| self.error("computing", error))
+    }
+
+    /// A mark that is not set.
+    pub fn mark(&self) -> Result<Mark, GpuError> {
+        let made = self.context.new_event(None);
+        made.map(Mark).map_err(|error| self.error("making an event", error))
+    }
+
+    /// Sets `mark` behind all that `lane` was given.
+    pub fn set(&self, mark: &Mark, lane: Lane) -> Result<(), GpuError> {
+        let set = mark.0.record(self.stream(lane));
+        set.map_err(|error| self.error("recording an event", error))
+    }
+
+    /// Whether `mark` is reached.
+    pub fn is_reached(&self, mark: &Mark) -> Result<bool, GpuError> {
+        let asked = self.bind().and_then(|()| mark.0.try_is_complete());
+        asked.map_err(|error| self.error("computing", error))
+    }
+
+    /// Waits until `mark` is reached.
+    pub fn reach(&self, mark: &Mark) -> Result<(), GpuError> {
+        mark.0.synchronize().map_err(|error| self.error("computing", error))
     }
 
     pub(super) fn stream(&self, lane: Lane) -> &CudaStream {

@@ -29,8 +29,10 @@ impl Gpu {
         });
         let address = allocated.map_err(|error| self.no_memory(what, size, error))?;
         let memory = Memory { gpu: self.clone(), address, len };
+        // The host does not wait for a memset, and the lanes do not wait for the stream that it is on.
         // SAFETY: the allocation is that long.
         let zeroed = unsafe { result::memset_d8_sync(address, 0, size) };
+        let zeroed = zeroed.and_then(|()| result::ctx::synchronize());
         zeroed.map_err(|error| self.error("zeroing memory", error))?;
         Ok(memory)
     }

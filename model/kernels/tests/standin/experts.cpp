@@ -24,9 +24,3 @@ extern "C" int standin_product(const char* name, u32 blocks, u32 threads, u64 se
         }
     return 0;
 }
-
-extern "C" void standin_quantize(u32 blocks_x, u32 blocks_y, u32 threads, const u16* x, u32 x_stride, u32 rows, u32 k,
-                                 u8* codes, u32 stride, float* scales, u32 scale_stride) {
-    standin::launch({blocks_x, blocks_y, 1}, threads, 1,
-                    [&] { quantize(x, x_stride, rows, k, codes, stride, scales, scale_stride); });
-}

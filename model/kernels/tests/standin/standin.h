@@ -337,12 +337,12 @@ void registers_give_back() {}
 template <int N>
 void registers_take() {}
 inline void barrier_sync(u32 id, u32 threads) { standin::named[id].sync(threads); }
-inline float bf16_to_f32(u16 x) {
-    const u32 bits = (u32)x << 16;
+inline float __uint_as_float(u32 bits) {
     float value;
     memcpy(&value, &bits, 4);
     return value;
 }
+inline float bf16_to_f32(u16 x) { return __uint_as_float((u32)x << 16); }
 inline u16 f32_to_bf16(float x) {
     u32 bits;
     memcpy(&bits, &x, 4);
