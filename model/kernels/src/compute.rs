@@ -14,7 +14,7 @@ use std::cell::RefCell;
 use std::ops::Range;
 
 /// Multiplications below which waking another thread costs more than it saves.
-const SMALL: usize = 1 << 18;
+const SMALL: usize = 1 << 16;
 /// Outputs in a chunk are a multiple of this, the panel that many rows share.
 const CHUNK: usize = 16;
 /// Chunks per thread, so that a thread that is held up leaves its share to the others.

@@ -326,6 +326,34 @@ proptest! {
         }
     }
 
+    /// Few rows go another way than many, unless something is subnormal or no number.
+    #[test]
+    fn few_rows_over_a_weights_rows_have_a_tiles_bits(
+        (rows, n, columns, gap) in (1usize..10, 1usize..140, 1usize..12, 0usize..3),
+        (kind, of_x) in (kinds(), kinds()),
+        bad in prop_oneof![Just(None), Just(Some(f32::NAN)), Just(Some(f32::INFINITY))],
+        seed in any::<u64>(),
+    ) {
+        let (k, ldx) = (32 * columns, n + gap);
+        let mut random = Random(seed);
+        let x = random.bf16s(rows * ldx, of_x);
+        let mut w = random.bf16s(n * k, kind);
+        if let Some(bad) = bad {
+            w[random.below(n * k)] = round_bf16(bad);
+        }
+        let mats = [Mat::from_bf16(&w, n, k).unwrap()];
+        let product = |device: &Kernels| {
+            let mut y = vec![7.0; rows * (k + gap)];
+            device.matmul_t(Acts::Bf16(&x), rows, ldx, Stack::new(&mats), &mut y, k + gap);
+            // Without a zero's sign.
+            bits(&y.iter().map(|y| y + 0.0).collect::<Vec<_>>())
+        };
+        let want = product(&Kernels::reference(Isa::Amx));
+        for device in others().into_iter().filter(|d| Class::of(d, true) == Class::Tiles) {
+            prop_assert_eq!(&product(&device), &want, "{}", device.isa());
+        }
+    }
+
     #[test]
     fn near_the_exact_sum(case in cases()) {
         prop_assume!(case.w.cols > 0);

@@ -3,11 +3,12 @@
 //! A weight's rows are the left operand as they are stored, sixteen outputs by 32 elements of k; activations are the right
 //! one, packed once as pairs of k by rows; sums are [outputs][rows]. Up to two tiles of rows stream the weight
 //! (`strip.rs`; `coded.rs` where it is FP8), more pass runs of it over tiles of rows (`block.rs`). Sums over a weight's
-//! rows are `columns.rs`. The permission that Linux wants is asked for once, with a trial of the instruction against the definition: a CPU that differs in a bit does not get to use it.
+//! rows are `columns.rs` (`few.rs` for few). The permission that Linux wants is asked for once, with a trial of the instruction against the definition: a CPU that differs in a bit does not get to use it.
 
 mod block;
 mod coded;
 mod columns;
+mod few;
 mod panel;
 mod sink;
 mod strip;

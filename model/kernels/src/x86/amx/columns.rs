@@ -5,6 +5,7 @@
 //! that they do not see. What a zero meets has to be finite: where it is not, rows that see the same go by themselves.
 //! Both operands stay in the second-level cache, and sums go from the registers into the output.
 
+use super::few::Few;
 use super::panel::{self, Operand};
 use super::tiles::{self, EDGE, ROW, SUMS, TILE, Tiles};
 use crate::lanes::STEP;
@@ -40,8 +41,12 @@ impl Columns<'_> {
         if rows == 0 || w.k() == 0 {
             return;
         }
-        let (left, right) = &mut SCRATCH.take();
         let (least, most) = (w.seen(0), w.seen(rows - 1));
+        let Columns { x, ldx, ldy, .. } = self;
+        if least == most && (Few { x, rows, ldx, w, seen: most, y: self.y, ldy }.compute()) {
+            return;
+        }
+        let (left, right) = &mut SCRATCH.take();
         // SAFETY: the caller's.
         unsafe {
             if least == most || w.finite(least..most) {
