@@ -14,8 +14,8 @@ mod tests;
 use std::sync::Arc;
 
 use half::bf16;
-use kernels::cuda::GpuError;
 use kernels::cuda::trunk::Driver;
+use kernels::cuda::{Coding, GpuError};
 use kernels::{Acts, Compute};
 
 use crate::activations::rounded;
@@ -57,6 +57,20 @@ impl Checkpoint {
     /// no matrix.
     pub fn check_trunk(&self) -> Result<(), LoadError> {
         TrunkWeights::load(self).map(drop)
+    }
+
+    /// How a GPU multiplies with the trunk's matrices: in FP8 where they are stored so.
+    pub(crate) fn trunk_coding(&self) -> Result<Coding, LoadError> {
+        TrunkWeights::load(self).map(|weights| coding(&weights.layers, &weights.head))
+    }
+}
+
+/// FP8 if one matrix is.
+fn coding(layers: &[Layer], head: &Weight) -> Coding {
+    let mut all = layers.iter().flat_map(Layer::projections).chain([head]);
+    match all.any(|weight| weight.stored().coding() == Coding::Fp8) {
+        true => Coding::Fp8,
+        false => Coding::Bf16,
     }
 }
 

@@ -1,5 +1,6 @@
-//! The trunk's steps on a GPU: the same calls as on the CPU, each a sequence of launches. What a device gets is in bf16,
-//! with f32 sums and residual stream; a row's bits depend on the row alone, as every kernel's order does.
+//! The trunk's steps on a GPU: the same calls as on the CPU, each a sequence of launches. Products are in FP8 where weights
+//! are stored so, else in bf16, with f32 sums and residual stream; a row's bits depend on the row alone, as every kernel's
+//! order does, and the codes of its values.
 //!
 //! Nothing waits but where bytes are needed on the host: the rows that go to the experts, and logits.
 
@@ -10,10 +11,10 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use kernels::Compute;
-use kernels::cuda::GpuError;
 use kernels::cuda::trunk::{
     Attention, Buffer, Driver, Norm, Rotary, Routing, Rows, Tables, Uploader, Weights, fetch,
 };
+use kernels::cuda::{Coding, GpuError};
 
 use super::{Share, Trunk};
 use crate::config::Config;
@@ -30,6 +31,7 @@ use weights::{Ffn, Layer, Loader, Mlp, Table};
 /// A trunk's side on a device.
 pub(super) struct OnGpu {
     driver: Arc<dyn Driver>,
+    coding: Coding,
     layers: Vec<Layer>,
     embedding: Table,
     final_norm: Norm,
@@ -82,7 +84,8 @@ impl OnGpu {
         let final_norm = loader.norm(&trunk.final_norm, config.rms_eps)?;
         let head = loader.matrix(trunk.head.mat(checkpoint))?;
         drop(loader);
-        Ok(OnGpu { driver, layers, embedding, final_norm, head })
+        let coding = super::coding(&trunk.layers, &trunk.head);
+        Ok(OnGpu { driver, coding, layers, embedding, final_norm, head })
     }
 
     pub fn cache(
@@ -95,7 +98,7 @@ impl OnGpu {
     }
 
     pub fn step(&self, config: &Config, kv: &KvPool, rows: usize) -> Result<Step, GpuError> {
-        let memory = StepMemory::new(&self.driver, config, kv, rows)?;
+        let memory = StepMemory::new(&self.driver, config, kv, rows, self.coding)?;
         Ok(Step { gpu: Some(Box::new(memory)), ..Step::default() })
     }
 
@@ -195,10 +198,14 @@ impl OnGpu {
         let (rows, normed) = (tables.rows(), &memory.normed);
         let mut from = normed;
         if let (Some(low), Some((x, low_normed))) = (&weights.low, &memory.low) {
+            driver.code(rows, normed, [&low.down, &weights.latent])?;
             driver.linear(tables, all, normed, &low.down, x.all())?;
             let bias = low.bias.as_ref().map(|bias| (bias, 0));
             driver.norm(rows, x, bias, &low.norm, None, low_normed)?;
+            driver.code(rows, low_normed, [&weights.query])?;
             from = low_normed;
+        } else {
+            driver.code(rows, normed, [&weights.query, &weights.latent])?;
         }
         driver.linear(tables, all, from, &weights.query, memory.query.all())?;
         let rotary = Rotary {
@@ -225,6 +232,7 @@ impl OnGpu {
         driver.attention(tables, cache, &attention)?;
         driver.narrow(tables, by_head, &memory.attended, &weights.values, &memory.values)?;
         driver.join(rows, config.heads, &memory.values, &memory.joined)?;
+        driver.code(rows, &memory.joined, [&weights.out])?;
         driver.linear(tables, all, &memory.joined, &weights.out, memory.delta.all())
     }
 
@@ -237,9 +245,11 @@ impl OnGpu {
         inner: &Rows,
         out: &Buffer,
     ) -> Result<(), GpuError> {
-        let all = tables.all();
-        self.driver.gate_up(tables, all, x, [&ffn.gate, &ffn.up], inner)?;
-        self.driver.linear(tables, all, inner, &ffn.down, out.all())
+        let (driver, all, rows) = (&self.driver, tables.all(), tables.rows());
+        driver.code(rows, x, [&ffn.gate])?;
+        driver.gate_up(tables, all, x, [&ffn.gate, &ffn.up], inner)?;
+        driver.code(rows, inner, [&ffn.down])?;
+        driver.linear(tables, all, inner, &ffn.down, out.all())
     }
 
     /// See [`Trunk::shared`]; does not wait for it.
@@ -313,6 +323,7 @@ impl OnGpu {
             let Some(scheduled) = tables.first(count) else { continue };
             driver.gather(tables, first..first + count, hidden, residual, gathered)?;
             driver.norm(count, gathered, None, norm, None, last)?;
+            driver.code(count, last, [&self.head])?;
             driver.linear(tables, scheduled, last, &self.head, out.all())?;
             fetch(driver, [(&*out, &mut host.logits, count * vocab * 4)])?;
             let bytes = &host.logits.bytes()[..count * vocab * 4];

@@ -42,7 +42,7 @@ impl Arg {
     }
 }
 
-fn word(value: usize) -> Arg {
+pub(super) fn word(value: usize) -> Arg {
     Arg::Word(value as u32)
 }
 
