@@ -18,6 +18,7 @@ use std::sync::Arc;
 use driver::StandIn;
 use kernels::cuda::trunk::Driver;
 use model::local::{Local, pages};
+use model::sample::{History, Params, Scratch, sample};
 use model::synthetic::{Recipe, TempDir};
 use model::{Checkpoint, Chunk, Compute, Isa, KvPool, LogitRows, Numerics, PageId, Trunk};
 use serde_json::json;
@@ -141,6 +142,46 @@ fn others() -> [(Recipe, f64); 4] {
     });
     let multiplied = quantised.clone().with(sizes);
     [(biased, 4e-2), (plain, 4e-2), (quantised, 4e-2), (multiplied, 0.25)]
+}
+
+#[test]
+fn rows_with_a_draw_have_the_token_that_their_logits_give_and_others_their_logits() {
+    let Some(device) = StandIn::open(2) else { return };
+    let [(recipe, _), ..] = others();
+    let dir = TempDir::with(&recipe).unwrap();
+    let checkpoint = Checkpoint::open(dir.path()).unwrap();
+    let mut model = Runner::new(&checkpoint, Some(device), 80);
+    let tokens: Vec<u32> = (0..70).map(|i| (i * i * 5 + i) % 97).collect();
+    let pages = pages(&mut model.kv, tokens.len()).unwrap();
+    let chunk = Chunk { tokens: &tokens, start: 0, pages: &pages, logits: LogitRows::All };
+    let logits = model.model.run(&[chunk], &mut model.kv, |_, _| {}).unwrap().to_vec();
+    let params = |row: usize| match row % 4 {
+        0 => Params { top_k: 3, ..Params::greedy() },
+        1 => Params { temperature: 0.8, min_p: 0.05, seed: row as u64, ..Params::default() },
+        2 => Params { temperature: 1.3, seed: 1 << 40, ..Params::default() },
+        // What takes more than a draw.
+        _ => Params { top_p: 0.9, ..Params::default() },
+    };
+    // More than are computed at once.
+    let draws: Vec<_> = (0..70).map(|row| params(row).draw(row as u64)).collect();
+    let (mut step, trunk) = model.model.into_parts();
+    let answers = trunk.answers(&mut step, &draws).unwrap();
+    let scratch = Scratch::new(trunk.compute().kernels);
+    let mut left = &*answers.logits;
+    for (row, logits) in logits.chunks(model.vocab).enumerate() {
+        let params = params(row);
+        let Some(chosen) = answers.tokens[row] else {
+            let (mine, others) = left.split_at(model.vocab);
+            assert!(mine == logits && row % 4 == 3, "row {row}");
+            left = others;
+            continue;
+        };
+        let mut logits = logits.to_vec();
+        let history = History::default();
+        let expected = sample(&mut logits, &params, &history, row as u64, &scratch).unwrap();
+        assert_eq!(chosen, Ok(expected.token), "row {row}");
+    }
+    assert!(left.is_empty());
 }
 
 #[test]

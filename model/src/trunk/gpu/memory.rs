@@ -4,7 +4,7 @@
 use std::sync::Arc;
 
 use half::bf16;
-use kernels::cuda::trunk::{Bounds, Buffer, Driver, Host, Plan, Rows, SPAN, Tables};
+use kernels::cuda::trunk::{Bounds, Buffer, Draw, Driver, Host, Plan, Rows, SPAN, Tables};
 use kernels::cuda::{Coding, GpuError};
 
 use crate::config::Config;
@@ -50,6 +50,9 @@ pub(crate) struct StepMemory {
     pub gathered: Buffer,
     pub last: Rows,
     pub logits: Buffer,
+    /// How their tokens are chosen, and which were.
+    pub draws: Buffer,
+    pub tokens: Buffer,
     pub host: Pinned,
     /// Rows that have been lost.
     pub silenced: Vec<usize>,
@@ -62,6 +65,8 @@ pub(crate) struct Pinned {
     pub weights: Host,
     pub results: Host,
     pub logits: Host,
+    pub draws: Host,
+    pub tokens: Host,
 }
 
 impl StepMemory {
@@ -127,12 +132,16 @@ impl StepMemory {
             gathered: f32s(LOGITS * hidden)?,
             last: coded(hidden, LOGITS)?,
             logits: f32s(LOGITS * vocab)?,
+            draws: Buffer::new::<[u8; Draw::BYTES]>(driver, WHAT, LOGITS)?,
+            tokens: Buffer::new::<u32>(driver, WHAT, LOGITS)?,
             host: Pinned {
                 sent: pin(rows * hidden * 2)?,
                 chosen: pin(slots * 4)?,
                 weights: pin(slots * 4)?,
                 results: pin(slots * hidden * 2)?,
                 logits: pin(LOGITS * vocab * 4)?,
+                draws: pin(LOGITS * Draw::BYTES)?,
+                tokens: pin(LOGITS * 4)?,
             },
             silenced: Vec::new(),
         })

@@ -103,6 +103,27 @@ impl Host {
         if self.busy { &[] } else { &self.bytes }
     }
 
+    /// Copies some rows of `from`, of so many bytes each, one after the other, after what was launched before, and waits.
+    /// Panics if one is not there, or there are more than it holds.
+    pub fn fetch_rows(
+        &mut self,
+        from: &Buffer,
+        row_bytes: usize,
+        rows: impl IntoIterator<Item = usize>,
+    ) -> Result<&[u8], GpuError> {
+        self.bytes_mut()?;
+        let mut end = 0;
+        for row in rows {
+            self.busy = true;
+            let to = &mut self.bytes[end..end + row_bytes];
+            // SAFETY: as in `send`.
+            unsafe { from.memory.copy_out(row * row_bytes, to)? };
+            end += row_bytes;
+        }
+        // Waits, if there were any.
+        Ok(&self.bytes_mut()?[..end])
+    }
+
     /// Has the first `len` bytes copied to the beginning of `to`, before what is launched next. Panics if either is shorter.
     pub fn send(&mut self, to: &Buffer, len: usize) -> Result<(), GpuError> {
         self.bytes_mut()?;

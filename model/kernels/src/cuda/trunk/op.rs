@@ -31,6 +31,7 @@ pub enum Op {
     Attend,
     Merge,
     Quantize,
+    Sample,
     Product(Product, Coding, RowTile),
 }
 
@@ -51,6 +52,7 @@ impl Op {
             Op::Attend,
             Op::Merge,
             Op::Quantize,
+            Op::Sample,
         ];
         let products = [Product::GateUp, Product::Down, Product::Linear].into_iter();
         let coded = products.flat_map(|product| [Coding::Fp8, Coding::Bf16].map(|c| (product, c)));
@@ -76,6 +78,7 @@ impl Op {
             Op::Attend => ("attention", "attend"),
             Op::Merge => ("attention", "merge"),
             Op::Quantize => ("coding", "quantize"),
+            Op::Sample => ("sample", "sample"),
             Op::Product(product, coding, tile) => ("experts", product_name(product, coding, tile)),
         }
     }
@@ -96,6 +99,8 @@ impl Op {
         match self {
             Op::Attend | Op::Choose | Op::Product(..) => SHARED_BYTES,
             Op::Merge | Op::Quantize => 0,
+            // A sum and a logit with its place for each thread.
+            Op::Sample => ROW_THREADS * 16,
             Op::ScoresBf16 | Op::ScoresF32 => GATE_HELD,
             _ => ROW_SHARED,
         }
@@ -186,6 +191,33 @@ pub struct Attend {
     pub scale: f32,
 }
 
+/// How a token is chosen by logits alone (`Draw` in sample.cu); without a temperature, the most probable.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Draw {
+    /// Key of the generator, and what it is asked for.
+    pub seed: u64,
+    pub position: u64,
+    pub temperature: f32,
+    pub min_p: f32,
+}
+
+impl Draw {
+    pub const BYTES: usize = 24;
+
+    /// As the device reads it.
+    pub fn to_bytes(self) -> [u8; Draw::BYTES] {
+        let mut bytes = [0; Draw::BYTES];
+        bytes[..8].copy_from_slice(&self.seed.to_le_bytes());
+        bytes[8..16].copy_from_slice(&self.position.to_le_bytes());
+        bytes[16..20].copy_from_slice(&self.temperature.to_le_bytes());
+        bytes[20..].copy_from_slice(&self.min_p.to_le_bytes());
+        bytes
+    }
+}
+
+/// In place of a token where logits are not finite (sample.cu).
+pub const REFUSED: u32 = u32::MAX;
+
 /// What the gate's choice is told.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
@@ -216,6 +248,7 @@ mod tests {
             "attention" => include_str!("../attention.cu"),
             "gate" => include_str!("../gate.cu"),
             "rows" => include_str!("../rows.cu"),
+            "sample" => include_str!("../sample.cu"),
             "coding" => include_str!("../coding.cu"),
             _ => include_str!("../experts.cu"),
         };
@@ -226,6 +259,7 @@ mod tests {
             ("gate", "GATE_ROWS", GATE_TILE),
             ("gate", "CHUNK", GATE_HELD as usize / GATE_TILE / 4),
             ("rows", "ROW_THREADS", ROW_THREADS as usize),
+            ("sample", "SAMPLE_THREADS", ROW_THREADS as usize),
         ] {
             let line = format!("constexpr u32 {name} = {value};");
             assert!(text(file).contains(&line), "{file}: {line}");
