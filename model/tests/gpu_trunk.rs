@@ -11,6 +11,9 @@ mod driver;
 
 #[path = "gpu_trunk/failing.rs"]
 mod failing;
+#[allow(unsafe_code)]
+#[path = "../kernels/tests/standin/limited.rs"]
+mod limited;
 
 use std::path::Path;
 use std::sync::Arc;

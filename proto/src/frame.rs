@@ -180,24 +180,24 @@ pub fn check_reply(
     Ok(())
 }
 
-/// True when every value of `rows` is finite. Rows in FP8 are looked at once decoded.
+/// True when every value of `rows` is finite. Rows in FP8 are looked at elsewhere (`model::rows`).
 pub fn all_finite(rows: &[u8], dtype: Dtype) -> bool {
     // A value is NaN or infinite exactly when its exponent bits are all ones.
     match dtype {
         Dtype::Bf16 => every_block(rows, |block| {
             // Signed, as every instruction set has the larger of two of those.
-            let magnitude = |b: &[u8]| i16::from_le_bytes([b[0], b[1]]) & 0x7fff;
-            block.chunks_exact(2).fold(0, |most: i16, b| most.max(magnitude(b))) < 0x7f80
+            let magnitude = |b: &[u8; 2]| i16::from_le_bytes(*b) & 0x7fff;
+            let values = block.as_chunks().0.iter();
+            values.fold(0, |most: i16, b| most.max(magnitude(b))) < 0x7f80
         }),
         Dtype::F32 | Dtype::Unspecified | Dtype::Fp8 => every_block(rows, |block| {
-            let bits = |b: &[u8]| u32::from_le_bytes([b[0], b[1], b[2], b[3]]);
-            let bad = |b: &[u8]| bits(b) & 0x7f80_0000 == 0x7f80_0000;
-            block.chunks_exact(4).fold(0u32, |any, b| any | u32::from(bad(b))) == 0
+            let bad = |b: &[u8; 4]| u32::from_le_bytes(*b) & 0x7f80_0000 == 0x7f80_0000;
+            block.as_chunks().0.iter().fold(0, |any, b| any | u32::from(bad(b))) == 0
         }),
     }
 }
 
-/// Blocks are tested whole, without a branch inside, so that they vectorize.
+/// Blocks are tested whole, value by value as arrays and without a branch inside, so that they vectorize.
 fn every_block(rows: &[u8], test: impl Fn(&[u8]) -> bool) -> bool {
     rows.chunks(4096).all(test)
 }

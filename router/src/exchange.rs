@@ -294,6 +294,7 @@ impl Exchange {
                     self.replies.push(rows);
                 }
                 self.ask_for_the_rest(open.attempt, placement, now);
+                self.withdraw(placement, now);
                 self.work.recycle(open.slots);
                 if self.missing == 0 {
                     self.settle(now);

@@ -1,89 +1,15 @@
 //! Devices that have too little memory or are lost, and models that they do not take.
 
-use std::ffi::c_void;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
 
-use kernels::cuda::trunk::{DeviceMemory, HostMemory, Op};
-use kernels::cuda::{Grid, TensorMap, Tiled};
 use model::local::{Local, pages};
 use model::synthetic::{Recipe, TempDir};
 use model::{
-    Checkpoint, Chunk, Compute, Driver, GpuError, Isa, KvError, LogitRows, Numerics, StepError,
-    Trunk,
+    Checkpoint, Chunk, Compute, GpuError, Isa, KvError, LogitRows, Numerics, StepError, Trunk,
 };
 use serde_json::json;
 
-use crate::driver::StandIn;
-
-/// The stand-in with so many bytes of memory, which is lost after so many launches.
-struct Failing {
-    device: Arc<dyn Driver>,
-    bytes: AtomicUsize,
-    launches: AtomicUsize,
-}
-
-impl Failing {
-    fn open(bytes: usize, launches: usize) -> Option<Arc<Failing>> {
-        let device = StandIn::open(2)?;
-        let (bytes, launches) = (AtomicUsize::new(bytes), AtomicUsize::new(launches));
-        Some(Arc::new(Failing { device, bytes, launches }))
-    }
-}
-
-fn take(from: &AtomicUsize, count: usize) -> Result<(), usize> {
-    let less = |left: usize| left.checked_sub(count);
-    from.fetch_update(Ordering::Relaxed, Ordering::Relaxed, less).map(drop)
-}
-
-impl Driver for Failing {
-    fn ordinal(&self) -> usize {
-        self.device.ordinal()
-    }
-
-    fn name(&self) -> &str {
-        self.device.name()
-    }
-
-    fn processors(&self) -> u32 {
-        self.device.processors()
-    }
-
-    fn allocate(&self, what: &'static str, len: usize) -> Result<Box<dyn DeviceMemory>, GpuError> {
-        take(&self.bytes, len).map_err(|free| GpuError::OutOfMemory {
-            ordinal: 0,
-            what,
-            need: len,
-            free,
-            total: free,
-        })?;
-        self.device.allocate(what, len)
-    }
-
-    fn pin(&self, what: &'static str, len: usize) -> Result<Box<dyn HostMemory>, GpuError> {
-        self.device.pin(what, len)
-    }
-
-    fn tensor_map(&self, tensor: &Tiled) -> Result<TensorMap, GpuError> {
-        self.device.tensor_map(tensor)
-    }
-
-    #[allow(unsafe_code)]
-    unsafe fn launch(&self, op: Op, grid: Grid, args: &mut [*mut c_void]) -> Result<(), GpuError> {
-        take(&self.launches, 1).map_err(|_| lost())?;
-        // SAFETY: the caller's promise.
-        unsafe { self.device.launch(op, grid, args) }
-    }
-
-    fn wait(&self) -> Result<(), GpuError> {
-        self.device.wait()
-    }
-}
-
-fn lost() -> GpuError {
-    let code = "CUDA_ERROR_ECC_UNCORRECTABLE".to_owned();
-    GpuError::Lost { ordinal: 0, doing: "a launch", code }
-}
+use crate::limited::{Failing, lost};
 
 /// The small model in sizes that kernels take, but for some fields.
 fn trunk(fields: serde_json::Value, numerics: Numerics) -> (Arc<Checkpoint>, Trunk) {

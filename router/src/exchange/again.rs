@@ -138,6 +138,23 @@ impl Exchange {
         }
     }
 
+    /// Takes back what has come while it waited to be sent: a micro-batch's frames leave when it
+    /// is its turn, and an answer that was late may be there before.
+    pub(super) fn withdraw(&mut self, placement: &Placement, now: Instant) {
+        for at in (0..self.outbox.len()).rev() {
+            let Some(index) = self.find(self.outbox[at].ticket) else { continue };
+            let wanted = |slot: &u32| self.located[*slot as usize].is_awaited();
+            if self.open[index].slots.iter().all(wanted) {
+                continue;
+            }
+            self.outbox.swap_remove(at);
+            let Open { node, mut slots, attempt, .. } = self.open.swap_remove(index);
+            self.health.lock().lost(node, slots.len(), now);
+            slots.retain(|&slot| self.located[slot as usize].is_awaited());
+            self.post(node, slots, attempt, placement, now);
+        }
+    }
+
     /// Nobody but the frame at `but` is to bring the slot's result in time.
     pub(super) fn is_uncovered(&self, slot: u32, but: usize) -> bool {
         let carries = |open: &Open| open.slots.binary_search(&slot).is_ok();

@@ -95,7 +95,7 @@ impl Exchange {
     }
 
     /// Frames for `slots` (ascending), each small enough for one message.
-    fn post(
+    pub(super) fn post(
         &mut self,
         node: NodeIndex,
         mut slots: Vec<u32>,

@@ -371,6 +371,20 @@ fn what_was_parked_is_not_sent_when_the_first_frame_has_brought_it() {
 }
 
 #[test]
+fn what_waits_to_be_sent_is_taken_back_when_the_first_frame_has_brought_it() {
+    let all = placement(&[(0, &[0]), (1, &[0]), (2, &[2])]);
+    let mut case = Case::new(&[[0, 2]], &all);
+    let first = case.sent().into_iter().find(|out| out.node.0 != 2).unwrap();
+    let now = case.now + Duration::from_millis(2000);
+    case.exchange.on_time(&all, now);
+    assert!(case.exchange.outbox.iter().any(|out| out.node.0 != 2), "another owner is to be asked");
+    let taken = case.exchange.on_reply(first.node, answer(&first.frame), &all, now);
+    assert!(matches!(taken, Taken::Result(_)), "{taken:?}");
+    let sent = case.sent();
+    assert!(sent.iter().all(|out| out.node.0 == 2), "its result is there");
+}
+
+#[test]
 fn one_row_that_is_not_finite_costs_only_itself() {
     let both = placement(&[(0, &[0, 1, 2, 3]), (1, &[2, 3, 4, 5])]);
     let experts = [[0, 5], [1, 2], [2, 3], [3, 4], [0, 4], [1, 5], [2, 4]];
