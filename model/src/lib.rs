@@ -57,4 +57,4 @@ pub use kernels::{Compute, Isa, Kernels};
 pub use kv::{KvError, KvPool, PageId};
 pub use numerics::{Device, ExpertDevice, Numerics, UnknownNumerics, mesh_class};
 pub use step::{Chunk, LogitRows, Routed, Step};
-pub use trunk::{Share, Trunk};
+pub use trunk::{Answers, Share, Trunk};

@@ -62,6 +62,11 @@ impl Local {
         })
     }
 
+    /// The step that ran last, and the trunk.
+    pub fn into_parts(self) -> (Step, Trunk) {
+        (self.step, self.trunk)
+    }
+
     /// The trunk.
     pub fn trunk(&self) -> &Trunk {
         &self.trunk

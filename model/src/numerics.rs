@@ -74,12 +74,17 @@ impl FromStr for Device {
 }
 
 impl Device {
-    /// The class of a trunk that it computes in `numerics`, where CPUs compute with `isa`. On Hopper products are in bf16
-    /// and add up in another order.
-    pub fn trunk_class(self, numerics: Numerics, isa: Isa) -> String {
+    /// The class of the trunk of `checkpoint` that it computes in `numerics`, where CPUs compute with `isa`. On Hopper it is
+    /// named as experts are ([`ExpertDevice::class`]): `fp8+sm90` if matrices are in FP8 that are multiplied so.
+    pub fn trunk_class(
+        self,
+        numerics: Numerics,
+        isa: Isa,
+        checkpoint: &Checkpoint,
+    ) -> Result<String, LoadError> {
         match self {
-            Device::Cpu => numerics.class(isa),
-            Device::Cuda(_) => gpu_class(Coding::Bf16).to_owned(),
+            Device::Cpu => Ok(numerics.class(isa)),
+            Device::Cuda(_) => Ok(gpu_class(checkpoint.trunk_coding()?).to_owned()),
         }
     }
 }
@@ -177,8 +182,10 @@ impl FromStr for Numerics {
 
 #[cfg(test)]
 mod tests {
+    use serde_json::json;
+
     use super::*;
-    use crate::synthetic::{Recipe, TempDir};
+    use crate::synthetic::{Recipe, Storage, TempDir};
 
     #[test]
     fn a_device_that_adds_up_in_another_order_has_a_class_of_its_own() {
@@ -199,6 +206,24 @@ mod tests {
             |device: ExpertDevice| device.class(Numerics::Bf16, Isa::Amx, &checkpoint).unwrap();
         assert_eq!(class(ExpertDevice::Cpu), "bf16+amx");
         assert_eq!(class(ExpertDevice::Cuda), "bf16+sm90");
+    }
+
+    #[test]
+    fn a_gpu_is_in_fp8_where_weights_are_in_blocks_that_it_takes() {
+        let class = |storage, block: &[usize]| {
+            let fp8 = json!({"quantization_config": {
+                "quant_method": "fp8", "fmt": "e4m3", "weight_block_size": block,
+            }});
+            let dir = TempDir::with(&Recipe { storage, ..Recipe::small().with(fp8) }).unwrap();
+            let checkpoint = Checkpoint::open(dir.path()).unwrap();
+            let class =
+                |device: Device| device.trunk_class(Numerics::Bf16, Isa::Amx, &checkpoint).unwrap();
+            assert_eq!(class(Device::Cpu), "bf16+amx");
+            class(Device::Cuda(0))
+        };
+        assert_eq!(class(Storage::Fp8, &[128, 128]), "fp8+sm90");
+        assert_eq!(class(Storage::Fp8, &[32, 16]), "bf16+sm90");
+        assert_eq!(class(Storage::Bf16, &[128, 128]), "bf16+sm90");
     }
 
     #[test]

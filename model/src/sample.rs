@@ -13,6 +13,7 @@ mod tests;
 use std::cmp::Ordering;
 use std::collections::HashMap;
 
+pub use kernels::cuda::trunk::Draw;
 use kernels::{Kernels, Pool};
 
 use crate::parallel::{Arena, for_each};
@@ -90,6 +91,14 @@ impl Params {
         self.presence != 0.0 || self.frequency != 0.0 || self.repetition != 1.0
     }
 
+    /// The draw of the token at `position`, if that takes logits and nothing else: what a device makes of them where they are.
+    pub fn draw(&self, position: u64) -> Option<Draw> {
+        let Params { temperature, min_p, seed, .. } = *self;
+        let plain = !self.needs_history() && self.logit_bias.is_empty() && self.logprobs.is_none();
+        let all = self.is_greedy() || self.top_k == 0 && self.top_p >= 1.0;
+        (plain && all).then_some(Draw { seed, position, temperature, min_p })
+    }
+
     /// Checks every setting against its bounds. Values that are not numbers are outside all of
     /// them.
     pub fn check(&self) -> Result<(), ParamError> {
@@ -152,6 +161,13 @@ pub struct Choice {
     pub logprob: Option<f32>,
     /// The most probable tokens, best first, as many as were asked for.
     pub top: Vec<Scored>,
+}
+
+impl Choice {
+    /// Of a token without log-probabilities.
+    pub fn plain(token: u32) -> Choice {
+        Choice { token, logprob: None, top: Vec::new() }
+    }
 }
 
 /// Logits from which nothing can be chosen.

@@ -17,6 +17,7 @@ use crate::gate::GateScratch;
 use crate::kv::PageId;
 use crate::numerics::Numerics;
 use crate::parallel::{Arena, grown};
+use crate::sample::NonFinite;
 use crate::trunk::StepMemory;
 use kernels::{Acts, Gated};
 
@@ -110,6 +111,8 @@ pub struct Step {
     pub(crate) experts: Vec<u32>,
     pub(crate) weights: Vec<f32>,
     pub(crate) logits: Vec<f32>,
+    /// Tokens of wanted rows, where they are chosen beside the logits.
+    pub(crate) tokens: Vec<Option<Result<u32, NonFinite>>>,
     pub(crate) attention: AttentionScratch,
     pub(crate) ffn: Gated,
     pub(crate) gate: Arena<GateScratch>,

@@ -1,7 +1,7 @@
 //! The trunk: everything of the model but its routed experts.
 //!
 //! A step goes `begin`, then for each layer `attend`, and where that says so: rows to the experts,
-//! `shared` meanwhile, `absorb` with what came back; then `logits`. Nothing here waits for experts, sends or
+//! `shared` meanwhile, `absorb` with what came back; then `logits` or `answers`. Nothing here waits for experts, sends or
 //! knows where they live. The residual stream is f32 in every class.
 //!
 //! A trunk computes on the CPU, or, after [`Trunk::onto`], on a device (`gpu.rs`), by the same calls.
@@ -14,8 +14,8 @@ mod tests;
 use std::sync::Arc;
 
 use half::bf16;
-use kernels::cuda::GpuError;
-use kernels::cuda::trunk::Driver;
+use kernels::cuda::trunk::{Draw, Driver};
+use kernels::cuda::{Coding, GpuError};
 use kernels::{Acts, Compute};
 
 use crate::activations::rounded;
@@ -30,6 +30,7 @@ use crate::kv::{KvError, KvPool};
 use crate::numerics::Numerics;
 use crate::parallel::{ROWS, for_each, grown};
 use crate::profile::{Part, span};
+use crate::sample::NonFinite;
 use crate::step::{Chunk, Step};
 use crate::weight::Weight;
 pub(crate) use gpu::StepMemory;
@@ -57,6 +58,20 @@ impl Checkpoint {
     /// no matrix.
     pub fn check_trunk(&self) -> Result<(), LoadError> {
         TrunkWeights::load(self).map(drop)
+    }
+
+    /// How a GPU multiplies with the trunk's matrices: in FP8 where they are stored so.
+    pub(crate) fn trunk_coding(&self) -> Result<Coding, LoadError> {
+        TrunkWeights::load(self).map(|weights| coding(&weights.layers, &weights.head))
+    }
+}
+
+/// FP8 if one matrix is.
+fn coding(layers: &[Layer], head: &Weight) -> Coding {
+    let mut all = layers.iter().flat_map(Layer::projections).chain([head]);
+    match all.any(|weight| weight.stored().coding() == Coding::Fp8) {
+        true => Coding::Fp8,
+        false => Coding::Bf16,
     }
 }
 
@@ -93,6 +108,14 @@ pub enum Share<'r> {
     Sum(&'r [u8]),
     /// It is in an earlier slot's sum.
     Elsewhere,
+}
+
+/// What a step's wanted rows have come to.
+pub struct Answers<'s> {
+    /// By row: its token, if that was chosen for it.
+    pub tokens: &'s [Option<Result<u32, NonFinite>>],
+    /// `[vocab]` of each of the other rows.
+    pub logits: &'s mut [f32],
 }
 
 impl Trunk {
@@ -395,6 +418,25 @@ impl Trunk {
         self.logits_of(step, 0..step.wanted())
     }
 
+    /// What the wanted rows come to after the last layer: for those with a draw the token, where that is chosen beside the
+    /// logits, which then stay there; for the others logits. On the CPU nothing is chosen. Rows beyond `draws` have none.
+    pub fn answers<'s>(
+        &self,
+        step: &'s mut Step,
+        draws: &[Option<Draw>],
+    ) -> Result<Answers<'s>, GpuError> {
+        let wanted = step.wanted();
+        assert!(draws.len() <= wanted, "{} draws for {wanted} rows", draws.len());
+        if let Some(gpu) = &self.gpu {
+            return gpu.answers(self.config(), step, 0..wanted, draws);
+        }
+        self.logits(step)?;
+        let Step { logits, tokens, .. } = step;
+        tokens.clear();
+        tokens.resize(wanted, None);
+        Ok(Answers { tokens, logits: &mut logits[..wanted * self.config().vocab] })
+    }
+
     /// Logits of some of the wanted rows only, so that those of a long prompt need not be held at
     /// once.
     pub fn logits_of<'s>(
@@ -403,7 +445,7 @@ impl Trunk {
         rows: std::ops::Range<usize>,
     ) -> Result<&'s mut [f32], GpuError> {
         if let Some(gpu) = &self.gpu {
-            return gpu.logits(self.config(), step, rows);
+            return Ok(gpu.answers(self.config(), step, rows, &[])?.logits);
         }
         let Config { hidden, vocab, rms_eps, .. } = *self.config();
         let _span = span(Part::Logits);

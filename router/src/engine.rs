@@ -16,8 +16,8 @@ use std::time::{Duration, Instant};
 use mesh::failpoint;
 use mesh::pump::Pump;
 use missing::Shortfall;
-use model::sample::{Scratch, sample_all};
-use model::{Chunk, GpuError, KvPool, LogitRows, Step, StepError, Trunk};
+use model::sample::{Choice, Scratch, sample_all};
+use model::{Answers, Chunk, GpuError, KvPool, Step, StepError, Trunk};
 use proto::LayerId;
 use tokio::sync::mpsc::Receiver;
 use tokio::sync::mpsc::error::TryRecvError;
@@ -322,16 +322,23 @@ impl Engine {
         }
         let Parts { trunk, steps, scheduler, sampling, gauges, metrics, .. } = &mut self.parts;
         let vocab = trunk.config().vocab;
-        let mut logits = trunk.logits(&mut steps[lane])?;
-        let mut last = Vec::new();
+        let mut draws = Vec::new();
+        for part in plan {
+            let Some(stream) = self.streams.get(&part.id) else { continue };
+            let position = scheduler.get(part.id).map_or(0, |s| s.tokens.len()) as u64;
+            let rows = stream.wanted_rows(part);
+            draws.extend((0..rows).map(|_| stream.draw(part, position)));
+        }
+        let Answers { mut tokens, mut logits } = trunk.answers(&mut steps[lane], &draws)?;
+        let (mut last, mut drawn) = (Vec::new(), Vec::new());
         for &part in plan {
             let Some(stream) = self.streams.get_mut(&part.id) else { continue };
-            let wanted = match stream.wanted_logits(&part) {
-                LogitRows::None => 0,
-                LogitRows::Last => 1,
-                LogitRows::All => part.len,
-            };
-            let (mine, others) = std::mem::take(&mut logits).split_at_mut(wanted * vocab);
+            let wanted = stream.wanted_rows(&part);
+            let (chosen, others) = tokens.split_at(wanted);
+            tokens = others;
+            let chosen = chosen.last().copied().flatten();
+            let with_logits = if chosen.is_some() { 0 } else { wanted };
+            let (mine, others) = std::mem::take(&mut logits).split_at_mut(with_logits * vocab);
             logits = others;
             if short.is_lost(part.id) {
                 continue;
@@ -347,12 +354,16 @@ impl Engine {
                 gauges.prefilled.fetch_add(part.len as u64, Ordering::Relaxed);
                 metrics.prefilled.inc_by(part.len as u64);
             }
-            let tokens = scheduler.get(part.id).map_or(&[][..], |s| s.tokens.as_slice());
-            if wanted == part.len {
-                stream.score_prompt(&part, tokens, mine, sampling);
+            let sequence = scheduler.get(part.id).map_or(&[][..], |s| s.tokens.as_slice());
+            if with_logits == part.len {
+                stream.score_prompt(&part, sequence, mine, sampling);
             }
-            if part.last {
-                last.push((part.id, tokens.len() as u64, &mut mine[(wanted - 1) * vocab..]));
+            match chosen {
+                Some(token) => drawn.push((part.id, token.map(Choice::plain))),
+                None if part.last => {
+                    last.push((part.id, sequence.len() as u64, &mut mine[(wanted - 1) * vocab..]));
+                }
+                None => {}
             }
         }
         let ids: Vec<_> = last.iter().map(|(id, ..)| *id).collect();
@@ -361,7 +372,7 @@ impl Engine {
         });
         let choices = sample_all(&trunk.compute().pool, rows.collect(), sampling);
         let mut ended = Vec::new();
-        for (id, choice) in ids.into_iter().zip(choices) {
+        for (id, choice) in ids.into_iter().zip(choices).chain(drawn) {
             let Some(stream) = self.streams.get_mut(&id) else { continue };
             match stream.next_token(choice, metrics) {
                 Next::Token { id: token, finished } => {

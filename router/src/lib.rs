@@ -306,7 +306,7 @@ pub async fn serve(config: Config, shutdown: Shutdown) -> Result<(), Error> {
         metrics,
         shutdown: shutdown.clone(),
     });
-    let class = config.device.trunk_class(config.numerics, isa);
+    let class = config.device.trunk_class(config.numerics, isa, &checkpoint)?;
     // Experts inside the router are computed on the CPU, wherever the trunk is.
     let nodes = if alone { ExpertDevice::Cpu } else { config.expert_device };
     let experts = nodes.class(config.numerics, isa, &checkpoint)?;

@@ -1,6 +1,7 @@
 //! How a model fits on devices: pure sums over the tensors that its configuration
 //! asks for, cut between nodes as nodes cut them when they start.
 
+use kernels::cuda::BLOCK;
 use mesh::placement::plan::shard;
 use model::{Config, KvPool, Numerics};
 
@@ -25,7 +26,7 @@ pub struct Parts {
     pub embedding: u64,
     /// Gates and norms.
     pub small: u64,
-    /// What a GPU holds of the trunk: FP8 matrices are bf16 there.
+    /// What a GPU holds of the trunk: as stored, but for keys' and values' up-projections, which are bf16 there.
     pub trunk_on_gpu: u64,
     /// A token's entry in the KV cache, all layers.
     pub kv_token: u64,
@@ -41,11 +42,17 @@ impl Parts {
             kv_token: KvPool::page_bytes(config, Numerics::Bf16, 1) as u64,
             ..Self::default()
         };
+        // Other blocks become bf16 on a GPU.
+        let multiplied = config.fp8_block == Some((BLOCK, BLOCK));
         for tensor in tensors(config) {
             *parts.part_of(&tensor) += tensor.bytes() as u64;
             if !tensor.name.contains(ROUTED) {
-                let fp8 = matches!(tensor.stored, Stored::Fp8 { .. });
-                let bytes = if fp8 { 2 * tensor.values() } else { tensor.bytes() };
+                let bytes = match tensor.stored {
+                    Stored::Fp8 { .. } if !multiplied || tensor.name.contains(".kv_b_proj.") => {
+                        2 * tensor.values()
+                    }
+                    _ => tensor.bytes(),
+                };
                 parts.trunk_on_gpu += bytes as u64;
             }
         }
@@ -175,11 +182,9 @@ mod tests {
             [(1536, 7168), (24_576, 1536), (576, 7168), (32_768, 512), (7168, 16_384)];
         let fp8 = |(n, k): (u64, u64)| n * k + 4 * n.div_ceil(128) * k.div_ceil(128);
         assert_eq!(parts.attention, 61 * matrices.map(fp8).iter().sum::<u64>());
-        // Two bytes a value on a GPU, whatever is stored.
-        let values = |(n, k): (u64, u64)| 2 * n * k;
-        let attention = 61 * matrices.map(values).iter().sum::<u64>();
-        let networks = 2 * 3 * (3 * 18_432 + 58 * 2048) * 7168;
-        assert_eq!(parts.trunk_on_gpu, attention + networks + parts.embedding + parts.small);
+        // As stored on a GPU, but for two bytes a value of keys' and values' up-projections.
+        let up = 61 * (2 * 32_768 * 512 - fp8((32_768, 512)));
+        assert_eq!(parts.trunk_on_gpu, parts.trunk() + up);
         // 671 B parameters in all: nearly all of them one byte, the embedding and head two.
         let all = (parts.trunk() + parts.routed) as f64;
         assert!((671e9..675e9).contains(&all), "{all}");

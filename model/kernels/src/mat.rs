@@ -265,7 +265,7 @@ impl<'a> Mat<'a> {
     }
 
     /// The bytes of row `row`, `k` elements.
-    pub(crate) fn row_bytes(&self, row: usize) -> &'a [u8] {
+    pub fn row_bytes(&self, row: usize) -> &'a [u8] {
         assert!(row < self.n, "row {row} of {}", self.n);
         if self.k == 0 {
             return &[];

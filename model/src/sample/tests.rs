@@ -219,3 +219,23 @@ fn the_first_largest_is_found() {
         assert_eq!(choice.unwrap().token, at as u32);
     }
 }
+
+#[test]
+fn a_draw_is_all_that_plain_requests_ask_for() {
+    let plain = Params { temperature: 0.7, min_p: 0.1, seed: 5, ..Params::default() };
+    let draw = Draw { seed: 5, position: 9, temperature: 0.7, min_p: 0.1 };
+    assert_eq!(plain.draw(9), Some(draw));
+    // The most probable token is among the most probable ones.
+    assert!(Params { top_k: 3, top_p: 0.5, ..Params::greedy() }.draw(0).is_some());
+    for more in [
+        Params { top_k: 3, ..plain.clone() },
+        Params { top_p: 0.9, ..plain.clone() },
+        Params { logprobs: Some(0), ..plain.clone() },
+        Params { logit_bias: vec![(1, 1.0)], ..plain.clone() },
+        Params { presence: 0.1, ..Params::greedy() },
+        Params { frequency: 0.1, ..Params::greedy() },
+        Params { repetition: 1.1, ..Params::greedy() },
+    ] {
+        assert_eq!(more.draw(9), None, "{more:?}");
+    }
+}

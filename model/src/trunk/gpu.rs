@@ -1,27 +1,31 @@
-//! The trunk's steps on a GPU: the same calls as on the CPU, each a sequence of launches. What a device gets is in bf16,
-//! with f32 sums and residual stream; a row's bits depend on the row alone, as every kernel's order does.
+//! The trunk's steps on a GPU: the same calls as on the CPU, each a sequence of launches. Products are in FP8 where weights
+//! are stored so, else in bf16, with f32 sums and residual stream; a row's bits depend on the row alone, as every kernel's
+//! order does, and the codes of its values.
 //!
-//! Nothing waits but where bytes are needed on the host: the rows that go to the experts, and logits.
+//! Nothing waits but where bytes are needed on the host: the rows that go to the experts, and tokens or logits.
 
 mod memory;
 mod weights;
 
+use std::iter::repeat;
 use std::ops::Range;
 use std::sync::Arc;
 
 use kernels::Compute;
-use kernels::cuda::GpuError;
 use kernels::cuda::trunk::{
-    Attention, Buffer, Driver, Norm, Rotary, Routing, Rows, Tables, Uploader, Weights, fetch,
+    Attention, Buffer, Draw, Driver, Norm, REFUSED, Rotary, Routing, Rows, Tables, Uploader,
+    Weights, fetch,
 };
+use kernels::cuda::{Coding, GpuError};
 
-use super::{Share, Trunk};
+use super::{Answers, Share, Trunk};
 use crate::config::Config;
 use crate::error::StepError;
 use crate::gpu::GpuStartError;
 use crate::kv::{KvError, KvPool};
 use crate::numerics::Numerics;
 use crate::parallel::{Arena, for_each, grown};
+use crate::sample::NonFinite;
 use crate::step::{Batch, Step};
 use memory::LOGITS;
 pub(crate) use memory::StepMemory;
@@ -30,6 +34,7 @@ use weights::{Ffn, Layer, Loader, Mlp, Table};
 /// A trunk's side on a device.
 pub(super) struct OnGpu {
     driver: Arc<dyn Driver>,
+    coding: Coding,
     layers: Vec<Layer>,
     embedding: Table,
     final_norm: Norm,
@@ -82,7 +87,8 @@ impl OnGpu {
         let final_norm = loader.norm(&trunk.final_norm, config.rms_eps)?;
         let head = loader.matrix(trunk.head.mat(checkpoint))?;
         drop(loader);
-        Ok(OnGpu { driver, layers, embedding, final_norm, head })
+        let coding = super::coding(&trunk.layers, &trunk.head);
+        Ok(OnGpu { driver, coding, layers, embedding, final_norm, head })
     }
 
     pub fn cache(
@@ -95,7 +101,7 @@ impl OnGpu {
     }
 
     pub fn step(&self, config: &Config, kv: &KvPool, rows: usize) -> Result<Step, GpuError> {
-        let memory = StepMemory::new(&self.driver, config, kv, rows)?;
+        let memory = StepMemory::new(&self.driver, config, kv, rows, self.coding)?;
         Ok(Step { gpu: Some(Box::new(memory)), ..Step::default() })
     }
 
@@ -195,10 +201,14 @@ impl OnGpu {
         let (rows, normed) = (tables.rows(), &memory.normed);
         let mut from = normed;
         if let (Some(low), Some((x, low_normed))) = (&weights.low, &memory.low) {
+            driver.code(rows, normed, [&low.down, &weights.latent])?;
             driver.linear(tables, all, normed, &low.down, x.all())?;
             let bias = low.bias.as_ref().map(|bias| (bias, 0));
             driver.norm(rows, x, bias, &low.norm, None, low_normed)?;
+            driver.code(rows, low_normed, [&weights.query])?;
             from = low_normed;
+        } else {
+            driver.code(rows, normed, [&weights.query, &weights.latent])?;
         }
         driver.linear(tables, all, from, &weights.query, memory.query.all())?;
         let rotary = Rotary {
@@ -225,6 +235,7 @@ impl OnGpu {
         driver.attention(tables, cache, &attention)?;
         driver.narrow(tables, by_head, &memory.attended, &weights.values, &memory.values)?;
         driver.join(rows, config.heads, &memory.values, &memory.joined)?;
+        driver.code(rows, &memory.joined, [&weights.out])?;
         driver.linear(tables, all, &memory.joined, &weights.out, memory.delta.all())
     }
 
@@ -237,9 +248,11 @@ impl OnGpu {
         inner: &Rows,
         out: &Buffer,
     ) -> Result<(), GpuError> {
-        let all = tables.all();
-        self.driver.gate_up(tables, all, x, [&ffn.gate, &ffn.up], inner)?;
-        self.driver.linear(tables, all, inner, &ffn.down, out.all())
+        let (driver, all, rows) = (&self.driver, tables.all(), tables.rows());
+        driver.code(rows, x, [&ffn.gate])?;
+        driver.gate_up(tables, all, x, [&ffn.gate, &ffn.up], inner)?;
+        driver.code(rows, inner, [&ffn.down])?;
+        driver.linear(tables, all, inner, &ffn.down, out.all())
     }
 
     /// See [`Trunk::shared`]; does not wait for it.
@@ -292,33 +305,66 @@ impl OnGpu {
         self.driver.combine(rows, hidden, given, has_shared.then_some(&*shared), residual)
     }
 
-    /// See [`Trunk::logits_of`].
-    pub fn logits<'s>(
+    /// See [`Trunk::answers`].
+    pub fn answers<'s>(
         &self,
         config: &Config,
         step: &'s mut Step,
         range: Range<usize>,
-    ) -> Result<&'s mut [f32], GpuError> {
+        draws: &[Option<Draw>],
+    ) -> Result<Answers<'s>, GpuError> {
         let Config { hidden, vocab, .. } = *config;
-        let Step { gpu: Some(memory), logits, .. } = step else {
+        let Step { gpu: Some(memory), logits, tokens, .. } = step else {
             panic!("a step of another trunk")
         };
         quieten(memory, hidden)?;
-        let logits = grown(logits, range.len() * vocab);
+        tokens.clear();
+        tokens.resize(range.len(), None);
+        let drawn = draws.iter().flatten().count();
+        let logits = grown(logits, (range.len() - drawn) * vocab);
         let (driver, norm) = (&self.driver, &self.final_norm);
-        for (first, to) in range.step_by(LOGITS).zip(logits.chunks_mut(LOGITS * vocab)) {
-            let count = to.len() / vocab;
-            let StepMemory { tables, residual, gathered, last, logits: out, host, .. } =
-                &mut **memory;
+        let (mut left, mut draws) = (&mut *logits, draws.iter().copied());
+        for (first, tokens) in range.step_by(LOGITS).zip(tokens.chunks_mut(LOGITS)) {
+            let count = tokens.len();
+            let StepMemory {
+                tables,
+                residual,
+                gathered,
+                last,
+                logits: out,
+                draws: asked,
+                tokens: found,
+                host,
+                ..
+            } = &mut **memory;
             let Some(scheduled) = tables.first(count) else { continue };
             driver.gather(tables, first..first + count, hidden, residual, gathered)?;
             driver.norm(count, gathered, None, norm, None, last)?;
+            driver.code(count, last, [&self.head])?;
             driver.linear(tables, scheduled, last, &self.head, out.all())?;
-            fetch(driver, [(&*out, &mut host.logits, count * vocab * 4)])?;
-            let bytes = &host.logits.bytes()[..count * vocab * 4];
-            to.copy_from_slice(bytemuck::cast_slice(bytes));
+            let draws: Vec<_> = draws.by_ref().chain(repeat(None)).take(count).collect();
+            if draws.iter().any(Option::is_some) {
+                // From rows whose logits are wanted, the best token is chosen in vain.
+                let table = host.draws.bytes_mut()?.chunks_exact_mut(Draw::BYTES);
+                for (to, draw) in table.zip(&draws) {
+                    to.copy_from_slice(&draw.unwrap_or_default().to_bytes());
+                }
+                host.draws.send(asked, count * Draw::BYTES)?;
+                driver.sample((count, vocab), out, asked, found)?;
+                let words = host.tokens.fetch_rows(found, count * 4, [0])?;
+                let chosen = bytemuck::cast_slice::<_, u32>(words).iter().zip(&draws);
+                for (to, (token, draw)) in tokens.iter_mut().zip(chosen) {
+                    let chosen = if *token == REFUSED { Err(NonFinite) } else { Ok(*token) };
+                    *to = draw.map(|_| chosen);
+                }
+            }
+            let rows = (0..count).filter(|row| draws[*row].is_none());
+            let bytes = host.logits.fetch_rows(out, vocab * 4, rows)?;
+            let (mine, others) = std::mem::take(&mut left).split_at_mut(bytes.len() / 4);
+            mine.copy_from_slice(bytemuck::cast_slice(bytes));
+            left = others;
         }
-        Ok(logits)
+        Ok(Answers { tokens, logits })
     }
 }
 

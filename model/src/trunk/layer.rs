@@ -1,6 +1,6 @@
 //! The weights of one decoder layer, routed experts excepted.
 
-use crate::attention::Attention;
+use crate::attention::{Attention, Query};
 use crate::checkpoint::Checkpoint;
 use crate::error::LoadError;
 use crate::ffn::Ffn;
@@ -57,6 +57,21 @@ impl Layer {
             mlp_norm: from.vector(&name("post_attention_layernorm.weight"), hidden)?,
             mlp,
         })
+    }
+
+    /// What a GPU multiplies with as it is stored, if it can.
+    pub fn projections(&self) -> impl Iterator<Item = &Weight> {
+        let attention = &self.attention;
+        let (query, up) = match &attention.query {
+            Query::Plain(weight) => (weight, None),
+            Query::Low { down, up, .. } => (down, Some(up)),
+        };
+        let ffn = match &self.mlp {
+            Mlp::Dense(ffn) => Some(ffn),
+            Mlp::Moe(moe) => moe.shared.as_ref(),
+        };
+        let ffn = ffn.into_iter().flat_map(|ffn| [&ffn.gate, &ffn.up, &ffn.down]);
+        [query, &attention.latent, &attention.out].into_iter().chain(up).chain(ffn)
     }
 
     /// Bytes of the matrices as stored.

@@ -6,7 +6,7 @@ use std::time::Instant;
 
 use mesh::telemetry::propagate;
 use model::LogitRows;
-use model::sample::{self, Choice, History, NonFinite, Row, Scored, Scratch};
+use model::sample::{self, Choice, Draw, History, NonFinite, Row, Scored, Scratch};
 use proto::v1::generate_event::Event;
 use proto::v1::{
     Alternative, FinishReason, Finished, GenerateEvent, OnMissing, PromptScores, TokenEvent,
@@ -181,6 +181,23 @@ impl Stream {
         }
         if !scores.is_empty() {
             self.send(Event::Prompt(PromptScores { scores }));
+        }
+    }
+
+    /// How many they are.
+    pub fn wanted_rows(&self, part: &Part) -> usize {
+        match self.wanted_logits(part) {
+            LogitRows::None => 0,
+            LogitRows::Last => 1,
+            LogitRows::All => part.len,
+        }
+    }
+
+    /// How the last of a part's rows draws the token at `position` where its logits are, if it can.
+    pub fn draw(&self, part: &Part, position: u64) -> Option<Draw> {
+        match self.wanted_logits(part) {
+            LogitRows::Last => self.job.params.draw(position),
+            LogitRows::All | LogitRows::None => None,
         }
     }
 

@@ -97,7 +97,8 @@ extern "C" __global__ void __launch_bounds__(128)
     }
 }
 
-// bf16 rows, side by side, as codes and scales: what is between an expert's two products.
+// bf16 rows, side by side, as codes and scales: what is between an expert's two products, and what the trunk's FP8
+// weights take.
 extern "C" __global__ void __launch_bounds__(128)
     quantize(const u16* x, u32 x_stride, u32 rows, u32 k, u8* codes, u32 stride, float* scales, u32 scale_stride) {
     const Place at;

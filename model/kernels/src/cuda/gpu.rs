@@ -14,12 +14,13 @@ use super::error::{GpuError, fit};
 pub const SHARED_BYTES: u32 = 232_448;
 
 /// The device code, by the source file that it is made of.
-const CUBINS: [(&str, &[u8]); 5] = [
+const CUBINS: [(&str, &[u8]); 6] = [
     ("coding", include_bytes!("sm90a/coding.cubin")),
     ("experts", include_bytes!("sm90a/experts.cubin")),
     ("attention", include_bytes!("sm90a/attention.cubin")),
     ("gate", include_bytes!("sm90a/gate.cubin")),
     ("rows", include_bytes!("sm90a/rows.cubin")),
+    ("sample", include_bytes!("sm90a/sample.cubin")),
 ];
 
 /// A kernel on its device, with the parameters that it takes.

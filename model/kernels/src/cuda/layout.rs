@@ -28,6 +28,12 @@ impl Coding {
     }
 }
 
+impl Mat<'_> {
+    pub fn stored(&self) -> Stored {
+        Stored { n: self.n(), k: self.k(), block: self.block() }
+    }
+}
+
 /// An expert's sizes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ExpertShape {
@@ -58,11 +64,20 @@ pub struct Stored {
     pub block: Option<(usize, usize)>,
 }
 
+impl Stored {
+    /// How a product with it alone is coded: in FP8 if it is stored so that the kernels take it.
+    pub fn coding(self) -> Coding {
+        match self.block {
+            Some((BLOCK, BLOCK)) => Coding::Fp8,
+            _ => Coding::Bf16,
+        }
+    }
+}
+
 impl ExpertShape {
     /// The shape of gate, up and down.
     pub fn of(weights: &[Mat<'_>; 3]) -> Result<ExpertShape, LayoutError> {
-        let stored = |mat: &Mat<'_>| Stored { n: mat.n(), k: mat.k(), block: mat.block() };
-        ExpertShape::of_stored(weights.each_ref().map(stored))
+        ExpertShape::of_stored(weights.each_ref().map(Mat::stored))
     }
 
     /// The same, before there are bytes.

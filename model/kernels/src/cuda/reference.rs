@@ -10,9 +10,6 @@ pub fn expert<'a>(
     rows: impl IntoIterator<Item = &'a [f32]>,
 ) -> Vec<f64> {
     let [gate, up, down] = mats.map(widened);
-    let product = |weight: &[Vec<f64>], x: &[f64]| -> Vec<f64> {
-        weight.iter().map(|row| row.iter().zip(x).map(|(w, x)| w * x).sum()).collect()
-    };
     let one = |row: &[f32]| {
         let x = coded(row, coding);
         let (gate, up) = (product(&gate, &x), product(&up, &x));
@@ -21,6 +18,20 @@ pub fn expert<'a>(
         product(&down, &coded(&h, coding))
     };
     rows.into_iter().flat_map(one).collect()
+}
+
+/// `rows` times a weight.
+pub fn linear<'a>(
+    weight: Mat<'_>,
+    coding: Coding,
+    rows: impl IntoIterator<Item = &'a [f32]>,
+) -> Vec<f64> {
+    let weight = widened(weight);
+    rows.into_iter().flat_map(|row| product(&weight, &coded(row, coding))).collect()
+}
+
+fn product(weight: &[Vec<f64>], x: &[f64]) -> Vec<f64> {
+    weight.iter().map(|row| row.iter().zip(x).map(|(w, x)| w * x).sum()).collect()
 }
 
 /// The rows of a weight.

@@ -17,7 +17,7 @@ mod tables;
 pub use driver::{DeviceMemory, Driver, Hopper, HostMemory};
 pub use launch::{Attention, Cache, Norm, Rotary};
 pub use memory::{Buffer, Host, Slice, Uploader, fetch};
-pub use op::{Attend, Op, Place, Routing, Row, SPAN, Span};
+pub use op::{Attend, Draw, Op, Place, REFUSED, Routing, Row, SPAN, Span};
 pub use plan::{Bounds, Plan};
 pub use product::{Rows, Weights};
 pub use tables::{Scheduled, Tables};

@@ -1,6 +1,7 @@
 // The trunk's kernels and the products through the stand-in, as a library that standin/driver.rs calls.
 #define STANDIN "warps.h"
 #include "attention.cu"
+#include "coding.cu"
 #include "gate.cu"
 #include "rows.cu"
 #include "sample.cu"
@@ -37,6 +38,16 @@ extern "C" int standin_launch(const char* name, u32 blocks_x, u32 blocks_y, u32 
     KERNEL(join);
     KERNEL(combine);
     KERNEL(sample);
+    KERNEL(quantize);
+    KERNEL(gate_up_fp8_16);
+    KERNEL(gate_up_fp8_64);
+    KERNEL(gate_up_fp8_128);
+    KERNEL(down_fp8_16);
+    KERNEL(down_fp8_64);
+    KERNEL(down_fp8_128);
+    KERNEL(linear_fp8_16);
+    KERNEL(linear_fp8_64);
+    KERNEL(linear_fp8_128);
     KERNEL(gate_up_bf16_16);
     KERNEL(gate_up_bf16_64);
     KERNEL(gate_up_bf16_128);

@@ -3,9 +3,11 @@
 use std::sync::Arc;
 
 use half::bf16;
+use kernels::Mat;
 use kernels::cuda::trunk::{
     Bounds, Buffer, Driver, Host, Plan, Rows, Tables, Uploader, Weights, fetch,
 };
+use kernels::cuda::{Coding, reference};
 
 use crate::device::{Random, distance, widened};
 use crate::driver::StandIn;
@@ -25,11 +27,11 @@ fn weights(
     (n, k, slots): (usize, usize, usize),
     values: &[bf16],
 ) -> Weights {
-    let weights = Weights::new(driver, (n, k), slots).unwrap();
+    let weights = Weights::new(driver, (n, k), slots, None).unwrap();
     let mut uploader = Uploader::new(driver).unwrap();
-    let write = |first: usize, to: &mut [bf16]| {
+    let write = |first: usize, to: &mut [u8]| {
         for (row, to) in (first..).zip(to.chunks_exact_mut(weights.stride())) {
-            to[..k].copy_from_slice(&values[row * k..][..k]);
+            to[..2 * k].copy_from_slice(bytemuck::cast_slice(&values[row * k..][..k]));
         }
     };
     weights.fill(&mut uploader, write).unwrap();
@@ -62,7 +64,10 @@ fn read<T: bytemuck::AnyBitPattern>(
 
 fn linear(driver: &Arc<dyn Driver>, w: &Weights, (n, k): (usize, usize), x: &[bf16]) -> Vec<f32> {
     let count = x.len() / k;
-    let (tables, x) = (tables(driver, count, 1), rows(driver, k, x, count.max(16)));
+    // Capacities that are no multiples of four.
+    let x = rows(driver, k, x, count.max(17)).with_codes(driver, "codes").unwrap();
+    let tables = tables(driver, count, 1);
+    driver.code(count, &x, [w]).unwrap();
     let out = Buffer::new::<f32>(driver, "results", count * n).unwrap();
     driver.linear(&tables, tables.all(), &x, w, out.all()).unwrap();
     read(driver, &out, count * n)
@@ -95,6 +100,93 @@ fn f32_results_are_those_of_the_reference_and_a_row_the_same_bits_in_every_tile(
             assert!(alone == together[from * n..(from + count) * n], "rows {from} on");
         }
     }
+}
+
+/// An FP8 matrix with scales of its own per 128 x 128, and its weights on the device.
+struct Fp8 {
+    codes: Vec<u8>,
+    scales: Vec<u8>,
+    size: (usize, usize),
+}
+
+impl Fp8 {
+    fn new(random: &mut Random, (n, k): (usize, usize)) -> Fp8 {
+        let codes = (0..n * k).map(|_| kernels::f32_to_fp8(200.0 * random.unit())).collect();
+        let blocks = n.div_ceil(128) * k.div_ceil(128);
+        let scales = (0..blocks).flat_map(|_| (0.02 + 0.01 * random.unit()).to_le_bytes());
+        Fp8 { codes, scales: scales.collect(), size: (n, k) }
+    }
+
+    fn mat(&self) -> Mat<'_> {
+        let (n, k) = self.size;
+        Mat::fp8(&self.codes, &self.scales, n, k, (128, 128)).unwrap()
+    }
+
+    fn weights(&self, driver: &Arc<dyn Driver>) -> Weights {
+        let (mat, mut uploader) = (self.mat(), Uploader::new(driver).unwrap());
+        let scales = uploader.scales(&mat).unwrap();
+        let weights = Weights::new(driver, self.size, 1, scales).unwrap();
+        let write = |first: usize, to: &mut [u8]| {
+            for (row, to) in (first..).zip(to.chunks_exact_mut(weights.stride())) {
+                to[..mat.k()].copy_from_slice(mat.row_bytes(row));
+            }
+        };
+        weights.fill(&mut uploader, write).unwrap();
+        assert_eq!(weights.coding(), Coding::Fp8);
+        weights
+    }
+}
+
+#[test]
+fn fp8_results_are_those_of_the_reference_and_a_row_the_same_bits_in_every_tile() {
+    let Some(driver) = StandIn::open(3) else { return };
+    let mut random = Random(14);
+    for size in [(200, 136), (64, 40), (130, 256), (300, 288)] {
+        let (n, k) = size;
+        let fp8 = Fp8::new(&mut random, size);
+        let (w, x) = (fp8.weights(&driver), random.halves(150 * k));
+        for count in [3, 40, 150] {
+            let out = linear(&driver, &w, size, &x[..count * k]);
+            let wide = widened(&x[..count * k]);
+            let expected = reference::linear(fp8.mat(), Coding::Fp8, wide.chunks_exact(k));
+            let off = distance(&out, &expected);
+            // Codes and scales are the reference's: nothing else is rounded but sums.
+            assert!(off <= 1e-6, "{count} rows of {n} x {k}: off by {off}");
+        }
+        let together = linear(&driver, &w, size, &x);
+        for (from, count) in [(0, 1), (17, 20), (149, 1), (30, 64)] {
+            let alone = linear(&driver, &w, size, &x[from * k..(from + count) * k]);
+            assert!(alone == together[from * n..(from + count) * n], "rows {from} on");
+        }
+    }
+}
+
+#[test]
+fn gated_layers_in_fp8_have_scales_for_each_half() {
+    let Some(driver) = StandIn::open(2) else { return };
+    let mut random = Random(15);
+    let (hidden, inner, count) = (136, 200, 21);
+    let mats = [(inner, hidden), (inner, hidden), (hidden, inner)];
+    let mats = mats.map(|size| Fp8::new(&mut random, size));
+    let [gate, up, down] = mats.each_ref().map(|fp8| fp8.weights(&driver));
+    let values = random.halves(count * hidden);
+    let x = rows(&driver, hidden, &values, count).with_codes(&driver, "codes").unwrap();
+    let inner = Rows::new(&driver, "inner", inner, count).unwrap();
+    let inner = inner.with_codes(&driver, "codes").unwrap();
+    let (tables, out) =
+        (tables(&driver, count, 1), Buffer::new::<f32>(&driver, "out", count * hidden));
+    let (all, out) = (tables.all(), out.unwrap());
+    driver.code(count, &x, [&gate, &up]).unwrap();
+    driver.gate_up(&tables, all, &x, [&gate, &up], &inner).unwrap();
+    driver.code(count, &inner, [&down]).unwrap();
+    driver.linear(&tables, all, &inner, &down, out.all()).unwrap();
+    let got: Vec<f32> = read(&driver, &out, count * hidden);
+    let [gate, up, down] = mats.each_ref().map(Fp8::mat);
+    let wide = widened(&values);
+    let expected = reference::expert([gate, up, down], Coding::Fp8, wide.chunks_exact(hidden));
+    let off = distance(&got, &expected);
+    // An inner value at the edge between two of bf16, and then of e4m3, may fall to either.
+    assert!(off <= 5e-3, "off by {off}");
 }
 
 #[test]
@@ -136,4 +228,10 @@ fn what_does_not_fit_is_refused_and_not_launched() {
     assert!(driver.linear(&tables, tables.all(), &few, &w, out.all()).is_err());
     assert!(driver.linear(&tables, tables.all(), &other, &w, out.all()).is_err());
     assert!(driver.linear(&tables, tables.by_head(), &x, &w, out.all()).is_ok());
+
+    let fp8 = Fp8::new(&mut random, (n, k)).weights(&driver);
+    let said = driver.code(20, &x, [&w, &fp8]).map_err(|e| e.to_string());
+    assert_eq!(said, Err("quantize needs 960 bytes of rows in FP8, which has 0".to_owned()));
+    assert!(driver.linear(&tables, tables.all(), &x, &fp8, out.all()).is_err());
+    assert!(driver.gate_up(&tables, tables.all(), &x, [&w, &fp8], &x).is_err());
 }

@@ -4,8 +4,8 @@
 use std::sync::Arc;
 
 use half::bf16;
-use kernels::cuda::GpuError;
-use kernels::cuda::trunk::{Bounds, Buffer, Driver, Host, Plan, Rows, SPAN, Tables};
+use kernels::cuda::trunk::{Bounds, Buffer, Draw, Driver, Host, Plan, Rows, SPAN, Tables};
+use kernels::cuda::{Coding, GpuError};
 
 use crate::config::Config;
 use crate::kv::KvPool;
@@ -50,6 +50,9 @@ pub(crate) struct StepMemory {
     pub gathered: Buffer,
     pub last: Rows,
     pub logits: Buffer,
+    /// How their tokens are chosen, and which were.
+    pub draws: Buffer,
+    pub tokens: Buffer,
     pub host: Pinned,
     /// Rows that have been lost.
     pub silenced: Vec<usize>,
@@ -62,15 +65,18 @@ pub(crate) struct Pinned {
     pub weights: Host,
     pub results: Host,
     pub logits: Host,
+    pub draws: Host,
+    pub tokens: Host,
 }
 
 impl StepMemory {
-    /// For up to `rows` rows over `kv`.
+    /// For up to `rows` rows over `kv`; in FP8, rows have room for their codes.
     pub fn new(
         driver: &Arc<dyn Driver>,
         config: &Config,
         kv: &KvPool,
         rows: usize,
+        coding: Coding,
     ) -> Result<StepMemory, GpuError> {
         let Config { hidden, heads, kv_lora, qk_nope, qk_rope, v_head, vocab, .. } = *config;
         let rows = rows.max(LEAST_ROWS);
@@ -85,10 +91,14 @@ impl StepMemory {
         const WHAT: &str = "rows of a step";
         let f32s = |count| Buffer::new::<f32>(driver, WHAT, count);
         let operand = |k, count| Rows::new(driver, WHAT, k, count);
-        let some = |k: usize| (k > 0).then(|| operand(k, rows)).transpose();
+        let coded = |k, count| match coding {
+            Coding::Fp8 => operand(k, count)?.with_codes(driver, WHAT),
+            Coding::Bf16 => operand(k, count),
+        };
+        let some = |k: usize| (k > 0).then(|| coded(k, rows)).transpose();
         let pin = |len| Host::new(driver, "rows on their way", len);
         let low =
-            config.q_lora.map(|rank| Ok::<_, GpuError>((f32s(rows * rank)?, operand(rank, rows)?)));
+            config.q_lora.map(|rank| Ok::<_, GpuError>((f32s(rows * rank)?, coded(rank, rows)?)));
         let has_moe = !config.moe_layers().is_empty();
         let (top_k, experts) = if has_moe { (config.top_k, config.experts) } else { (0, 0) };
         let dense = if config.first_dense > 0 { config.dense_intermediate } else { 0 };
@@ -99,7 +109,7 @@ impl StepMemory {
             tables: Tables::new(driver, bounds, heads, positions, (rows, LOGITS))?,
             residual: f32s(rows * hidden)?,
             wide: f32s(rows * hidden)?,
-            normed: operand(hidden, rows)?,
+            normed: coded(hidden, rows)?,
             low: low.transpose()?,
             query: f32s(rows * heads * config.qk_head())?,
             plain: operand(qk_nope, heads * rows)?,
@@ -110,7 +120,7 @@ impl StepMemory {
             parts: f32s(bounds.parts * heads * kv_lora)?,
             tops: f32s(bounds.parts * heads * 2)?,
             values: operand(v_head, heads * rows)?,
-            joined: operand(heads * v_head, rows)?,
+            joined: coded(heads * v_head, rows)?,
             delta: f32s(rows * hidden)?,
             dense: some(dense)?,
             inner: some(inner)?,
@@ -120,14 +130,18 @@ impl StepMemory {
             weights: f32s(slots)?,
             results: Buffer::new::<bf16>(driver, "experts' results", slots * hidden)?,
             gathered: f32s(LOGITS * hidden)?,
-            last: operand(hidden, LOGITS)?,
+            last: coded(hidden, LOGITS)?,
             logits: f32s(LOGITS * vocab)?,
+            draws: Buffer::new::<[u8; Draw::BYTES]>(driver, WHAT, LOGITS)?,
+            tokens: Buffer::new::<u32>(driver, WHAT, LOGITS)?,
             host: Pinned {
                 sent: pin(rows * hidden * 2)?,
                 chosen: pin(slots * 4)?,
                 weights: pin(slots * 4)?,
                 results: pin(slots * hidden * 2)?,
                 logits: pin(LOGITS * vocab * 4)?,
+                draws: pin(LOGITS * Draw::BYTES)?,
+                tokens: pin(LOGITS * 4)?,
             },
             silenced: Vec::new(),
         })

@@ -1,5 +1,9 @@
-//! The trunk's weights on a device: matrices in bf16, whatever they are stored in; what the gate and the embedding read
-//! as it is stored, in f32 where that is not bf16; norms and biases in f32.
+//! The trunk's weights on a device: matrices as they are stored where that is FP8 in blocks of 128 x 128, else in bf16; what
+//! the gate and the embedding read as it is stored, in f32 where that is not bf16; norms and biases in f32.
+//!
+//! Keys' and values' up-projections are bf16 whatever they are stored in: each head has its own, the keys' transposed, and
+//! heads need not begin at a block's edge. It is what DeepSeek's own code does in this form of attention, since codes of
+//! absorbed queries and of sums of latents would cost accuracy, and these are a twentieth of a large trunk.
 
 use std::sync::Arc;
 
@@ -14,6 +18,7 @@ use crate::config::{Config, LATENT_EPS};
 use crate::ffn;
 use crate::parallel::{Arena, for_each, grown};
 use crate::trunk::layer;
+use crate::weight::Weight;
 
 /// A matrix whose rows are read one by one.
 pub(super) struct Table {
@@ -107,11 +112,15 @@ impl Loader<'_> {
 
     fn ffn(&mut self, ffn: &ffn::Ffn) -> Result<Ffn, GpuError> {
         let checkpoint = self.checkpoint;
-        Ok(Ffn {
-            gate: self.matrix(ffn.gate.mat(checkpoint))?,
-            up: self.matrix(ffn.up.mat(checkpoint))?,
-            down: self.matrix(ffn.down.mat(checkpoint))?,
-        })
+        let [gate, up] = [&ffn.gate, &ffn.up];
+        // One kernel multiplies with both.
+        let alike = gate.stored().coding() == up.stored().coding();
+        let mut half = |weight: &Weight| match alike {
+            true => self.matrix(weight.mat(checkpoint)),
+            false => self.narrow(weight.mat(checkpoint)),
+        };
+        let (gate, up) = (half(gate)?, half(up)?);
+        Ok(Ffn { gate, up, down: self.matrix(ffn.down.mat(checkpoint))? })
     }
 
     pub fn norm(&mut self, weight: &[f32], eps: f32) -> Result<Norm, GpuError> {
@@ -124,6 +133,13 @@ impl Loader<'_> {
 
     /// A matrix for products.
     pub fn matrix(&mut self, mat: Mat<'_>) -> Result<Weights, GpuError> {
+        let Some(scales) = self.uploader.scales(&mat)? else { return self.narrow(mat) };
+        let weights = Weights::new(self.driver, (mat.n(), mat.k()), 1, Some(scales))?;
+        self.fill(weights, |row, _, to| to[..mat.k()].copy_from_slice(mat.row_bytes(row)))
+    }
+
+    /// The same in bf16.
+    fn narrow(&mut self, mat: Mat<'_>) -> Result<Weights, GpuError> {
         self.slots(1, (mat.n(), mat.k()), |row, memory, to| {
             let wide = grown(memory, to.len());
             mat.row_to_f32(row, wide);
@@ -159,19 +175,27 @@ impl Loader<'_> {
         Ok((keys, values))
     }
 
-    /// Matrices `[n, k]`, whose rows, counted over all, `row` writes.
+    /// Matrices `[n, k]` in bf16, whose rows, counted over all, `row` writes.
     fn slots(
         &mut self,
         slots: usize,
         (n, k): (usize, usize),
         row: impl Fn(usize, &mut Vec<f32>, &mut [bf16]) + Sync,
     ) -> Result<Weights, GpuError> {
-        let weights = Weights::new(self.driver, (n, k), slots)?;
+        let weights = Weights::new(self.driver, (n, k), slots, None)?;
+        self.fill(weights, |at, memory, to| row(at, memory, &mut bytemuck::cast_slice_mut(to)[..k]))
+    }
+
+    fn fill(
+        &mut self,
+        weights: Weights,
+        row: impl Fn(usize, &mut Vec<f32>, &mut [u8]) + Sync,
+    ) -> Result<Weights, GpuError> {
         let (pool, rows, apart) = (&self.compute.pool, &self.rows, weights.stride());
         weights.fill(&mut self.uploader, |first, piece| {
             let count = piece.len() / apart;
             for_each(pool, count, (first..).zip(piece.chunks_mut(apart)), |(at, to)| {
-                rows.with(|memory| row(at, memory, &mut to[..k]));
+                rows.with(|memory| row(at, memory, to));
             });
         })?;
         Ok(weights)

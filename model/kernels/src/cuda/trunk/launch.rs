@@ -12,7 +12,7 @@ use super::super::gpu::Grid;
 use super::super::tensor_map::TensorMap;
 use super::driver::Driver;
 use super::memory::{Buffer, Slice};
-use super::op::{Attend, GATE_TILE, HEADS, Op, Place, Routing, Row, Span};
+use super::op::{Attend, Draw, GATE_TILE, HEADS, Op, Place, Routing, Row, Span};
 use super::product::Rows;
 use super::tables::Tables;
 
@@ -42,7 +42,7 @@ impl Arg {
     }
 }
 
-fn word(value: usize) -> Arg {
+pub(super) fn word(value: usize) -> Arg {
     Arg::Word(value as u32)
 }
 
@@ -406,5 +406,25 @@ impl dyn Driver {
         ];
         // SAFETY: checked above.
         unsafe { self.run(op, (rows, 1), shared, args) }
+    }
+    /// Tokens u32 `[rows]` by `draws` ([`Draw`]) from f32 `logits` `[rows, vocab]`; [`REFUSED`] where a row is not finite.
+    ///
+    /// [`REFUSED`]: super::op::REFUSED
+    pub fn sample(
+        &self,
+        (rows, vocab): (usize, usize),
+        logits: &Buffer,
+        draws: &Buffer,
+        tokens: &Buffer,
+    ) -> Result<(), GpuError> {
+        let op = Op::Sample;
+        let args = [
+            Arg::Address(logits.all().holding::<f32>(op, rows * vocab)?),
+            Arg::Address(draws.all().holding::<[u8; Draw::BYTES]>(op, rows)?),
+            word(vocab),
+            Arg::Address(tokens.all().holding::<u32>(op, rows)?),
+        ];
+        // SAFETY: checked above.
+        unsafe { self.run(op, (rows, 1), op.shared(), args) }
     }
 }

@@ -4,8 +4,10 @@ use std::marker::PhantomData;
 use std::sync::Arc;
 
 use super::super::error::GpuError;
+use super::super::layout::{BLOCK, Coding};
 use super::driver::{DeviceMemory, Driver, HostMemory};
 use super::op::Op;
+use crate::mat::Mat;
 
 /// Pinned bytes that an [`Uploader`] copies from.
 const PIECE: usize = 16 << 20;
@@ -101,6 +103,27 @@ impl Host {
         if self.busy { &[] } else { &self.bytes }
     }
 
+    /// Copies some rows of `from`, of so many bytes each, one after the other, after what was launched before, and waits.
+    /// Panics if one is not there, or there are more than it holds.
+    pub fn fetch_rows(
+        &mut self,
+        from: &Buffer,
+        row_bytes: usize,
+        rows: impl IntoIterator<Item = usize>,
+    ) -> Result<&[u8], GpuError> {
+        self.bytes_mut()?;
+        let mut end = 0;
+        for row in rows {
+            self.busy = true;
+            let to = &mut self.bytes[end..end + row_bytes];
+            // SAFETY: as in `send`.
+            unsafe { from.memory.copy_out(row * row_bytes, to)? };
+            end += row_bytes;
+        }
+        // Waits, if there were any.
+        Ok(&self.bytes_mut()?[..end])
+    }
+
     /// Has the first `len` bytes copied to the beginning of `to`, before what is launched next. Panics if either is shorter.
     pub fn send(&mut self, to: &Buffer, len: usize) -> Result<(), GpuError> {
         self.bytes_mut()?;
@@ -167,6 +190,22 @@ impl Uploader {
             copied.and(self.driver.wait())?;
         }
         Ok(())
+    }
+
+    /// The scales of `mat`, one after the other; none unless it is in FP8 blocks that the products take.
+    pub fn scales(&mut self, mat: &Mat<'_>) -> Result<Option<Buffer>, GpuError> {
+        let Some(table) = mat.scales().filter(|_| mat.stored().coding() == Coding::Fp8) else {
+            return Ok(None);
+        };
+        let (blocks, columns) = (mat.n().div_ceil(BLOCK), mat.k().div_ceil(BLOCK));
+        let to = Buffer::new::<f32>(&self.driver, "scales of a weight", blocks * columns)?;
+        let row_bytes = columns * size_of::<f32>();
+        self.rows(&to, row_bytes, blocks, |first, bytes| {
+            for (block, to) in (first..).zip(bytes.chunks_exact_mut(row_bytes)) {
+                to.copy_from_slice(table.row(block * BLOCK)[..columns].as_flattened());
+            }
+        })?;
+        Ok(Some(to))
     }
 
     /// A buffer with `values` in it.

@@ -2,6 +2,7 @@
 
 use super::super::call::{self, Product};
 use super::super::gpu::SHARED_BYTES;
+use super::super::layout::Coding;
 use super::super::schedule::RowTile;
 
 /// Positions of a span, and heads of a block (attention.cu).
@@ -29,7 +30,9 @@ pub enum Op {
     Choose,
     Attend,
     Merge,
-    Product(Product, RowTile),
+    Quantize,
+    Sample,
+    Product(Product, Coding, RowTile),
 }
 
 impl Op {
@@ -48,10 +51,13 @@ impl Op {
             Op::Choose,
             Op::Attend,
             Op::Merge,
+            Op::Quantize,
+            Op::Sample,
         ];
-        let products = [Product::GateUp, Product::Down, Product::Linear];
-        let products = products.into_iter().flat_map(|product| {
-            RowTile::ALL.into_iter().map(move |tile| Op::Product(product, tile))
+        let products = [Product::GateUp, Product::Down, Product::Linear].into_iter();
+        let coded = products.flat_map(|product| [Coding::Fp8, Coding::Bf16].map(|c| (product, c)));
+        let products = coded.flat_map(|(product, coding)| {
+            RowTile::ALL.into_iter().map(move |tile| Op::Product(product, coding, tile))
         });
         single.into_iter().chain(products)
     }
@@ -71,7 +77,9 @@ impl Op {
             Op::Choose => ("gate", "gate_choose"),
             Op::Attend => ("attention", "attend"),
             Op::Merge => ("attention", "merge"),
-            Op::Product(product, tile) => ("experts", product_name(product, tile)),
+            Op::Quantize => ("coding", "quantize"),
+            Op::Sample => ("sample", "sample"),
+            Op::Product(product, coding, tile) => ("experts", product_name(product, coding, tile)),
         }
     }
 
@@ -80,6 +88,7 @@ impl Op {
         match self {
             Op::Choose => 32,
             Op::Merge => 128,
+            Op::Quantize => call::CODING_THREADS,
             Op::Product(..) => call::THREADS,
             _ => ROW_THREADS,
         }
@@ -89,25 +98,30 @@ impl Op {
     pub const fn shared(self) -> u32 {
         match self {
             Op::Attend | Op::Choose | Op::Product(..) => SHARED_BYTES,
-            Op::Merge => 0,
+            Op::Merge | Op::Quantize => 0,
+            // A sum and a logit with its place for each thread.
+            Op::Sample => ROW_THREADS * 16,
             Op::ScoresBf16 | Op::ScoresF32 => GATE_HELD,
             _ => ROW_SHARED,
         }
     }
 }
 
-const fn product_name(product: Product, tile: RowTile) -> &'static str {
-    match (product, tile) {
-        (Product::GateUp, RowTile::R16) => "gate_up_bf16_16",
-        (Product::GateUp, RowTile::R64) => "gate_up_bf16_64",
-        (Product::GateUp, RowTile::R128) => "gate_up_bf16_128",
-        (Product::Down, RowTile::R16) => "down_bf16_16",
-        (Product::Down, RowTile::R64) => "down_bf16_64",
-        (Product::Down, RowTile::R128) => "down_bf16_128",
-        (Product::Linear, RowTile::R16) => "linear_bf16_16",
-        (Product::Linear, RowTile::R64) => "linear_bf16_64",
-        (Product::Linear, RowTile::R128) => "linear_bf16_128",
+const fn product_name(product: Product, coding: Coding, tile: RowTile) -> &'static str {
+    macro_rules! by_tile {
+        ($name:literal) => {
+            [concat!($name, "_16"), concat!($name, "_64"), concat!($name, "_128")]
+        };
     }
+    let names = match (product, coding) {
+        (Product::GateUp, Coding::Fp8) => by_tile!("gate_up_fp8"),
+        (Product::GateUp, Coding::Bf16) => by_tile!("gate_up_bf16"),
+        (Product::Down, Coding::Fp8) => by_tile!("down_fp8"),
+        (Product::Down, Coding::Bf16) => by_tile!("down_bf16"),
+        (Product::Linear, Coding::Fp8) => by_tile!("linear_fp8"),
+        (Product::Linear, Coding::Bf16) => by_tile!("linear_bf16"),
+    };
+    names[tile as usize]
 }
 
 /// A row of a step, as attention sees it.
@@ -177,6 +191,33 @@ pub struct Attend {
     pub scale: f32,
 }
 
+/// How a token is chosen by logits alone (`Draw` in sample.cu); without a temperature, the most probable.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Draw {
+    /// Key of the generator, and what it is asked for.
+    pub seed: u64,
+    pub position: u64,
+    pub temperature: f32,
+    pub min_p: f32,
+}
+
+impl Draw {
+    pub const BYTES: usize = 24;
+
+    /// As the device reads it.
+    pub fn to_bytes(self) -> [u8; Draw::BYTES] {
+        let mut bytes = [0; Draw::BYTES];
+        bytes[..8].copy_from_slice(&self.seed.to_le_bytes());
+        bytes[8..16].copy_from_slice(&self.position.to_le_bytes());
+        bytes[16..20].copy_from_slice(&self.temperature.to_le_bytes());
+        bytes[20..].copy_from_slice(&self.min_p.to_le_bytes());
+        bytes
+    }
+}
+
+/// In place of a token where logits are not finite (sample.cu).
+pub const REFUSED: u32 = u32::MAX;
+
 /// What the gate's choice is told.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
@@ -193,7 +234,6 @@ pub struct Routing {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::cuda::layout::Coding;
 
     #[test]
     fn what_is_passed_is_as_long_as_the_device_thinks() {
@@ -208,6 +248,8 @@ mod tests {
             "attention" => include_str!("../attention.cu"),
             "gate" => include_str!("../gate.cu"),
             "rows" => include_str!("../rows.cu"),
+            "sample" => include_str!("../sample.cu"),
+            "coding" => include_str!("../coding.cu"),
             _ => include_str!("../experts.cu"),
         };
         for (file, name, value) in [
@@ -217,6 +259,7 @@ mod tests {
             ("gate", "GATE_ROWS", GATE_TILE),
             ("gate", "CHUNK", GATE_HELD as usize / GATE_TILE / 4),
             ("rows", "ROW_THREADS", ROW_THREADS as usize),
+            ("sample", "SAMPLE_THREADS", ROW_THREADS as usize),
         ] {
             let line = format!("constexpr u32 {name} = {value};");
             assert!(text(file).contains(&line), "{file}: {line}");
@@ -224,8 +267,8 @@ mod tests {
         for op in Op::all() {
             let (file, name) = op.name();
             assert!(text(file).contains(&format!("{name}(")) || file == "experts", "{name}");
-            if let Op::Product(product, tile) = op {
-                assert_eq!(name, product.kernel(Coding::Bf16, tile));
+            if let Op::Product(product, coding, tile) = op {
+                assert_eq!(name, product.kernel(coding, tile));
                 assert!(text(file).contains(&format!("PRODUCT({name},")), "{name}");
             }
         }

@@ -1,17 +1,20 @@
 //! Products of rows with weights, by the kernels of experts.cu: a weight is an expert with one matrix, and the heads of an
-//! attention are experts with as many rows each. Everything is bf16 where it is multiplied.
+//! attention are experts with as many rows each. A product is in FP8 where its weight is stored so, and then takes rows that
+//! [`Driver::code`] has coded; else everything is bf16 where it is multiplied.
+//!
+//! [`Driver::code`]: trait.Driver.html#method.code
 
 use std::sync::Arc;
 
 use half::bf16;
 
-use super::super::call::{self, Call, Product};
+use super::super::call::{self, CODING_ROWS, Call, Product};
 use super::super::error::GpuError;
-use super::super::layout::{Coding, stride};
+use super::super::layout::{BLOCK, Coding, stride};
 use super::super::schedule::RowTile;
 use super::super::tensor_map::TensorMap;
 use super::driver::Driver;
-use super::launch::Arg;
+use super::launch::{Arg, word};
 use super::memory::{Buffer, Slice, Uploader};
 use super::op::Op;
 use super::tables::{Scheduled, Tables};
@@ -23,53 +26,65 @@ pub struct Weights {
     k: usize,
     slots: usize,
     map: TensorMap,
+    /// f32 `[slots][n / 128][k / 128]` of FP8 weights.
+    scales: Option<Buffer>,
 }
 
 impl Weights {
-    /// Room for them; [`Weights::fill`] has to follow.
+    /// Room for them, in FP8 if there are `scales` ([`Uploader::scales`]), else in bf16; [`Weights::fill`] has to follow.
     pub fn new(
         driver: &Arc<dyn Driver>,
         (n, k): (usize, usize),
         slots: usize,
+        scales: Option<Buffer>,
     ) -> Result<Weights, GpuError> {
-        let (row, slot) = (stride(k, Coding::Bf16), n * stride(k, Coding::Bf16));
+        let coding = if scales.is_some() { Coding::Fp8 } else { Coding::Bf16 };
+        if let Some(scales) = &scales {
+            scales.all().holding::<f32>(LINEAR, slots * table(n, k))?;
+        }
+        let (row, slot) = (stride(k, coding), n * stride(k, coding));
         let buffer = Buffer::new::<u8>(driver, "a weight of the trunk", slot * slots)?;
-        let tiled = call::matrices(
-            (n, k, slots),
-            (row, slot),
-            Coding::Bf16,
-            buffer.all().holding::<u8>(LINEAR, 0)?,
-        );
-        let map = driver.tensor_map(&tiled)?;
-        Ok(Weights { buffer, n, k, slots, map })
+        let address = buffer.all().holding::<u8>(LINEAR, 0)?;
+        let map =
+            driver.tensor_map(&call::matrices((n, k, slots), (row, slot), coding, address))?;
+        Ok(Weights { buffer, n, k, slots, map, scales })
     }
 
     /// Writes all rows: `write` is given the number of a first row, counted over all slots, and room for some from there on,
-    /// [`Weights::stride`] values apart, all zero.
+    /// [`Weights::stride`] bytes apart, all zero.
     pub fn fill(
         &self,
         uploader: &mut Uploader,
-        mut write: impl FnMut(usize, &mut [bf16]),
+        mut write: impl FnMut(usize, &mut [u8]),
     ) -> Result<(), GpuError> {
-        let bytes = stride(self.k, Coding::Bf16);
-        uploader.rows(&self.buffer, bytes, self.n * self.slots, |first, to| {
+        uploader.rows(&self.buffer, self.stride(), self.n * self.slots, |first, to| {
             to.fill(0);
-            write(first, bytemuck::cast_slice_mut(to));
+            write(first, to);
         })
     }
 
-    /// Values from row to row.
-    pub fn stride(&self) -> usize {
-        stride(self.k, Coding::Bf16) / 2
+    pub fn coding(&self) -> Coding {
+        if self.scales.is_some() { Coding::Fp8 } else { Coding::Bf16 }
     }
 
+    /// Bytes from row to row.
+    pub fn stride(&self) -> usize {
+        stride(self.k, self.coding())
+    }
+
+    /// On the device, with scales.
     pub fn bytes(&self) -> usize {
-        self.buffer.len()
+        self.buffer.len() + self.scales.as_ref().map_or(0, Buffer::len)
     }
 }
 
+/// Scales of an FP8 matrix.
+fn table(n: usize, k: usize) -> usize {
+    n.div_ceil(BLOCK) * k.div_ceil(BLOCK)
+}
+
 /// Any product, to name in errors.
-const LINEAR: Op = Op::Product(Product::Linear, RowTile::R16);
+const LINEAR: Op = Op::Product(Product::Linear, Coding::Bf16, RowTile::R16);
 
 /// Rows of `k` values that go into products, bf16, at the device's pitch.
 pub struct Rows {
@@ -78,6 +93,17 @@ pub struct Rows {
     capacity: usize,
     /// By row tile.
     maps: [TensorMap; 3],
+    codes: Option<Codes>,
+}
+
+/// The same rows as FP8 weights take them.
+struct Codes {
+    values: Buffer,
+    /// f32 `[k / 128][apart]`
+    scales: Buffer,
+    apart: usize,
+    /// By row tile: values and scales.
+    maps: [(TensorMap, TensorMap); 3],
 }
 
 impl Rows {
@@ -91,7 +117,29 @@ impl Rows {
         let address = buffer.all().holding::<u8>(LINEAR, 0)?;
         let map = |tile| driver.tensor_map(&call::values(k, capacity, Coding::Bf16, tile, address));
         let [small, middle, large] = RowTile::ALL.map(map);
-        Ok(Rows { buffer, k, capacity, maps: [small?, middle?, large?] })
+        Ok(Rows { buffer, k, capacity, maps: [small?, middle?, large?], codes: None })
+    }
+
+    /// With room for them in FP8 as well.
+    pub fn with_codes(
+        self,
+        driver: &Arc<dyn Driver>,
+        what: &'static str,
+    ) -> Result<Rows, GpuError> {
+        let (k, capacity) = (self.k, self.capacity);
+        let values = Buffer::new::<u8>(driver, what, capacity * stride(k, Coding::Fp8))?;
+        // Rows of a tensor are multiples of 16 bytes apart.
+        let apart = capacity.next_multiple_of(4);
+        let scales = Buffer::new::<f32>(driver, what, k.div_ceil(BLOCK) * apart)?;
+        let at = values.all().holding::<u8>(LINEAR, 0)?;
+        let table = scales.all().holding::<u8>(LINEAR, 0)?;
+        let map = |tile| {
+            let values = driver.tensor_map(&call::values(k, capacity, Coding::Fp8, tile, at))?;
+            Ok((values, driver.tensor_map(&call::scales(k, apart, tile, table))?))
+        };
+        let [small, middle, large] = RowTile::ALL.map(map);
+        let maps = [small?, middle?, large?];
+        Ok(Rows { codes: Some(Codes { values, scales, apart, maps }), ..self })
     }
 
     /// Values of a row.
@@ -111,9 +159,49 @@ impl Rows {
     pub fn buffer(&self) -> &Buffer {
         &self.buffer
     }
+
+    /// Refuses rows that there is no room for.
+    fn hold(&self, op: Op, rows: usize) -> Result<(), GpuError> {
+        self.all().holding::<bf16>(op, rows * self.stride()).map(drop)
+    }
+
+    /// Their codes; an error if there is no room for such.
+    fn codes(&self, op: Op) -> Result<&Codes, GpuError> {
+        let need = self.capacity * stride(self.k, Coding::Fp8);
+        let (kernel, what) = (op.name().1, "rows in FP8");
+        self.codes.as_ref().ok_or(GpuError::Shape { kernel, what, need, have: 0 })
+    }
 }
 
 impl dyn Driver {
+    /// Codes the first `rows` rows of `x`, if one of `weights`, which are to multiply them, is in FP8.
+    pub fn code<const N: usize>(
+        &self,
+        rows: usize,
+        x: &Rows,
+        weights: [&Weights; N],
+    ) -> Result<(), GpuError> {
+        if weights.iter().all(|weight| weight.coding() == Coding::Bf16) {
+            return Ok(());
+        }
+        let op = Op::Quantize;
+        x.hold(op, rows)?;
+        let (codes, stride) = (x.codes(op)?, stride(x.k, Coding::Fp8));
+        let blocks = x.k.div_ceil(BLOCK);
+        let args = [
+            Arg::Address(x.all().holding::<bf16>(op, rows * x.stride())?),
+            word(x.stride()),
+            word(rows),
+            word(x.k),
+            Arg::Address(codes.values.all().holding::<u8>(op, rows * stride)?),
+            word(stride),
+            Arg::Address(codes.scales.all().holding::<f32>(op, blocks * codes.apart)?),
+            word(codes.apart),
+        ];
+        // SAFETY: checked above; a block's scales have room for as many rows as the codes.
+        unsafe { self.run(op, (rows.div_ceil(CODING_ROWS), blocks), op.shared(), args) }
+    }
+
     /// f32 `out` `[rows, n]` = `x` `weights`^T.
     pub fn linear(
         &self,
@@ -167,30 +255,39 @@ impl dyn Driver {
             same("rows of a weight", weight.n, first.n)?;
             same("weights of their own", weight.slots, scheduled.slots)?;
         }
-        if scheduled.rows > x.capacity {
-            return Err(GpuError::Shape {
-                kernel: LINEAR.name().1,
-                what: "rows",
-                need: scheduled.rows * x.stride() * 2,
-                have: x.buffer.len(),
-            });
-        }
+        same("bytes of a weight and its scales", second.bytes(), first.bytes())?;
+        let coding = first.coding();
+        let slot_scales = table(first.n, first.k);
+        let [one, other] = weights.map(|weight| match &weight.scales {
+            Some(scales) => scales.all().holding::<f32>(LINEAR, weight.slots * slot_scales),
+            None => Ok(0),
+        });
+        let scales = [one?, other?];
+        x.hold(LINEAR, scheduled.rows)?;
         for launch in &scheduled.launches {
-            let op = Op::Product(product, launch.tile);
+            let op = Op::Product(product, coding, launch.tile);
             let count = scheduled.rows * product.out_stride(first.n);
             let out = match product {
                 Product::Linear => out.holding::<f32>(op, count)?,
                 Product::GateUp | Product::Down => out.holding::<bf16>(op, count)?,
             };
             let groups = tables.groups(scheduled).holding::<u8>(op, 0)?;
-            let call = Call::plain(product, (x.k, first.n), Coding::Bf16, launch, groups, out);
-            let values = x.maps[launch.tile as usize];
+            let call = Call {
+                scales,
+                slot_bytes: (slot_scales * size_of::<f32>()) as u64,
+                ..Call::plain(product, (x.k, first.n), coding, launch, groups, out)
+            };
+            let tile = launch.tile as usize;
+            let (values, row_scales) = match coding {
+                Coding::Fp8 => x.codes(op)?.maps[tile],
+                // Without scales.
+                Coding::Bf16 => (x.maps[tile], x.maps[tile]),
+            };
             let args = [
                 Arg::Map(first.map),
                 Arg::Map(second.map),
                 Arg::Map(values),
-                // Scales, of which bf16 has none.
-                Arg::Map(values),
+                Arg::Map(row_scales),
                 Arg::Call(call),
             ];
             let blocks = self.processors().min(call.tiles).max(1);
