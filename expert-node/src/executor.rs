@@ -12,15 +12,15 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use bytes::{Bytes, BytesMut};
+use bytes::Bytes;
 use mesh::shared::Segment;
 use mesh::telemetry::propagate;
 use mesh::{failpoint, pump};
 use model::rows::{decode_fp8, finite_fp8};
 use model::{ExpertGroup, Experts, GpuError, Numerics, Results, Rows};
 use proto::frame::all_finite;
-use proto::v1::{DispatchError, DispatchFrame, DispatchReply, Dtype, ErrorCode, SharedRows};
-use proto::wire::{self, Leaving};
+use proto::v1::{DispatchFrame, Dtype, ErrorCode, SharedRows};
+use proto::wire::Leaving;
 use proto::{ExpertId, LayerId};
 use tokio::sync::mpsc::error::TryRecvError;
 use tokio::sync::mpsc::{OwnedPermit, UnboundedReceiver};
@@ -32,7 +32,7 @@ use self::answer::Answers;
 use crate::admission::Admission;
 use crate::batcher::Batch;
 use crate::metrics::NodeMetrics;
-use crate::results::Writer;
+use crate::results::{Writer, refusal, wire_dtype};
 use crate::store::{Resident, Store};
 use crate::stream::Spare;
 
@@ -414,30 +414,6 @@ fn expired(job: &Job, now: Instant) -> Option<(ErrorCode, String)> {
         let message = format!("waited {waited:?} of the {allowed:?} it was given");
         (ErrorCode::Expired, message)
     })
-}
-
-/// The dtype activations have on the wire in a numerics class.
-pub fn wire_dtype(numerics: Numerics) -> Dtype {
-    match numerics {
-        Numerics::F32 => Dtype::F32,
-        Numerics::Bf16 => Dtype::Bf16,
-    }
-}
-
-/// The reply that refuses a frame, as it goes to the stream.
-pub fn refusal(frame: &DispatchFrame, code: ErrorCode, message: String) -> Bytes {
-    let head = DispatchReply {
-        ticket: frame.ticket,
-        attempt: frame.attempt,
-        error: Some(DispatchError { code: code as i32, message }),
-        ..Default::default()
-    };
-    let mut wire = BytesMut::new();
-    wire::put(&mut wire, &head, 0, |_| {});
-    if frame.checksum.is_some() {
-        wire::seal(&mut wire);
-    }
-    wire.freeze()
 }
 
 fn micros(time: Duration) -> u32 {

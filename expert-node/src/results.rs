@@ -1,12 +1,36 @@
 //! How a frame's results are written into its reply: as they were computed, one per
-//! slot, or as the frame asks: in another dtype, or summed by row.
+//! slot, or as the frame asks: in another dtype, or summed by row; and a reply that refuses it.
 
+use bytes::{Bytes, BytesMut};
 use model::rows::{NodeSum, convert};
 use model::{Kernels, Numerics};
 use proto::frame::all_finite;
-use proto::v1::{DispatchFrame, Dtype};
+use proto::v1::{DispatchError, DispatchFrame, DispatchReply, Dtype, ErrorCode};
+use proto::wire;
 
-use crate::executor::wire_dtype;
+/// The dtype activations have on the wire in a numerics class.
+pub fn wire_dtype(numerics: Numerics) -> Dtype {
+    match numerics {
+        Numerics::F32 => Dtype::F32,
+        Numerics::Bf16 => Dtype::Bf16,
+    }
+}
+
+/// The reply that refuses a frame, as it goes to the stream.
+pub fn refusal(frame: &DispatchFrame, code: ErrorCode, message: String) -> Bytes {
+    let head = DispatchReply {
+        ticket: frame.ticket,
+        attempt: frame.attempt,
+        error: Some(DispatchError { code: code as i32, message }),
+        ..Default::default()
+    };
+    let mut wire = BytesMut::new();
+    wire::put(&mut wire, &head, 0, |_| {});
+    if frame.checksum.is_some() {
+        wire::seal(&mut wire);
+    }
+    wire.freeze()
+}
 
 /// What a reply's rows are.
 #[derive(Clone, Copy)]

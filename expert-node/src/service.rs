@@ -21,8 +21,9 @@ use tonic::Status;
 
 use crate::admission::Admission;
 use crate::control::Control;
-use crate::executor::{Job, refusal, wire_dtype};
+use crate::executor::Job;
 use crate::metrics::NodeMetrics;
+use crate::results::{refusal, wire_dtype};
 use crate::store::Store;
 use crate::stream::Spare;
 

@@ -5,6 +5,8 @@ use std::sync::Arc;
 use mesh::metrics::Metrics;
 use model::synthetic::{Recipe, TempDir};
 use model::{Checkpoint, ExpertGroup, Rows};
+use proto::v1::DispatchReply;
+use proto::wire;
 use tokio::sync::mpsc;
 
 use super::*;
