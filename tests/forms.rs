@@ -43,30 +43,41 @@ fn read(row: &[u8], numerics: Numerics) -> Vec<f64> {
     row.chunks(numerics.bytes()).map(|bytes| f64::from(float(bytes))).collect()
 }
 
+/// A router's way to the mesh's nodes, for its first MoE layer, without its trunk.
+pub fn dispatcher(
+    mesh: &Sandbox,
+    checkpoint: &Checkpoint,
+    numerics: Numerics,
+    (wire, combine): (Wire, Combine),
+) -> Dispatcher {
+    let config = checkpoint.config();
+    let dtype = match numerics {
+        Numerics::F32 => Dtype::F32,
+        Numerics::Bf16 => Dtype::Bf16,
+    };
+    let (hidden, top_k) = (config.hidden as u32, config.top_k as u32);
+    Dispatcher::connect(Config {
+        nodes: mesh.nodes.iter().map(|node| Endpoint::Unix(mesh.socket(&node.name))).collect(),
+        identity: Identity {
+            model_digest: checkpoint.digest().to_vec(),
+            numerics: numerics.class(Isa::detect()),
+            hidden,
+        },
+        shape: Shape { hidden, dtype, top_k, wire, combine },
+        layer: LayerId(config.moe_layers().start as u32),
+        experts: config.experts as u32,
+        shared_rows: Shortcut::Auto,
+    })
+    .unwrap()
+}
+
 /// The first MoE layer's routed results of [`ROWS`] rows, weighted and summed by row, as a
 /// router with these choices has them from the mesh's nodes.
 fn layer(mesh: &Sandbox, numerics: Numerics, wire: Wire, combine: Combine) -> Vec<f64> {
     let checkpoint: Arc<Checkpoint> = Checkpoint::open(tiny()).unwrap();
     let config = checkpoint.config();
     let (hidden, experts, top_k) = (config.hidden, config.experts, config.top_k);
-    let dtype = match numerics {
-        Numerics::F32 => Dtype::F32,
-        Numerics::Bf16 => Dtype::Bf16,
-    };
-    let shape = Shape { hidden: hidden as u32, dtype, top_k: top_k as u32, wire, combine };
-    let mut dispatcher = Dispatcher::connect(Config {
-        nodes: mesh.nodes.iter().map(|node| Endpoint::Unix(mesh.socket(&node.name))).collect(),
-        identity: Identity {
-            model_digest: checkpoint.digest().to_vec(),
-            numerics: numerics.class(Isa::detect()),
-            hidden: hidden as u32,
-        },
-        shape,
-        layer: LayerId(config.moe_layers().start as u32),
-        experts: experts as u32,
-        shared_rows: Shortcut::Auto,
-    })
-    .unwrap();
+    let mut dispatcher = dispatcher(mesh, &checkpoint, numerics, (wire, combine));
     let rows: Vec<u8> = normal(ROWS * hidden)
         .flat_map(|x| match numerics {
             Numerics::F32 => x.to_le_bytes().to_vec(),

@@ -5,18 +5,16 @@
 use std::time::Duration;
 
 use bytes::BytesMut;
-use mesh::link::Identity;
 use mesh::link::stream;
 use mesh::near::Shortcut;
 use mesh::transport::Endpoint;
-use model::{Checkpoint, Isa, Routed};
-use proto::LayerId;
+use model::{Checkpoint, Numerics, Routed};
 use proto::v1::expert_control_client::ExpertControlClient;
 use proto::v1::{DescribeRequest, DispatchFrame, Dtype, ErrorCode, SharedRows};
 use proto::wire;
-use router::exchange::{Combine, Shape, Wire};
-use router::measure::{Config, Dispatcher};
+use router::exchange::{Combine, Wire};
 
+use crate::forms::dispatcher;
 use crate::identity::scores;
 use crate::nodes::node;
 use crate::support::fixture::tiny;
@@ -143,26 +141,8 @@ fn nodes_that_stop_die_and_come_late_spoil_no_place() {
     let checkpoint = Checkpoint::open(tiny()).unwrap();
     let config = checkpoint.config();
     let (hidden, experts, top_k) = (config.hidden, config.experts, config.top_k);
-    let shape = Shape {
-        hidden: hidden as u32,
-        dtype: Dtype::Bf16,
-        top_k: top_k as u32,
-        wire: Wire::Exact,
-        combine: Combine::Router,
-    };
-    let mut dispatcher = Dispatcher::connect(Config {
-        nodes: mesh.nodes.iter().map(|node| Endpoint::Unix(mesh.socket(&node.name))).collect(),
-        identity: Identity {
-            model_digest: checkpoint.digest().to_vec(),
-            numerics: model::Numerics::Bf16.class(Isa::detect()),
-            hidden: hidden as u32,
-        },
-        shape,
-        layer: LayerId(config.moe_layers().start as u32),
-        experts: experts as u32,
-        shared_rows: Shortcut::Auto,
-    })
-    .unwrap();
+    let form = (Wire::Exact, Combine::Router);
+    let mut dispatcher = dispatcher(&mesh, &checkpoint, Numerics::Bf16, form);
     let chosen: Vec<u32> = (0..ROWS)
         .flat_map(|row| {
             let mut chosen: Vec<u32> =

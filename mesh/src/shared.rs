@@ -20,7 +20,7 @@ use proto::frame::{NOT_FINITE, all_finite};
 use proto::v1::{DispatchError, DispatchReply, Dtype, ErrorCode, SharedRows};
 
 pub use handover::Handed;
-pub(crate) use handover::{Bringing, Receiving};
+pub(crate) use handover::Handover;
 use places::{Places, Taken};
 pub use segment::Segment;
 

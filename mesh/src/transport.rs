@@ -24,7 +24,7 @@ use tonic::transport::server::TcpIncoming;
 use tonic::transport::{Channel, Server, Uri};
 
 use crate::authz::Authorize;
-use crate::shared::Receiving;
+use crate::shared::Handover;
 use crate::tls::{self, Expected, Principal, Socket, Tls};
 
 /// Streams one connection may hold open. A router needs one data stream and a
@@ -315,8 +315,8 @@ pub async fn serve_grpc(
             server.add_routes(routes).serve_with_incoming_shutdown(incoming, shutdown).await
         }
         (None, Listener::Unix(listener, _)) => {
-            let incoming =
-                UnixListenerStream::new(listener).map(|a| a.inspect(widen).map(Receiving::new));
+            let incoming = UnixListenerStream::new(listener)
+                .map(|a| a.inspect(widen).map(Handover::receiving));
             server.add_routes(routes).serve_with_incoming_shutdown(incoming, shutdown).await
         }
     };

@@ -417,7 +417,7 @@ impl Exchange {
     /// Sends what was parked, but for what frames that stayed open have brought meanwhile.
     fn unpark(&mut self, parked: Parked, placement: &Placement, now: Instant) {
         let Parked { mut slots, attempt, .. } = parked;
-        slots.retain(|&slot| self.located[slot as usize].is_awaited());
+        slots.retain(|&slot| self.lacks(slot));
         if slots.is_empty() {
             return self.work.recycle(slots);
         }

@@ -20,7 +20,7 @@ use tokio::net::{TcpStream, UnixStream};
 use tokio::task::JoinSet;
 
 use crate::near::Shortcut;
-use crate::shared::{self, Bringing, Copies, Misplaced, Room, Segment};
+use crate::shared::{self, Copies, Handover, Misplaced, Room, Segment};
 use crate::tls::{self, Expected, Socket, Tls};
 use crate::transport::{
     CONNECT_TIMEOUT, CONNECTION_WINDOW, Endpoint, KEEP_ALIVE_EVERY, KEEP_ALIVE_TIMEOUT, MAX_DATA,
@@ -153,7 +153,7 @@ pub async fn open(
                         .unzip(),
                     Shortcut::Off => (None, None),
                 };
-                handshake(Bringing::new(socket, handed), "localhost", false, segment).await
+                handshake(Handover::bringing(socket, handed), "localhost", false, segment).await
             }
         }
     };

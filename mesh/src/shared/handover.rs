@@ -18,28 +18,25 @@ use tokio::io::{AsyncRead, AsyncWrite, Interest, ReadBuf};
 use tokio::net::UnixStream;
 use tonic::transport::server::Connected;
 
-/// The client's end: what it has to hand over goes with the first bytes.
-pub(crate) struct Bringing {
+/// A Unix socket whose first bytes bring, or may bring, a descriptor; afterwards it is like any.
+pub(crate) struct Handover {
     socket: UnixStream,
-    handed: Option<OwnedFd>,
-}
-
-impl Bringing {
-    pub fn new(socket: UnixStream, handed: Option<OwnedFd>) -> Self {
-        Self { socket, handed }
-    }
-}
-
-/// The server's end: takes what comes with the first bytes.
-pub(crate) struct Receiving {
-    socket: UnixStream,
+    /// What goes with the first bytes that are written.
+    brings: Option<OwnedFd>,
+    /// Whether the first bytes are still to come, with which something may.
+    expects: bool,
     handed: Handed,
-    begun: bool,
 }
 
-impl Receiving {
-    pub fn new(socket: UnixStream) -> Self {
-        Self { socket, handed: Handed::default(), begun: false }
+impl Handover {
+    /// The client's end.
+    pub fn bringing(socket: UnixStream, brings: Option<OwnedFd>) -> Self {
+        Self { socket, brings, expects: false, handed: Handed::default() }
+    }
+
+    /// The server's end.
+    pub fn receiving(socket: UnixStream) -> Self {
+        Self { socket, brings: None, expects: true, handed: Handed::default() }
     }
 }
 
@@ -54,7 +51,7 @@ impl Handed {
     }
 }
 
-impl Connected for Receiving {
+impl Connected for Handover {
     type ConnectInfo = Handed;
 
     fn connect_info(&self) -> Handed {
@@ -86,23 +83,23 @@ fn receive(socket: &UnixStream, bytes: &mut [u8], handed: &Handed) -> io::Result
     Ok(received.bytes)
 }
 
-impl AsyncWrite for Bringing {
+impl AsyncWrite for Handover {
     fn poll_write(
         self: Pin<&mut Self>,
         cx: &mut Context<'_>,
         bytes: &[u8],
     ) -> Poll<io::Result<usize>> {
         let this = self.get_mut();
-        while let Some(handed) = &this.handed {
+        while let Some(brings) = &this.brings {
             ready!(this.socket.poll_write_ready(cx))?;
-            let sent = this.socket.try_io(Interest::WRITABLE, || send(&this.socket, bytes, handed));
+            let sent = this.socket.try_io(Interest::WRITABLE, || send(&this.socket, bytes, brings));
             match sent {
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => continue,
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
                 // The bytes go without it, or find the same error.
-                Err(_) => this.handed = None,
+                Err(_) => this.brings = None,
                 sent => {
-                    this.handed = None;
+                    this.brings = None;
                     return Poll::Ready(sent);
                 }
             }
@@ -116,7 +113,7 @@ impl AsyncWrite for Bringing {
         all: &[IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
         match all.iter().find(|bytes| !bytes.is_empty()) {
-            Some(first) if self.handed.is_some() => self.poll_write(cx, first),
+            Some(first) if self.brings.is_some() => self.poll_write(cx, first),
             _ => Pin::new(&mut self.socket).poll_write_vectored(cx, all),
         }
     }
@@ -134,24 +131,14 @@ impl AsyncWrite for Bringing {
     }
 }
 
-impl AsyncRead for Bringing {
-    fn poll_read(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        into: &mut ReadBuf<'_>,
-    ) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.socket).poll_read(cx, into)
-    }
-}
-
-impl AsyncRead for Receiving {
+impl AsyncRead for Handover {
     fn poll_read(
         self: Pin<&mut Self>,
         cx: &mut Context<'_>,
         into: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
         let this = self.get_mut();
-        while !this.begun {
+        while this.expects {
             ready!(this.socket.poll_read_ready(cx))?;
             let room = into.initialize_unfilled();
             let got = this
@@ -161,43 +148,13 @@ impl AsyncRead for Receiving {
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => continue,
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
                 got => {
-                    this.begun = true;
+                    this.expects = false;
                     into.advance(got?);
                     return Poll::Ready(Ok(()));
                 }
             }
         }
         Pin::new(&mut this.socket).poll_read(cx, into)
-    }
-}
-
-impl AsyncWrite for Receiving {
-    fn poll_write(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        bytes: &[u8],
-    ) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.socket).poll_write(cx, bytes)
-    }
-
-    fn poll_write_vectored(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        all: &[IoSlice<'_>],
-    ) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.socket).poll_write_vectored(cx, all)
-    }
-
-    fn is_write_vectored(&self) -> bool {
-        self.socket.is_write_vectored()
-    }
-
-    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.socket).poll_flush(cx)
-    }
-
-    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.socket).poll_shutdown(cx)
     }
 }
 
@@ -212,8 +169,8 @@ mod tests {
         for brings in [true, false] {
             let (one, other) = UnixStream::pair().unwrap();
             let file = std::fs::File::open("/dev/null").unwrap();
-            let mut client = Bringing::new(one, brings.then(|| file.into()));
-            let mut server = Receiving::new(other);
+            let mut client = Handover::bringing(one, brings.then(|| file.into()));
+            let mut server = Handover::receiving(other);
             let handed = server.connect_info();
             let mut got = [0; 6];
             client.write_all(b"abc").await.unwrap();

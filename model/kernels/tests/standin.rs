@@ -14,15 +14,15 @@ use kernels::cuda::arrive::{self, Packer};
 use kernels::cuda::call::{self, CODING_ROWS, CODING_THREADS, Call, Product, THREADS};
 use kernels::cuda::reference::{self, distance, scale};
 use kernels::cuda::schedule::{RowTile, schedule};
-use kernels::cuda::{BLOCK, Coding, ExpertShape, Layout, Row, Tiled, stride};
+use kernels::cuda::{BLOCK, Coding, ExpertShape, Layout, Row, TensorMap, stride};
 use kernels::{Mat, f32_to_fp8, fp8_to_f32, round_bf16};
 use libloading::{Library, Symbol};
 
 use common::{Random, widened};
-use compiled::compiled;
+use compiled::{compiled, tensor_map};
 
 type RunProduct =
-    unsafe extern "C" fn(*const c_char, u32, u32, u64, *const Map, *const Call) -> c_int;
+    unsafe extern "C" fn(*const c_char, u32, u32, u64, *const TensorMap, *const Call) -> c_int;
 type RunQuantize = unsafe extern "C" fn(
     u32,
     u32,
@@ -36,27 +36,6 @@ type RunQuantize = unsafe extern "C" fn(
     *mut c_void,
     u32,
 );
-
-/// A tensor map as the stand-in reads it.
-#[repr(C, align(64))]
-struct Map([u64; 16]);
-
-impl Map {
-    fn new(tensor: &Tiled) -> Map {
-        let rank = tensor.sizes.len();
-        let mut map = [0; 16];
-        map[0] = tensor.address;
-        map[1] = rank as u64;
-        map[2] = tensor.element.size();
-        map[3] = u64::from(tensor.swizzled);
-        map[4..4 + rank].copy_from_slice(&tensor.sizes);
-        map[7..6 + rank].copy_from_slice(&tensor.strides);
-        for (to, from) in map[9..].iter_mut().zip(&tensor.tile) {
-            *to = u64::from(*from);
-        }
-        Map(map)
-    }
-}
 
 /// The stand-in with the products in it, compiled once; nothing where there is no C++ compiler.
 fn library() -> Option<&'static Library> {
@@ -181,10 +160,10 @@ impl Case {
                 };
                 let [w0, w1] = which
                     .parts()
-                    .map(|part| Map::new(&call::weights(&self.layout, part, count, slots)));
+                    .map(|part| tensor_map(&call::weights(&self.layout, part, count, slots)));
                 let values = call::values(k, capacity, coding, launch.tile, values.address());
                 let scales = call::scales(k, capacity, launch.tile, scales.address());
-                let maps = [w0, w1, Map::new(&values), Map::new(&scales)];
+                let maps = [w0, w1, tensor_map(&values), tensor_map(&scales)];
                 let groups = table.address();
                 let call = Call::new(&self.layout, which, launch, slots, groups, output.address());
                 let name = CString::new(which.kernel(coding, launch.tile)).unwrap();

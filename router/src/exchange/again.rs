@@ -99,7 +99,7 @@ impl Exchange {
     }
 
     fn wants_any(&self, at: usize) -> bool {
-        self.open[at].slots.iter().any(|&slot| self.located[slot as usize].is_awaited())
+        self.open[at].slots.iter().any(|&slot| self.lacks(slot))
     }
 
     /// Sends the slots of an open frame to another owner too. The frame stays open.
@@ -143,14 +143,13 @@ impl Exchange {
     pub(super) fn withdraw(&mut self, placement: &Placement, now: Instant) {
         for at in (0..self.outbox.len()).rev() {
             let Some(index) = self.find(self.outbox[at].ticket) else { continue };
-            let wanted = |slot: &u32| self.located[*slot as usize].is_awaited();
-            if self.open[index].slots.iter().all(wanted) {
+            if self.open[index].slots.iter().all(|&slot| self.lacks(slot)) {
                 continue;
             }
             self.outbox.swap_remove(at);
             let Open { node, mut slots, attempt, .. } = self.open.swap_remove(index);
             self.health.lock().lost(node, slots.len(), now);
-            slots.retain(|&slot| self.located[slot as usize].is_awaited());
+            slots.retain(|&slot| self.lacks(slot));
             self.post(node, slots, attempt, placement, now);
         }
     }
@@ -159,7 +158,7 @@ impl Exchange {
     pub(super) fn is_uncovered(&self, slot: u32, but: usize) -> bool {
         let carries = |open: &Open| open.slots.binary_search(&slot).is_ok();
         let parked = |slots: &[u32]| slots.binary_search(&slot).is_ok();
-        self.located[slot as usize].is_awaited()
+        self.lacks(slot)
             && !self
                 .open
                 .iter()

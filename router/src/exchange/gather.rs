@@ -32,6 +32,11 @@ impl Location {
 const ELSEWHERE: u32 = u32::MAX;
 
 impl Exchange {
+    /// The slot has neither a result nor been given up.
+    pub(super) fn lacks(&self, slot: u32) -> bool {
+        self.located[slot as usize].is_awaited()
+    }
+
     /// What a slot brings to its row's sum. Only after [`Self::is_done`].
     pub fn share(&self, slot: usize) -> Share<'_> {
         match (self.located[slot].row, self.shape.combine) {
@@ -60,7 +65,7 @@ impl Exchange {
         let Shape { top_k, combine, .. } = self.shape;
         let of_one_row = |a: &u32, b: &u32| combine == Combine::Node && a / top_k == b / top_k;
         for (row, group) in (0..).zip(slots.chunk_by(of_one_row)) {
-            if !group.iter().all(|&slot| self.located[slot as usize].is_awaited()) {
+            if !group.iter().all(|&slot| self.lacks(slot)) {
                 self.doubled.extend_from_slice(group);
                 continue;
             }

@@ -1,8 +1,9 @@
-//! The stand-in as a library.
+//! The stand-in as a library, and how it is told where a tensor lies.
 
 use std::path::Path;
 use std::process::Command;
 
+use kernels::cuda::{TensorMap, Tiled};
 use libloading::Library;
 
 /// `source`, a file beside this one, with the kernels that it includes; nothing where there is no C++ compiler.
@@ -32,4 +33,20 @@ pub fn compiled(source: &str) -> Option<Library> {
     let library = unsafe { Library::new(&out) }.unwrap();
     std::fs::remove_file(out).unwrap();
     Some(library)
+}
+
+/// A tensor map as standin.h reads it.
+pub fn tensor_map(tensor: &Tiled) -> TensorMap {
+    let rank = tensor.sizes.len();
+    let mut map = [0; 16];
+    map[0] = tensor.address;
+    map[1] = rank as u64;
+    map[2] = tensor.element.size();
+    map[3] = u64::from(tensor.swizzled);
+    map[4..4 + rank].copy_from_slice(&tensor.sizes);
+    map[7..6 + rank].copy_from_slice(&tensor.strides);
+    for (to, from) in map[9..].iter_mut().zip(&tensor.tile) {
+        *to = u64::from(*from);
+    }
+    TensorMap::of_words(map)
 }

@@ -9,7 +9,7 @@ use kernels::cuda::trunk::{DeviceMemory, Driver, HostMemory, Op};
 use kernels::cuda::{GpuError, Grid, TensorMap, Tiled};
 use libloading::{Library, Symbol};
 
-use crate::compiled::compiled;
+use crate::compiled::{compiled, tensor_map};
 
 type Launch = unsafe extern "C" fn(*const c_char, u32, u32, u32, u64, *const *mut c_void) -> c_int;
 
@@ -77,21 +77,9 @@ impl Driver for StandIn {
         Ok(Box::new(Pinned { words: vec![u64::MAX; len.div_ceil(8)], len }))
     }
 
-    /// As standin.h reads it.
     fn tensor_map(&self, tensor: &Tiled) -> Result<TensorMap, GpuError> {
         assert_eq!(tensor.problem(), None, "what a driver would refuse");
-        let rank = tensor.sizes.len();
-        let mut map = [0; 16];
-        map[0] = tensor.address;
-        map[1] = rank as u64;
-        map[2] = tensor.element.size();
-        map[3] = u64::from(tensor.swizzled);
-        map[4..4 + rank].copy_from_slice(&tensor.sizes);
-        map[7..6 + rank].copy_from_slice(&tensor.strides);
-        for (to, from) in map[9..].iter_mut().zip(&tensor.tile) {
-            *to = u64::from(*from);
-        }
-        Ok(TensorMap::of_words(map))
+        Ok(tensor_map(tensor))
     }
 
     unsafe fn launch(&self, op: Op, grid: Grid, args: &mut [*mut c_void]) -> Result<(), GpuError> {
