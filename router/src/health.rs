@@ -4,9 +4,12 @@
 //! exchanges of a router, which report to it what they send and what comes back.
 //!
 //! Of an expert's owners two are looked at (all, where there are two), and the
-//! one with less to do is taken: slots that it was sent and has not answered,
-//! times how slow it is. Nodes that are ejected, hang or are late are passed
-//! over **as long as another owner is not**: the last one is never refused.
+//! one that should be done first is taken: a frame and the slots that it was sent
+//! and has not answered, times how slow it is. So a node that is slow for one slot
+//! as for many, as one that is stopped for most of the time, gets none while
+//! others have few; one slot a second is how it is known that it is well again.
+//! Nodes that are ejected, hang or are late are passed over **as long as another
+//! owner is not**: the last one is never refused.
 
 mod breaker;
 mod budget;
@@ -37,6 +40,10 @@ const UNKNOWN: u32 = 4;
 const MOST_DOUBLINGS: u32 = 2;
 /// Another node is not asked as well before this.
 const LEAST_HEDGE: Duration = Duration::from_millis(2);
+/// What a frame costs beside its slots, in slots.
+const FRAME: usize = 16;
+/// A fit node that was sent nothing for so long is sent a slot, to see how slow it is now.
+const FORGOTTEN: Duration = Duration::from_secs(1);
 /// For how long a node that let a deadline pass is passed over, unless it answers.
 const LATE: Duration = Duration::from_secs(1);
 /// Second sendings whose answer nobody waits for any more, remembered to measure them.
@@ -92,6 +99,8 @@ struct Node {
     pattern: Pattern,
     /// Slots sent and neither answered nor lost.
     outstanding: usize,
+    /// When it was last sent a frame.
+    asked: Instant,
     /// When it last let a deadline pass; cleared by any answer.
     late: Option<Instant>,
     /// It answers no sign of life.
@@ -143,6 +152,7 @@ impl Health {
                 breaker: Breaker::new(now),
                 pattern: Pattern::default(),
                 outstanding: 0,
+                asked: now,
                 late: None,
                 hung: false,
             });
@@ -183,6 +193,11 @@ impl Health {
                 let first = self.random(count);
                 let second = (first + 1 + self.random(count - 1)) % count;
                 let (first, second) = (fit(self, first)?, fit(self, second)?);
+                for node in [first, second] {
+                    if self.is_forgotten(node, now) && given(node) == 0 {
+                        return Some(node);
+                    }
+                }
                 let load = |node| self.load(node, &given);
                 Some(if load(second) < load(first) { second } else { first })
             }
@@ -197,10 +212,17 @@ impl Health {
         })
     }
 
+    fn is_forgotten(&self, index: NodeIndex, now: Instant) -> bool {
+        self.nodes.get(index.0 as usize).is_some_and(|node| {
+            node.outstanding == 0 && now.saturating_duration_since(node.asked) >= FORGOTTEN
+        })
+    }
+
+    /// The time until a slot more would be done, in slots of a node of the usual speed.
     fn load(&self, index: NodeIndex, given: &impl Fn(NodeIndex) -> usize) -> f64 {
         let (outstanding, slowness) =
             self.nodes.get(index.0 as usize).map_or((0, 1.0), |n| (n.outstanding, n.pattern.mean));
-        (outstanding + given(index) + 1) as f64 * slowness
+        (FRAME + outstanding + given(index) + 1) as f64 * slowness
     }
 
     fn badness(&self, index: NodeIndex, given: &impl Fn(NodeIndex) -> usize) -> f64 {
@@ -223,6 +245,9 @@ impl Health {
             self.budget.deposit(now);
         }
         let node = self.node(index, now);
+        // What it answers after such a time says more than another answer of many.
+        node.pattern.is_old |= now.saturating_duration_since(node.asked) >= FORGOTTEN;
+        node.asked = now;
         node.outstanding += slots;
         node.breaker.sent(now);
     }
@@ -231,7 +256,9 @@ impl Health {
     pub fn answered(&mut self, index: NodeIndex, slots: usize, took: Duration, now: Instant) {
         let took = took.as_secs_f64();
         let ratio = self.sizes.predict(slots).map_or(1.0, |mean| took / mean.max(1e-9));
-        self.sizes.observe(slots, took);
+        if !self.pattern(index).is_outlier() || self.sizes.predict(slots).is_none() {
+            self.sizes.observe(slots, took);
+        }
         let node = self.node(index, now);
         node.outstanding = node.outstanding.saturating_sub(slots);
         node.late = None;
@@ -380,7 +407,7 @@ impl Health {
         self.nodes.get(index.0 as usize).is_some_and(|node| node.hung)
     }
 
-    /// Why a node that gives signs of life is passed over, for people; nothing if it is not.
+    /// Why a node that gives signs of life gets less than others, for people; nothing if it does not.
     pub fn trouble(&self, index: NodeIndex, now: Instant) -> Option<String> {
         let node = self.nodes.get(index.0 as usize)?;
         match node.breaker.state {
@@ -389,7 +416,9 @@ impl Health {
                 Some(format!("ejected after failures, to be tried again in {left:.1?}"))
             }
             State::Probing => Some("ejected after failures, being tried".to_owned()),
-            State::Closed => None,
+            State::Closed => node.pattern.is_outlier().then(|| {
+                format!("takes {:.1} times as long as usual, so it gets less", node.pattern.mean)
+            }),
         }
     }
 }

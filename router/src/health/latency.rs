@@ -7,6 +7,10 @@ const NEW: f64 = 0.05;
 /// A measurement counts as at most so many times the mean of its size: one that
 /// was waited out for seconds says nothing of the others.
 const MOST: f64 = 4.0;
+/// Weight of the first measurement after a silence, where it is better than the mean.
+const FRESH: f64 = 0.5;
+/// A node so many times as slow as usual says nothing of what is usual.
+const OUTLIER: f64 = 2.0;
 /// Sizes are told apart by powers of two.
 const CLASSES: usize = u32::BITS as usize;
 
@@ -63,18 +67,27 @@ pub(super) struct Pattern {
     pub mean: f64,
     pub p95: f64,
     pub p99: f64,
+    /// The node was sent nothing for a while, so what was measured may be over.
+    pub is_old: bool,
 }
 
 impl Default for Pattern {
     /// Of a node of which nothing is known yet.
     fn default() -> Self {
-        Self { mean: 1.0, p95: 2.0, p99: 4.0 }
+        Self { mean: 1.0, p95: 2.0, p99: 4.0, is_old: false }
     }
 }
 
 impl Pattern {
+    pub fn is_outlier(&self) -> bool {
+        self.mean > OUTLIER
+    }
+
     pub fn observe(&mut self, ratio: f64) {
-        self.mean += (ratio.min(self.mean * MOST) - self.mean) * NEW;
+        // Only towards better: the first answer after a silence may find caches cold.
+        let new = if self.is_old && ratio < self.mean { FRESH } else { NEW };
+        self.is_old = false;
+        self.mean += (ratio.min(self.mean * MOST) - self.mean) * new;
         self.p95 = quantile(self.p95, ratio, 0.05, 1.1).max(self.mean);
         self.p99 = quantile(self.p99, ratio, 0.01, 1.25).max(self.p95);
     }

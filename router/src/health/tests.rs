@@ -36,25 +36,64 @@ fn the_node_with_less_to_do_is_asked() {
     assert_eq!(health.choose(&[A], Some(A), none, now), None);
 }
 
+/// How many of `slots` slots of a layer A is given, where B owns all of it too.
+fn share_of_a(health: &mut Health, slots: usize, now: Instant) -> usize {
+    let (mut a, mut b) = (0, 0);
+    for _ in 0..slots {
+        let given = |node| if node == B { b } else { a };
+        match health.choose(&[A, B], None, given, now) {
+            Some(A) => a += 1,
+            _ => b += 1,
+        }
+    }
+    a
+}
+
 #[test]
 fn equals_share_and_a_slow_one_gets_less() {
     let now = Instant::now();
     let mut health = health(now);
     let asked = (0..1000).filter(|_| health.choose(&[A, B], None, none, now) == Some(A)).count();
     assert!((400..600).contains(&asked), "{asked}");
+    assert_eq!(share_of_a(&mut health, 100, now), 50);
     for _ in 0..200 {
         frames(&mut health, A, 1, 10 * MS, now);
         frames(&mut health, B, 1, MS, now);
     }
-    let (mut a, mut b) = (0, 0);
-    for _ in 0..100 {
-        let given = |node| if node == A { a } else { b };
-        match health.choose(&[A, B], None, given, now) {
-            Some(A) => a += 1,
-            _ => b += 1,
-        }
+    assert_eq!(share_of_a(&mut health, 100, now), 0, "B is done with all before A with one");
+    let a = share_of_a(&mut health, 4000, now);
+    assert!((200..500).contains(&a), "a tenth as fast, at most a tenth of much work: {a}");
+}
+
+#[test]
+fn a_slow_node_is_asked_once_a_second_and_is_back_when_it_is_well() {
+    let mut now = Instant::now();
+    let mut health = health(now);
+    for _ in 0..200 {
+        frames(&mut health, A, 1, 30 * MS, now);
+        frames(&mut health, B, 1, MS, now);
     }
-    assert!((5..15).contains(&a), "a tenth as fast, a tenth of the work: {a}");
+    assert!(health.trouble(A, now).is_some_and(|text| text.contains("times as long")));
+    let mut layers = |health: &mut Health, took: Duration, seconds: u32| {
+        let mut asked = 0;
+        for _ in 0..seconds * 100 {
+            now += 10 * MS;
+            let a = share_of_a(health, 8, now);
+            if a > 0 {
+                asked += 1;
+                health.sent(A, a, true, now);
+                health.answered(A, a, took, now);
+            }
+            frames(health, B, 1, MS, now);
+        }
+        asked
+    };
+    let asked = layers(&mut health, 30 * MS, 20);
+    assert!((18..=20).contains(&asked), "still slow: {asked}");
+    layers(&mut health, MS, 8);
+    let asked = layers(&mut health, MS, 1);
+    assert!(asked > 90, "well again for seconds: {asked}");
+    assert_eq!(health.trouble(A, now), None);
 }
 
 #[test]
