@@ -138,9 +138,15 @@ impl Exchange {
         }
     }
 
-    /// Takes back what has come while it waited to be sent: a micro-batch's frames leave when it
-    /// is its turn, and an answer that was late may be there before.
+    /// Takes back what has come while it waited to be sent, for its time or in the outbox: an answer that
+    /// was late may be there before its slots are sent again, or before it is the turn of a micro-batch's frames.
     pub(super) fn withdraw(&mut self, placement: &Placement, now: Instant) {
+        for parked in &mut self.parked {
+            parked.slots.retain(|&slot| self.located[slot as usize].is_awaited());
+        }
+        for came in self.parked.extract_if(.., |parked| parked.slots.is_empty()) {
+            self.work.recycle(came.slots);
+        }
         for at in (0..self.outbox.len()).rev() {
             let Some(index) = self.find(self.outbox[at].ticket) else { continue };
             if self.open[index].slots.iter().all(|&slot| self.lacks(slot)) {
