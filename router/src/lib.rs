@@ -271,6 +271,7 @@ pub async fn serve(config: Config, shutdown: Shutdown) -> Result<(), Error> {
     let (jobs, inbox) = mpsc::channel(config.max_waiting.max(1));
     let engine = Engine::new(engine::Parts {
         trunk,
+        draws_on_device: config.device != Device::Cpu,
         kv,
         steps,
         experts,
