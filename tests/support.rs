@@ -2,6 +2,7 @@
 //! Two test targets share it, and each needs its part.
 
 pub mod certs;
+pub mod dice;
 pub mod etcd;
 pub mod evil;
 pub mod faultproxy;

@@ -108,10 +108,14 @@ fn of(order: Option<Order>) -> Result<Order, Status> {
 fn refused(error: &StoreError) -> Status {
     match error {
         StoreError::Full { .. } => Status::resource_exhausted(error.to_string()),
-        StoreError::Load(_) | StoreError::Fetch(FetchError::NoSource(..)) => {
-            Status::not_found(error.to_string())
-        }
-        StoreError::Fetch(_) => Status::unavailable(error.to_string()),
+        StoreError::Load(_) => Status::not_found(error.to_string()),
+    }
+}
+
+fn not_fetched(error: &FetchError) -> Status {
+    match error {
+        FetchError::NoSource(..) => Status::not_found(error.to_string()),
+        _ => Status::unavailable(error.to_string()),
     }
 }
 
@@ -188,7 +192,7 @@ impl ExpertControl for Service {
             let fetch = async move { fetcher.fetch(&lacking, &sources).await };
             fetching.spawn_on(fetch, &runtime);
             fetched = match fetching.join_next().await {
-                Some(Ok(fetched)) => fetched.map_err(|error| refused(&error.into()))?,
+                Some(Ok(fetched)) => fetched.map_err(|error| not_fetched(&error))?,
                 Some(Err(panic)) => {
                     return Err(Status::internal(format!("fetching failed: {panic}")));
                 }

@@ -20,7 +20,6 @@ use proto::{ExpertId, LayerId};
 use tokio::sync::watch;
 
 use crate::Shard;
-use crate::fetch::FetchError;
 
 /// One expert's address.
 pub type Key = (LayerId, ExpertId);
@@ -52,8 +51,6 @@ impl Resident {
 pub enum StoreError {
     #[error(transparent)]
     Load(#[from] LoadError),
-    #[error(transparent)]
-    Fetch(#[from] FetchError),
     #[error(
         "{experts} experts need {need} bytes, {free} of the {limit} bytes of memory_limit are \
          free: {} are missing", .need - .free

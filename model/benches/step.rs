@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use model::local::{Local, pages};
 use model::profile::{PARTS, Part, account, spent};
-use model::sample::{History, Params, Row, Scratch, sample_all};
+use model::sample::{History, NonFinite, Params, Row, Scratch, sample_all};
 use model::synthetic::{Recipe, TempDir};
 use model::{Checkpoint, Chunk, Compute, Config, Isa, KvPool, LogitRows, Numerics, PageId};
 use serde_json::json;
@@ -204,13 +204,17 @@ impl Bench {
         for (params, spent) in [(Params::greedy(), &mut done.greedy), (drawn, &mut done.drawn)] {
             let (mut logits, history) = (logits.clone(), History::default());
             let start = Instant::now();
+            let count = logits.len() / self.config.vocab;
+            let mut choices: Vec<_> = (0..count).map(|_| Err(NonFinite)).collect();
             let rows = logits.chunks_mut(self.config.vocab).map(|logits| Row {
                 logits,
                 params: &params,
                 history: &history,
                 position: 0,
             });
-            black_box(sample_all(&self.model.trunk().compute().pool, rows.collect(), &scratch));
+            let pool = &self.model.trunk().compute().pool;
+            sample_all(pool, count, rows.zip(&mut choices), &scratch);
+            black_box(choices);
             *spent += start.elapsed();
         }
         done.logits += logits.len() / self.config.vocab;

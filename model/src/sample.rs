@@ -211,19 +211,17 @@ pub struct Row<'a> {
     pub position: u64,
 }
 
-/// [`sample`] for all `rows`, shared out over the pool's threads; the choices are in their order.
-pub fn sample_all(
+/// [`sample`] for each of `count` rows, shared out over the pool's threads. Every row comes with the place of its choice.
+pub fn sample_all<'a>(
     pool: &Pool,
-    rows: Vec<Row<'_>>,
+    count: usize,
+    rows: impl Iterator<Item = (Row<'a>, &'a mut Result<Choice, NonFinite>)> + Send,
     scratch: &Scratch,
-) -> Vec<Result<Choice, NonFinite>> {
-    let mut choices: Vec<_> = rows.iter().map(|_| Err(NonFinite)).collect();
-    let count = rows.len();
-    for_each(pool, count, rows.into_iter().zip(&mut choices), |(row, choice)| {
+) {
+    for_each(pool, count, rows, |(row, choice)| {
         let Row { logits, params, history, position } = row;
         *choice = sample(logits, params, history, position, scratch);
     });
-    choices
 }
 
 /// Chooses the token at `position` of a sequence from `logits` `[vocab]`, which bias and penalties

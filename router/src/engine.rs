@@ -9,6 +9,7 @@ mod overlap;
 mod stream;
 
 use std::collections::HashMap;
+use std::iter::repeat_n;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
@@ -16,7 +17,7 @@ use std::time::{Duration, Instant};
 use mesh::failpoint;
 use mesh::pump::Pump;
 use missing::Shortfall;
-use model::sample::{Choice, Scratch, sample_all};
+use model::sample::{Choice, Draw, NonFinite, Scratch, sample_all};
 use model::{Answers, Chunk, GpuError, KvPool, Step, StepError, Trunk};
 use proto::LayerId;
 use tokio::sync::mpsc::Receiver;
@@ -53,6 +54,8 @@ pub struct Gauges {
 /// What an engine is made of.
 pub struct Parts {
     pub trunk: Trunk,
+    /// The trunk's device chooses tokens that are plainly drawn; a CPU leaves that to sampling.
+    pub draws_on_device: bool,
     pub kv: KvPool,
     /// One per micro-batch.
     pub steps: [Step; LANES],
@@ -77,6 +80,19 @@ pub struct Engine {
     overlap: Overlap,
     /// Steps begun.
     count: u64,
+    /// Of the micro-batch that is being answered; kept for their memory.
+    draws: Vec<Option<Draw>>,
+    owed: Vec<Owed>,
+}
+
+/// The next token of a sequence whose last row a step has computed.
+struct Owed {
+    id: SeqId,
+    position: u64,
+    /// Rows of logits between the one to choose from and the last that another token is chosen
+    /// from; `None` if the token was chosen beside the logits.
+    skip: Option<usize>,
+    choice: Result<Choice, NonFinite>,
 }
 
 impl Pages for KvPool {
@@ -92,7 +108,8 @@ impl Pages for KvPool {
 impl Engine {
     pub fn new(parts: Parts) -> Self {
         let overlap = Overlap::new(parts.splitting);
-        Self { parts, streams: HashMap::new(), overlap, count: 0 }
+        let (draws, owed) = (Vec::new(), Vec::new());
+        Self { parts, streams: HashMap::new(), overlap, count: 0, draws, owed }
     }
 
     /// Runs until every sender of jobs is gone and every sequence has ended.
@@ -310,7 +327,8 @@ impl Engine {
         span
     }
 
-    /// Samples every finished row of a micro-batch and sends what the streams are owed.
+    /// Chooses the tokens that a micro-batch's sequences are owed and sends them, with the scores
+    /// of prompts.
     fn answer(
         &mut self,
         lane: usize,
@@ -320,26 +338,29 @@ impl Engine {
         if plan.iter().all(|part| short.is_lost(part.id)) {
             return Ok(());
         }
-        let Parts { trunk, steps, scheduler, sampling, gauges, metrics, .. } = &mut self.parts;
-        let vocab = trunk.config().vocab;
-        let mut draws = Vec::new();
-        for part in plan {
-            let Some(stream) = self.streams.get(&part.id) else { continue };
-            let position = scheduler.get(part.id).map_or(0, |s| s.tokens.len()) as u64;
-            let rows = stream.wanted_rows(part);
-            draws.extend((0..rows).map(|_| stream.draw(part, position)));
+        let Parts { trunk, draws_on_device, steps, scheduler, sampling, gauges, metrics, .. } =
+            &mut self.parts;
+        self.draws.clear();
+        if *draws_on_device {
+            for part in plan {
+                let Some(stream) = self.streams.get(&part.id) else { continue };
+                let position = scheduler.get(part.id).map_or(0, |s| s.tokens.len()) as u64;
+                let draw = stream.draw(part, position);
+                self.draws.extend(repeat_n(draw, stream.wanted_rows(part)));
+            }
         }
-        let Answers { mut tokens, mut logits } = trunk.answers(&mut steps[lane], &draws)?;
-        let (mut last, mut drawn) = (Vec::new(), Vec::new());
+        let Answers { mut tokens, logits } = trunk.answers(&mut steps[lane], &self.draws)?;
+        let vocab = trunk.config().vocab;
+        // Rows of logits that belong to parts seen, and those up to the last to choose from.
+        let (mut seen, mut passed) = (0, 0);
         for &part in plan {
             let Some(stream) = self.streams.get_mut(&part.id) else { continue };
             let wanted = stream.wanted_rows(&part);
             let (chosen, others) = tokens.split_at(wanted);
             tokens = others;
             let chosen = chosen.last().copied().flatten();
-            let with_logits = if chosen.is_some() { 0 } else { wanted };
-            let (mine, others) = std::mem::take(&mut logits).split_at_mut(with_logits * vocab);
-            logits = others;
+            let first = seen;
+            seen += if chosen.is_some() { 0 } else { wanted };
             if short.is_lost(part.id) {
                 continue;
             }
@@ -355,24 +376,40 @@ impl Engine {
                 metrics.prefilled.inc_by(part.len as u64);
             }
             let sequence = scheduler.get(part.id).map_or(&[][..], |s| s.tokens.as_slice());
-            if with_logits == part.len {
-                stream.score_prompt(&part, sequence, mine, sampling);
+            if seen - first == part.len {
+                stream.score_prompt(
+                    &part,
+                    sequence,
+                    &logits[first * vocab..seen * vocab],
+                    sampling,
+                );
             }
-            match chosen {
-                Some(token) => drawn.push((part.id, token.map(Choice::plain))),
-                None if part.last => {
-                    last.push((part.id, sequence.len() as u64, &mut mine[(wanted - 1) * vocab..]));
-                }
-                None => {}
+            if part.last {
+                let (skip, choice) = match chosen {
+                    Some(token) => (None, token.map(Choice::plain)),
+                    None => (Some(seen - 1 - passed), Err(NonFinite)),
+                };
+                passed = if chosen.is_some() { passed } else { seen };
+                let position = sequence.len() as u64;
+                self.owed.push(Owed { id: part.id, position, skip, choice });
             }
         }
-        let ids: Vec<_> = last.iter().map(|(id, ..)| *id).collect();
-        let rows = last.into_iter().filter_map(|(id, position, logits)| {
-            Some(self.streams.get(&id)?.row(logits, position))
+        let count = self.owed.iter().filter(|owed| owed.skip.is_some()).count();
+        let mut logits = logits.chunks_exact_mut(vocab);
+        let rows = self.owed.iter_mut().filter_map(|Owed { id, position, skip, choice }| {
+            let logits = logits.nth((*skip)?)?;
+            Some((self.streams.get(id)?.row(logits, *position), choice))
         });
-        let choices = sample_all(&trunk.compute().pool, rows.collect(), sampling);
+        sample_all(&trunk.compute().pool, count, rows, sampling);
+        self.send_owed();
+        Ok(())
+    }
+
+    /// Sends the tokens that were chosen, and ends the sequences that end with them.
+    fn send_owed(&mut self) {
+        let Parts { scheduler, gauges, metrics, .. } = &mut self.parts;
         let mut ended = Vec::new();
-        for (id, choice) in ids.into_iter().zip(choices).chain(drawn) {
+        for Owed { id, choice, .. } in self.owed.drain(..) {
             let Some(stream) = self.streams.get_mut(&id) else { continue };
             match stream.next_token(choice, metrics) {
                 Next::Token { id: token, finished } => {
@@ -391,7 +428,6 @@ impl Engine {
         for id in ended {
             self.end(id);
         }
-        Ok(())
     }
 
     /// The device cannot compute any more: all streams end, so that gateways resume them elsewhere.

@@ -108,7 +108,7 @@ struct Open {
     hedge: Option<Instant>,
 }
 
-/// Slots that wait before they are sent again.
+/// Slots that wait before they are sent again. All of them lack their results.
 struct Parked {
     slots: Vec<u32>,
     attempt: Attempt,
@@ -409,19 +409,9 @@ impl Exchange {
 
     /// The placement changed: what waits for an owner may have one now.
     pub fn on_placement(&mut self, placement: &Placement, now: Instant) {
-        for parked in std::mem::take(&mut self.parked) {
-            self.unpark(parked, placement, now);
+        for Parked { slots, attempt, .. } in std::mem::take(&mut self.parked) {
+            self.route(slots, attempt, None, placement, now);
         }
-    }
-
-    /// Sends what was parked, but for what frames that stayed open have brought meanwhile.
-    fn unpark(&mut self, parked: Parked, placement: &Placement, now: Instant) {
-        let Parked { mut slots, attempt, .. } = parked;
-        slots.retain(|&slot| self.lacks(slot));
-        if slots.is_empty() {
-            return self.work.recycle(slots);
-        }
-        self.route(slots, attempt, None, placement, now);
     }
 
     /// Lets time pass. When patience has run out, what is missing becomes gaps.
@@ -436,7 +426,7 @@ impl Exchange {
         self.ask_others(placement, now);
         for parked in std::mem::take(&mut self.parked) {
             if parked.retry_at <= now {
-                self.unpark(parked, placement, now);
+                self.route(parked.slots, parked.attempt, None, placement, now);
             } else {
                 self.parked.push(parked);
             }

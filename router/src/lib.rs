@@ -28,6 +28,7 @@ pub mod fleet;
 pub mod health;
 pub mod history;
 pub mod intake;
+mod loaded;
 pub mod measure;
 pub mod metrics;
 pub mod operations;
@@ -42,7 +43,7 @@ use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use arc_swap::{ArcSwap, ArcSwapOption};
-use kernels::{Compute, Isa};
+use kernels::Isa;
 use mesh::admin;
 use mesh::lifecycle::{Readiness, Shutdown};
 use mesh::link::{FleetAddress, Identity};
@@ -57,10 +58,7 @@ use mesh::tls::{self, TlsError};
 use mesh::transport::{self, Endpoint, TransportError};
 use model::gpu::GpuStartError;
 use model::sample::Scratch;
-use model::{
-    Checkpoint, Device, Driver as _, ExpertDevice, GpuError, Hopper, KvError, LoadError, Numerics,
-    Step, Trunk, mesh_class,
-};
+use model::{Checkpoint, Device, ExpertDevice, GpuError, KvError, LoadError, Numerics, mesh_class};
 use proto::v1::Dtype;
 use proto::v1::inference_server::InferenceServer;
 use proto::v1::operations_server::OperationsServer;
@@ -82,6 +80,7 @@ use crate::experts::spin::Spin;
 pub use crate::health::Policy;
 use crate::health::{Counts, SharedHealth};
 use crate::history::History;
+use crate::loaded::Loaded;
 use crate::metrics::RouterMetrics;
 use crate::operations::OperationsService;
 use crate::scheduler::{Limits, Scheduler};
@@ -202,25 +201,14 @@ pub async fn serve(config: Config, shutdown: Shutdown) -> Result<(), Error> {
         tokio::spawn(admin::serve(listener, registry, ready, async move { stop.wait().await }))
     });
 
-    let checkpoint = Checkpoint::open(&config.model_dir)?;
+    let alone = config.nodes.is_empty() && config.etcd.is_none();
+    let Loaded { checkpoint, isa, trunk, device, pages, kv, steps } = loaded::load(&config, alone)?;
     let model = checkpoint.config();
-    tracing::info!(model = model.summary(), numerics = %config.numerics, "checkpoint opened");
-    let isa = config.isa.unwrap_or_else(Isa::detect);
-    let compute = Arc::new(Compute::bound(isa, config.threads, config.first_cpu));
+    let compute = trunk.compute().clone();
     let sampling = Scratch::new(compute.kernels);
-    let trunk = Trunk::load(&checkpoint, config.numerics, compute.clone())?;
-    let (trunk, device) = placed(trunk, config.device, isa)?;
-    let pages = config.kv_tokens.div_ceil(config.page_tokens.max(1));
-    let no_device = |error: GpuError| Error::Device(config.device, error.into());
-    let kv = trunk.cache(pages, config.page_tokens).map_err(|error| match error {
-        KvError::Gpu(error) => no_device(error),
-        other => other.into(),
-    })?;
-
     let history = History::open(config.history.as_deref(), &config.id)
         .map_err(|error| Error::History(config.history.clone().unwrap_or_default(), error))?;
 
-    let alone = config.nodes.is_empty() && config.etcd.is_none();
     let links = Links::new(config.nodes.iter().cloned());
     let grid = grid(&checkpoint)?;
     let placement = Arc::new(ArcSwap::from_pointee(Placement::empty(grid.experts.clone())));
@@ -232,16 +220,7 @@ pub async fn serve(config: Config, shutdown: Shutdown) -> Result<(), Error> {
         Experts::Local(Box::new(Local::load(&checkpoint, config.numerics, compute, config.wire)?))
     } else {
         readiness.set(Err("no expert node has answered yet".to_owned()));
-        let shape = Shape {
-            hidden: model.hidden as u32,
-            dtype: match config.numerics {
-                Numerics::F32 => Dtype::F32,
-                Numerics::Bf16 => Dtype::Bf16,
-            },
-            top_k: model.top_k as u32,
-            wire: config.wire,
-            combine: config.combine,
-        };
+        let shape = shape(&config, model);
         let patience = Patience { expert_wait: config.expert_wait, busy: BUSY_PAUSE };
         Experts::Remote(Box::new(Remote {
             lanes: std::array::from_fn(|lane| {
@@ -264,24 +243,16 @@ pub async fn serve(config: Config, shutdown: Shutdown) -> Result<(), Error> {
         }))
     };
 
-    let step = || trunk.step(&kv, config.step_tokens).map_err(no_device);
-    // One that is alone has no use for the second.
-    let steps = [step()?, if alone { Step::new() } else { step()? }];
     let gauges = Arc::new(Gauges::default());
     let (jobs, inbox) = mpsc::channel(config.max_waiting.max(1));
     let engine = Engine::new(engine::Parts {
         trunk,
+        draws_on_device: config.device != Device::Cpu,
         kv,
         steps,
         experts,
         expert_wait: config.expert_wait,
-        scheduler: Scheduler::new(Limits {
-            step_tokens: config.step_tokens,
-            prefill_chunk: config.prefill_chunk,
-            max_running: config.max_running,
-            page_tokens: config.page_tokens,
-            tpot_target: config.tpot_target,
-        }),
+        scheduler: Scheduler::new(limits(&config)),
         sampling,
         splitting: match config.micro_batches {
             // Processes of one host share its cores: whoever waits leaves them to the others.
@@ -410,6 +381,30 @@ pub async fn serve(config: Config, shutdown: Shutdown) -> Result<(), Error> {
     }
 }
 
+/// What of a layer goes to the nodes, and how.
+fn shape(config: &Config, model: &model::Config) -> Shape {
+    Shape {
+        hidden: model.hidden as u32,
+        dtype: match config.numerics {
+            Numerics::F32 => Dtype::F32,
+            Numerics::Bf16 => Dtype::Bf16,
+        },
+        top_k: model.top_k as u32,
+        wire: config.wire,
+        combine: config.combine,
+    }
+}
+
+fn limits(config: &Config) -> Limits {
+    Limits {
+        step_tokens: config.step_tokens,
+        prefill_chunk: config.prefill_chunk,
+        max_running: config.max_running,
+        page_tokens: config.page_tokens,
+        tpot_target: config.tpot_target,
+    }
+}
+
 /// Every node is a process of this host, as far as that is known.
 fn one_host(config: &Config) -> bool {
     config.etcd.is_none() && config.nodes.iter().all(Endpoint::is_local)
@@ -433,18 +428,6 @@ fn seed(id: &str) -> u64 {
     id.bytes().fold(0xcbf2_9ce4_8422_2325, |hash, byte| {
         (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3)
     })
-}
-
-/// Has `device` compute the trunk, if it is not the CPU; and what it is called.
-fn placed(trunk: Trunk, device: Device, isa: Isa) -> Result<(Trunk, String), Error> {
-    let Device::Cuda(ordinal) = device else { return Ok((trunk, format!("cpu/{isa}"))) };
-    let failed = |error| Error::Device(device, error);
-    trunk.check_gpu().map_err(failed)?;
-    let driver = Arc::new(Hopper::open(ordinal).map_err(|error| failed(error.into()))?);
-    let name = format!("{device}/{}", driver.name());
-    let trunk = trunk.onto(driver).map_err(failed)?;
-    tracing::info!(gpu = name, "the trunk is computed on a GPU");
-    Ok((trunk, name))
 }
 
 /// Runs the engine on its own thread; the receiver turns true when it has ended, and the cell says whether its device is why.

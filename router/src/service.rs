@@ -82,46 +82,15 @@ impl Service {
         events: mpsc::Sender<Result<GenerateEvent, Status>>,
     ) -> Result<Job, Status> {
         let arrived = Instant::now();
-        let invalid = |why: String| Err(Status::invalid_argument(why));
-        let Facts { vocab, max_context, kv_pages, page_tokens, request_timeout, .. } = *self.facts;
-        let emitted = request.emitted as usize;
-        if request.tokens.len() <= emitted {
-            return invalid("tokens: a prompt has at least one token".to_owned());
-        }
-        let prompt_len = request.tokens.len() - emitted;
-        let max_tokens = request.max_tokens as usize;
-        if max_tokens <= emitted {
-            return invalid(format!("max_tokens: {max_tokens} leaves nothing to generate"));
-        }
-        let whole = prompt_len.saturating_add(max_tokens);
-        if whole > max_context {
-            return invalid(format!(
-                "max_tokens: {prompt_len} prompt tokens and {max_tokens} to generate exceed the \
-                 context of {max_context}"
-            ));
-        }
-        if whole > kv_pages * page_tokens {
-            let room = kv_pages * page_tokens;
-            return invalid(format!("max_tokens: the KV cache holds {room} tokens, not {whole}"));
-        }
-        if let Some(at) = request.tokens.iter().position(|&id| id as usize >= vocab) {
-            let id = request.tokens[at];
-            return invalid(format!(
-                "tokens[{at}]: id {id} is not below the vocabulary of {vocab}"
-            ));
-        }
-        for (name, asked) in
-            [("logprobs", request.logprobs), ("prompt_logprobs", request.prompt_logprobs)]
-        {
-            if asked.is_some_and(|n| n > MAX_LOGPROBS) {
-                return invalid(format!("{name}: at most {MAX_LOGPROBS}"));
-            }
-        }
+        let invalid = |why: String| Status::invalid_argument(why);
+        let prompt_len = check(&self.facts, &request).map_err(invalid)?;
+        let (emitted, max_tokens) = (request.emitted as usize, request.max_tokens as usize);
         let params = params(request.sampling.unwrap_or_default(), request.logprobs);
-        params.check().map_err(|error| Status::invalid_argument(error.to_string()))?;
+        params.check().map_err(|error| invalid(error.to_string()))?;
+        let longest = self.facts.request_timeout;
         let timeout = match request.timeout_ms {
-            0 => request_timeout,
-            ms => Duration::from_millis(ms).min(request_timeout),
+            0 => longest,
+            ms => Duration::from_millis(ms).min(longest),
         };
         let span = tracing::debug_span!(
             "generate",
@@ -131,9 +100,8 @@ impl Service {
             dropped_experts = tracing::field::Empty
         );
         propagate::set_parent(&span, &request.traceparent);
-        let Ok(on_missing) = OnMissing::try_from(request.on_missing) else {
-            return invalid(format!("on_missing: {} is not known", request.on_missing));
-        };
+        let on_missing = OnMissing::try_from(request.on_missing)
+            .map_err(|_| invalid(format!("on_missing: {} is not known", request.on_missing)))?;
         Ok(Job {
             on_missing,
             tokens: request.tokens,
@@ -148,6 +116,43 @@ impl Service {
             span,
         })
     }
+}
+
+/// Whether the model and this router can do what is asked; how many tokens the prompt has, or what is wrong.
+fn check(facts: &Facts, request: &GenerateRequest) -> Result<usize, String> {
+    let Facts { vocab, max_context, kv_pages, page_tokens, .. } = *facts;
+    let emitted = request.emitted as usize;
+    if request.tokens.len() <= emitted {
+        return Err("tokens: a prompt has at least one token".to_owned());
+    }
+    let prompt_len = request.tokens.len() - emitted;
+    let max_tokens = request.max_tokens as usize;
+    if max_tokens <= emitted {
+        return Err(format!("max_tokens: {max_tokens} leaves nothing to generate"));
+    }
+    let whole = prompt_len.saturating_add(max_tokens);
+    if whole > max_context {
+        return Err(format!(
+            "max_tokens: {prompt_len} prompt tokens and {max_tokens} to generate exceed the \
+             context of {max_context}"
+        ));
+    }
+    if whole > kv_pages * page_tokens {
+        let room = kv_pages * page_tokens;
+        return Err(format!("max_tokens: the KV cache holds {room} tokens, not {whole}"));
+    }
+    if let Some(at) = request.tokens.iter().position(|&id| id as usize >= vocab) {
+        let id = request.tokens[at];
+        return Err(format!("tokens[{at}]: id {id} is not below the vocabulary of {vocab}"));
+    }
+    for (name, asked) in
+        [("logprobs", request.logprobs), ("prompt_logprobs", request.prompt_logprobs)]
+    {
+        if asked.is_some_and(|n| n > MAX_LOGPROBS) {
+            return Err(format!("{name}: at most {MAX_LOGPROBS}"));
+        }
+    }
+    Ok(prompt_len)
 }
 
 /// The wire's identity values (0) mean "off" where the model's own are 1.

@@ -6,8 +6,9 @@ use std::time::Duration;
 use serde_json::{Value, json};
 
 use super::run::{alone, histories};
-use super::scenario::{Dice, seed};
+use super::scenario::seed;
 use super::{history, offices};
+use crate::support::dice::Dice;
 use crate::support::{Sandbox, http, tiny};
 
 /// A log of a mesh that loses a node under load.

@@ -8,7 +8,8 @@ use tokio::task::JoinSet;
 use super::load::{Ask, Balancer, Clients, Outcome, Sample, asks, run as ask_once};
 use super::observe::{Figures, metric, ms, quantile, until};
 use super::run::alone;
-use super::scenario::{Dice, count, is_long, seconds, seed};
+use super::scenario::{count, is_long, seconds, seed};
+use crate::support::dice::Dice;
 use crate::support::http::{self, Address};
 use crate::support::{Sandbox, tiny};
 

@@ -13,7 +13,8 @@ use super::inflict::{Inflict, NEVER, Struck};
 use super::load::{Balancer, Clients, Outcome, asks};
 use super::observe::{Counters, Figures, Report, is_whole, ms, until};
 use super::offices;
-use super::scenario::{Check, Dice, Scenario, When, is_long, seed};
+use super::scenario::{Check, Scenario, When, is_long, seed};
+use crate::support::dice::Dice;
 use crate::support::{Sandbox, block_on};
 
 /// The undisturbed load runs at least so long, and until every request was answered.

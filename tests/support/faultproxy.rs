@@ -14,6 +14,8 @@ use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep, sleep_until};
 
+use super::dice::Dice;
+
 /// Chunks that may be under way in one direction of one connection.
 const UNDER_WAY: usize = 256;
 const CHUNK: usize = 16 << 10;
@@ -76,7 +78,7 @@ struct Shared {
     /// Harms done.
     done: AtomicU64,
     bytes: [AtomicU64; 2],
-    noise: AtomicU64,
+    noise: Mutex<Dice>,
 }
 
 impl FaultProxy {
@@ -93,7 +95,7 @@ impl FaultProxy {
             left: AtomicI64::new(0),
             done: AtomicU64::new(0),
             bytes: Default::default(),
-            noise: AtomicU64::new(1),
+            noise: Mutex::new(Dice(1)),
         });
         let mut tasks = JoinSet::new();
         tasks.spawn(accept(listener, shared.clone(), heard));
@@ -232,9 +234,6 @@ impl Shared {
 
     /// Evenly within 0 .. 1, the same in every run.
     fn noise(&self) -> f64 {
-        let mut x = self.noise.fetch_add(0x9e37_79b9_7f4a_7c15, Ordering::Relaxed);
-        x = (x ^ (x >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        x = (x ^ (x >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        ((x ^ (x >> 31)) >> 11) as f64 / (1u64 << 53) as f64
+        self.noise.lock().unit()
     }
 }

@@ -105,42 +105,47 @@ impl Exchange {
     /// Sends the slots of an open frame to another owner too. The frame stays open.
     fn ask_another(&mut self, at: usize, late: bool, placement: &Placement, now: Instant) {
         let Open { node, attempt, .. } = self.open[at];
-        let wanted: Vec<u32> = self.open[at]
-            .slots
-            .iter()
-            .copied()
-            .filter(|&slot| self.is_uncovered(slot, at))
-            .collect();
-        let owned = |&slot: &u32| self.owned_by_another(slot, node, placement);
-        let (elsewhere, here): (Vec<u32>, Vec<u32>) = wanted.into_iter().partition(owned);
+        let (mut elsewhere, mut here) = (self.work.slots(), self.work.slots());
+        for &slot in self.open[at].slots.iter().filter(|&&slot| self.is_uncovered(slot, at)) {
+            let also = self.owned_by_another(slot, node, placement);
+            if also { &mut elsewhere } else { &mut here }.push(slot);
+        }
         if !here.is_empty() && self.health.lock().is_hung(node) {
             // Nobody else has them, and it will be a while.
-            let mut rest = self.work.slots();
-            rest.extend(here);
             let lack = |layer, expert| Lack::Hung { layer, expert, node: node.0 };
-            self.give_up_each(rest, lack, now);
-        } else if late && !here.is_empty() {
-            // Nobody else can compute them, so go on waiting for this node.
-            let count = self.open[at].slots.len();
-            let time = self.health.lock().deadline(node, count, attempt.0 + 1);
-            self.open[at].due = Some(now + time);
+            self.give_up_each(here, lack, now);
+        } else {
+            if late && !here.is_empty() {
+                // Nobody else can compute them, so go on waiting for this node.
+                let count = self.open[at].slots.len();
+                let time = self.health.lock().deadline(node, count, attempt.0 + 1);
+                self.open[at].due = Some(now + time);
+            }
+            self.work.recycle(here);
         }
-        if elsewhere.is_empty() {
+        if !elsewhere.is_empty() && self.health.lock().may_send_again(now) {
+            self.retries += 1;
+            self.route(elsewhere, Attempt(attempt.0 + 1), Some(node), placement, now);
             return;
         }
-        if self.health.lock().may_send_again(now) {
-            self.retries += 1;
-            let mut slots = self.work.slots();
-            slots.extend(elsewhere);
-            self.route(slots, Attempt(attempt.0 + 1), Some(node), placement, now);
-        } else if late && let Some(open) = self.open.get_mut(at) {
+        if late
+            && !elsewhere.is_empty()
+            && let Some(open) = self.open.get_mut(at)
+        {
             open.due = Some(now + LOOK_AGAIN);
         }
+        self.work.recycle(elsewhere);
     }
 
-    /// Takes back what has come while it waited to be sent: a micro-batch's frames leave when it
-    /// is its turn, and an answer that was late may be there before.
+    /// Takes back what has come while it waited to be sent, for its time or in the outbox: an answer that
+    /// was late may be there before its slots are sent again, or before it is the turn of a micro-batch's frames.
     pub(super) fn withdraw(&mut self, placement: &Placement, now: Instant) {
+        for parked in &mut self.parked {
+            parked.slots.retain(|&slot| self.located[slot as usize].is_awaited());
+        }
+        for came in self.parked.extract_if(.., |parked| parked.slots.is_empty()) {
+            self.work.recycle(came.slots);
+        }
         for at in (0..self.outbox.len()).rev() {
             let Some(index) = self.find(self.outbox[at].ticket) else { continue };
             if self.open[index].slots.iter().all(|&slot| self.lacks(slot)) {

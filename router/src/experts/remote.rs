@@ -12,6 +12,7 @@ use mesh::pump::{AWAKE, Pump, Turn};
 use mesh::telemetry::propagate;
 use model::rows::encode_fp8;
 use model::{Routed, Share};
+use proto::v1::DispatchReply;
 use proto::wire::{self, Leaving};
 use proto::{Epoch, ExpertId, LayerId, Ticket};
 use tokio::sync::mpsc::Receiver;
@@ -83,80 +84,28 @@ impl Remote {
         let idle = !self.lanes[waited].0.is_done();
         let awake = idle && self.spin.choose(routed.count);
         while !self.lanes[waited].0.is_done() {
-            let now = Instant::now();
-            let next = self.lanes.iter().filter(|(exchange, _)| !exchange.is_done());
-            let next = next.map(|(exchange, _)| exchange.next_timeout()).min().unwrap_or(now);
-            let pause = next.saturating_duration_since(now);
             let event = match self.events.try_recv() {
-                Ok(event) => Some(Some(event)),
-                Err(_) if awake && now - start < AWAKE => {
+                Ok(event) => Some(event),
+                Err(_) if awake && start.elapsed() < AWAKE => {
                     std::thread::yield_now();
                     self.pump.turn();
                     continue;
                 }
-                Err(_) => {
-                    let event = self.pump.run_for(pause.min(LOOK_AROUND), self.events.recv());
-                    // Nobody is late whose answer only has to be read.
-                    event.or_else(|| {
-                        self.pump.turn();
-                        self.events.try_recv().ok().map(Some)
-                    })
-                }
+                Err(_) => self.listen(),
             };
             let now = Instant::now();
             let placement = self.placement.load_full();
             self.look(&placement, now);
             match event {
-                Some(Some(LinkEvent::Reply(node, reply))) => {
-                    let ticket = reply.ticket;
-                    self.metrics.count_rows(reply.rows.len(), reply.shared_bytes > 0);
-                    let exchange = &mut self.lanes[lane(Ticket(ticket))].0;
-                    let before = exchange.missing();
-                    let taken = exchange.on_reply(node, reply, &placement, now);
-                    let what = match taken {
-                        Taken::Result(_) => "taken",
-                        Taken::Retried => "refused",
-                        Taken::Late => "late",
-                        Taken::Stale => "stale",
-                    };
-                    if self.history.is_on() {
-                        let (from, applied) = (node.0, before - exchange.missing());
-                        let but = list(exchange.doubled().iter());
-                        let said = format_args!(
-                            "\"ticket\":{ticket},\"node\":{from},\"applied\":{applied},\"but\":{but}"
-                        );
-                        self.history.record(what, said);
-                    }
-                    match taken {
-                        Taken::Result(took) => {
-                            if let Some(link) = self.links.get(node) {
-                                link.observe(took);
-                            }
-                            self.metrics.round_trip.observe(took.as_secs_f64());
-                        }
-                        Taken::Retried => self.count_retry(node),
-                        Taken::Late => _ = self.metrics.late_replies.inc(),
-                        Taken::Stale => _ = self.metrics.stale_replies.inc(),
-                    }
-                }
-                Some(Some(LinkEvent::Down { node, damaged })) => {
-                    self.metrics.damaged.inc_by(u64::from(damaged));
-                    let before = self.retries();
-                    for (exchange, _) in &mut self.lanes {
-                        exchange.on_down(node, &placement, now);
-                    }
-                    self.health.lock().down(node, now);
-                    if self.retries() > before {
-                        self.count_retry(node);
-                    }
+                Some(LinkEvent::Reply(node, reply)) => self.take(node, reply, &placement, now),
+                Some(LinkEvent::Down { node, damaged }) => {
+                    self.lose(node, damaged, &placement, now);
                 }
                 None => {
                     for (exchange, _) in self.lanes.iter_mut().filter(|(e, _)| !e.is_done()) {
                         exchange.on_time(&placement, now);
                     }
                 }
-                // The links hold the senders for as long as the process serves.
-                Some(None) => std::thread::sleep(LOOK_AROUND),
             }
             self.flush(waited, routed, &placement, now);
         }
@@ -171,6 +120,73 @@ impl Remote {
         self.metrics.exchange_wait.observe(waited_for.as_secs_f64());
         self.metrics.exchange.observe(self.lanes[waited].1.elapsed().as_secs_f64());
         self.count();
+    }
+
+    /// What comes before an exchange has something to do again, if anything does.
+    fn listen(&mut self) -> Option<LinkEvent> {
+        let now = Instant::now();
+        let open = self.lanes.iter().filter(|(exchange, _)| !exchange.is_done());
+        let next = open.map(|(exchange, _)| exchange.next_timeout()).min().unwrap_or(now);
+        let pause = next.saturating_duration_since(now).min(LOOK_AROUND);
+        match self.pump.run_for(pause, self.events.recv()) {
+            Some(Some(event)) => Some(event),
+            // The links hold the senders for as long as the process serves.
+            Some(None) => {
+                std::thread::sleep(LOOK_AROUND);
+                None
+            }
+            // Nobody is late whose answer only has to be read.
+            None => {
+                self.pump.turn();
+                self.events.try_recv().ok()
+            }
+        }
+    }
+
+    fn take(&mut self, node: NodeIndex, reply: DispatchReply, placement: &Placement, now: Instant) {
+        let ticket = reply.ticket;
+        self.metrics.count_rows(reply.rows.len(), reply.shared_bytes > 0);
+        let exchange = &mut self.lanes[lane(Ticket(ticket))].0;
+        let before = exchange.missing();
+        let taken = exchange.on_reply(node, reply, placement, now);
+        if self.history.is_on() {
+            let what = match taken {
+                Taken::Result(_) => "taken",
+                Taken::Retried => "refused",
+                Taken::Late => "late",
+                Taken::Stale => "stale",
+            };
+            let (from, applied) = (node.0, before - exchange.missing());
+            let but = list(exchange.doubled().iter());
+            let said = format_args!(
+                "\"ticket\":{ticket},\"node\":{from},\"applied\":{applied},\"but\":{but}"
+            );
+            self.history.record(what, said);
+        }
+        match taken {
+            Taken::Result(took) => {
+                if let Some(link) = self.links.get(node) {
+                    link.observe(took);
+                }
+                self.metrics.round_trip.observe(took.as_secs_f64());
+            }
+            Taken::Retried => self.count_retry(node),
+            Taken::Late => _ = self.metrics.late_replies.inc(),
+            Taken::Stale => _ = self.metrics.stale_replies.inc(),
+        }
+    }
+
+    /// The node's stream has ended.
+    fn lose(&mut self, node: NodeIndex, damaged: bool, placement: &Placement, now: Instant) {
+        self.metrics.damaged.inc_by(u64::from(damaged));
+        let before = self.retries();
+        for (exchange, _) in &mut self.lanes {
+            exchange.on_down(node, placement, now);
+        }
+        self.health.lock().down(node, now);
+        if self.retries() > before {
+            self.count_retry(node);
+        }
     }
 
     /// Somebody who gives signs of life owns the expert.

@@ -2,7 +2,7 @@
 
 use kernels::round_bf16;
 
-const GAMMA: u64 = 0x9e37_79b9_7f4a_7c15;
+use crate::bench::stats::{GAMMA, mix};
 
 /// The values of one tensor. Each depends on its place only.
 pub struct Stream {
@@ -32,13 +32,6 @@ impl Stream {
             *value = round_bf16(self.centre + self.spread * bell).to_f32();
         }
     }
-}
-
-/// splitmix64's finish.
-fn mix(word: u64) -> u64 {
-    let word = (word ^ (word >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-    let word = (word ^ (word >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-    word ^ (word >> 31)
 }
 
 pub fn bf16_bytes(value: f32) -> [u8; 2] {
