@@ -5,6 +5,8 @@
 
 #[path = "chaos/collector.rs"]
 mod collector;
+#[path = "chaos/device.rs"]
+mod device;
 #[path = "chaos/etcd.rs"]
 mod etcd;
 #[path = "chaos/fetch.rs"]

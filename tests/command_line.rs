@@ -1,6 +1,7 @@
 //! What a person types, and what the process says and exits with.
 
-use std::process::Stdio;
+use std::path::Path;
+use std::process::{Command, Stdio};
 
 use crate::support::process::{free_port, moemesh, run};
 use crate::support::{Fixture, tiny};
@@ -96,6 +97,48 @@ fn a_gpu_that_is_not_there_is_one_clear_line() {
         let line = refused(&f32);
         assert!(line.contains("set numerics to \"bf16\""), "{line}");
     }
+}
+
+/// The code that opens a GPU meets a driver that says what it is told (`support/driver.c`).
+#[test]
+fn a_gpu_that_will_not_do_is_one_clear_line() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let dir = std::env::temp_dir().join(format!("moemesh-driver-{}", std::process::id()));
+    std::fs::create_dir_all(&dir).unwrap();
+    let mut compiler = Command::new("cc");
+    compiler.args(["-shared", "-fPIC", "-o"]).arg(dir.join("libcuda.so"));
+    match compiler.arg(root.join("tests/support/driver.c")).status() {
+        Ok(built) => assert!(built.success()),
+        Err(error) => return println!("skipped: there is no C compiler: {error}"),
+    }
+    let model = format!("model_dir={}", tiny().display());
+    for (driver, role, expected) in [
+        ("11080 1 9 0 0", "router", "the CUDA driver supports CUDA 11.8 at most, 12.0 or newer"),
+        (
+            "11080 1 9 0 0",
+            "expert-node",
+            "the CUDA driver supports CUDA 11.8 at most, 12.0 or newer",
+        ),
+        ("13000 0 9 0 0", "expert-node", "there is no cuda:0: the driver has 0 device(s)"),
+        ("12040 1 8 9 0", "router", "compute capability 8.9; kernels are built for 9.0"),
+        ("12040 1 8 9 0", "expert-node", "compute capability 8.9; kernels are built for 9.0"),
+        ("12040 1 9 0 1000", "router", "bytes of the memory of cuda:0, which has 1000 of"),
+        (
+            "12040 1 9 0 1000",
+            "expert-node",
+            "one expert takes 98304 bytes of device memory, 0 are given",
+        ),
+    ] {
+        let mut process = moemesh();
+        process.args([role, "--set", "listen=127.0.0.1:0", "--set", &model, "--device", "cuda:0"]);
+        process.args(["--set", "log_filter=error"]).env("FAKE_CUDA", driver);
+        let output = process.env("LD_LIBRARY_PATH", &dir).stdin(Stdio::null()).output().unwrap();
+        let said = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(output.status.code(), Some(64), "{driver}, {role}: {said}");
+        assert_eq!(said.lines().count(), 1, "{driver}, {role}: {said}");
+        assert!(said.contains(expected), "{driver}, {role}: {said}");
+    }
+    std::fs::remove_dir_all(dir).unwrap();
 }
 
 #[test]

@@ -266,7 +266,10 @@ impl Executor {
         let Parts { compute, experts, numerics, hidden, spare, metrics, .. } = parts;
         let results = match flight.stub {
             true => Results { bytes: echo, width, pitch: width },
-            false => experts.results()?,
+            false => {
+                lose_device()?;
+                experts.results()?
+            }
         };
         let took = start.elapsed();
         let mut rows = 0;
@@ -414,6 +417,15 @@ fn expired(job: &Job, now: Instant) -> Option<(ErrorCode, String)> {
         let message = format!("waited {waited:?} of the {allowed:?} it was given");
         (ErrorCode::Expired, message)
     })
+}
+
+/// Where a test has the device be lost in the midst of a batch.
+fn lose_device() -> Result<(), GpuError> {
+    if failpoint::is_told("device") {
+        let code = "as told".to_owned();
+        return Err(GpuError::Lost { ordinal: 0, doing: "computing", code });
+    }
+    Ok(())
 }
 
 fn micros(time: Duration) -> u32 {

@@ -289,6 +289,7 @@ impl Engine {
                         experts.abandon();
                         return Ok(());
                     }
+                    lose_device()?;
                     trunk.absorb_shares(layer, step, &|slot| experts.share(lane, slot))?;
                     short.silence(step);
                 }
@@ -463,6 +464,15 @@ impl Engine {
         self.parts.metrics.waiting.set(waiting as i64);
         self.parts.metrics.kv_pages_used.set(used as i64);
     }
+}
+
+/// Where a test has the trunk's device be lost in the midst of a step.
+fn lose_device() -> Result<(), GpuError> {
+    if failpoint::is_told("trunk") {
+        let code = "as told".to_owned();
+        return Err(GpuError::Lost { ordinal: 0, doing: "computing", code });
+    }
+    Ok(())
 }
 
 /// A plan's parts as the trunk takes them.

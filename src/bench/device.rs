@@ -5,7 +5,7 @@
 mod node;
 mod replacement;
 
-use std::fmt::Write as _;
+use std::io::Write as _;
 use std::sync::Arc;
 
 use anyhow::{Context as _, bail};
@@ -32,8 +32,7 @@ const CAPACITY: usize = 1 << 14;
 /// Checks, then measures, and prints.
 pub fn run(args: &BenchDeviceArgs) -> anyhow::Result<()> {
     if let Some(dir) = &args.model {
-        print!("{}", node::measure(args, dir)?);
-        return Ok(());
+        return node::measure(args, dir);
     }
     let ordinal = match args.device {
         Device::Cuda(ordinal) => ordinal,
@@ -46,14 +45,12 @@ pub fn run(args: &BenchDeviceArgs) -> anyhow::Result<()> {
     });
     println!("{gpu:?}, {} processors, seed {seed}", gpu.processors());
     for coding in [Coding::Fp8, Coding::Bf16] {
-        for sizes in [UNEVEN, DEEPSEEK] {
+        let all = [UNEVEN, DEEPSEEK];
+        for &sizes in if args.small { &all[..1] } else { &all } {
             println!("{}", check(&gpu, coding, sizes, seed)?);
         }
     }
-    if !args.check {
-        print!("{}", measure(&gpu, args, seed)?);
-    }
-    Ok(())
+    if args.check || args.small { Ok(()) } else { measure(&gpu, args, seed) }
 }
 
 /// Experts' weights, and the slots that they are in.
@@ -196,21 +193,20 @@ fn values(bytes: &[u8]) -> Vec<f32> {
     values.map(|x| f32::from_bits(u32::from(u16::from_le_bytes(*x)) << 16)).collect()
 }
 
-/// All times, as a table.
-fn measure(gpu: &Gpu, args: &BenchDeviceArgs, seed: u64) -> anyhow::Result<String> {
-    let mut text = String::new();
+/// Prints all times as tables, each line when it is there.
+fn measure(gpu: &Gpu, args: &BenchDeviceArgs, seed: u64) -> anyhow::Result<()> {
     let (copied, host) = (gpu.copy_rate()?, gpu.host_rate()?);
-    writeln!(text, "memory copied (read and written): {:.0} GB/s", copied / 1e9)?;
-    writeln!(text, "from pinned host memory: {:.1} GB/s", host / 1e9)?;
+    println!("memory copied (read and written): {:.0} GB/s", copied / 1e9);
+    println!("from pinned host memory: {:.1} GB/s", host / 1e9);
     for coding in [Coding::Fp8, Coding::Bf16] {
         let peak = gpu.matmul_rate(coding)?;
         match peak {
-            Some(peak) => writeln!(text, "cuBLASLt, {coding:?}: {:.0} TFLOP/s", peak / 1e12)?,
-            None => writeln!(text, "cuBLASLt, {coding:?}: not found, not measured")?,
+            Some(peak) => println!("cuBLASLt, {coding:?}: {:.0} TFLOP/s", peak / 1e12),
+            None => println!("cuBLASLt, {coding:?}: not found, not measured"),
         }
-        text += &products(gpu, args, coding, (copied, peak), seed)?;
+        products(gpu, args, coding, (copied, peak), seed)?;
     }
-    Ok(text)
+    Ok(())
 }
 
 fn products(
@@ -219,17 +215,23 @@ fn products(
     coding: Coding,
     (copied, peak): (f64, Option<f64>),
     seed: u64,
-) -> anyhow::Result<String> {
+) -> anyhow::Result<()> {
     let mut random = Random::new(seed);
     let count = args.experts.max(1);
     let mut experts = Experts::new(gpu, coding, DEEPSEEK, (1, count), &mut random)
         .with_context(|| format!("{count} experts of DeepSeek-V3; --experts takes fewer"))?;
     let (hidden, inner) = DEEPSEEK;
-    let mut text = format!(
+    let mut lines = match &args.lines {
+        Some(path) => {
+            let opened = std::fs::OpenOptions::new().create(true).append(true).open(path);
+            Some(opened.with_context(|| format!("cannot write {}", path.display()))?)
+        }
+        None => None,
+    };
+    println!(
         "\n| {coding:?}, {count} experts, rows each | us | GB/s of weights | of copying | TFLOP/s | of cuBLASLt \
-         | packed, us | copied in | copied out |\n|---|---|---|---|---|---|---|---|---|\n"
+         | packed, us | copied in | copied out |\n|---|---|---|---|---|---|---|---|---|"
     );
-    let mut lines = String::new();
     for &rows_each in &args.rows {
         let active = count.min(CAPACITY / rows_each.clamp(1, CAPACITY));
         let work: Vec<(u32, usize)> = (0..active as u32).map(|slot| (slot, rows_each)).collect();
@@ -241,8 +243,7 @@ fn products(
         let of_peak =
             peak.map_or("–".to_owned(), |peak| format!("{:.0} %", 100.0 * flops / peak));
         let us = |seconds: f64| format!("{:.0}", seconds * 1e6);
-        writeln!(
-            text,
+        println!(
             "| {active} x {rows_each} | {} | {:.0} | {:.0} % | {:.0} | {of_peak} | {} | {} | {} |",
             us(took.compute),
             bytes / 1e9,
@@ -251,19 +252,16 @@ fn products(
             us(took.pack),
             us(took.copy_in),
             us(took.copy_out)
-        )?;
+        );
         let coding = format!("{coding:?}").to_lowercase();
         let line = json!({
             "engine": "moemesh", "coding": coding, "experts": active, "rows": rows_each,
             "us": took.compute * 1e6,
         });
-        writeln!(lines, "{line}")?;
+        if let Some(file) = &mut lines {
+            writeln!(file, "{line}")?;
+        }
     }
-    if let Some(path) = &args.lines {
-        let mut file = std::fs::OpenOptions::new().create(true).append(true).open(path)?;
-        std::io::Write::write_all(&mut file, lines.as_bytes())
-            .with_context(|| format!("cannot write {}", path.display()))?;
-    }
-    text += &replacement::measure(gpu, &mut experts, &mut random)?;
-    Ok(text)
+    print!("{}", replacement::measure(gpu, &mut experts, &mut random)?);
+    Ok(())
 }

@@ -270,7 +270,7 @@ pub struct BenchDeviceArgs {
     #[arg(long, value_name = "cuda:N|cpu", default_value = "cuda:0")]
     pub device: Device,
     /// Instead of kernels: a layer of this checkpoint, owned whole by one expert node, through gRPC on this host
-    #[arg(long, value_name = "DIR", conflicts_with_all = ["experts", "rows", "check", "lines"])]
+    #[arg(long, value_name = "DIR", conflicts_with_all = ["experts", "rows", "check", "small", "lines"])]
     pub model: Option<PathBuf>,
     /// With --model: rows that are dispatched at once
     #[arg(long, value_name = "N,…", value_delimiter = ',', requires = "model", default_values_t = [1, 16, 128])]
@@ -290,6 +290,9 @@ pub struct BenchDeviceArgs {
     /// Only compare with the reference
     #[arg(long)]
     pub check: bool,
+    /// The same in small sizes only, for tools that slow a device down
+    #[arg(long)]
+    pub small: bool,
     /// Also append the kernels' times to this file, as lines of JSON
     #[arg(long, value_name = "FILE")]
     pub lines: Option<PathBuf>,

@@ -1,7 +1,6 @@
 //! One layer through gRPC: this process dispatches and gathers as a router does, an expert node of its own process owns
 //! all experts of a checkpoint and computes them, on a GPU or on CPUs.
 
-use std::fmt::Write as _;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
@@ -136,13 +135,14 @@ struct Work {
     weights: Vec<f32>,
 }
 
-/// Measures, and returns a table. The dispatcher drives a runtime of its own, so it gets a thread that has none.
-pub fn measure(args: &BenchDeviceArgs, model: &Path) -> anyhow::Result<String> {
+/// Measures, and prints a table, each line when it is there. The dispatcher drives a runtime of its own, so it gets a
+/// thread that has none.
+pub fn measure(args: &BenchDeviceArgs, model: &Path) -> anyhow::Result<()> {
     let measured = std::thread::scope(|scope| scope.spawn(|| measure_here(args, model)).join());
     measured.unwrap_or_else(|panic| std::panic::resume_unwind(panic))
 }
 
-fn measure_here(args: &BenchDeviceArgs, model: &Path) -> anyhow::Result<String> {
+fn measure_here(args: &BenchDeviceArgs, model: &Path) -> anyhow::Result<()> {
     let checkpoint = Checkpoint::open(model)?;
     let config = checkpoint.config();
     let (hidden, experts, top_k) = (config.hidden, config.experts, config.top_k);
@@ -154,10 +154,10 @@ fn measure_here(args: &BenchDeviceArgs, model: &Path) -> anyhow::Result<String> 
     let layer = Layer { checkpoint, layer, hidden, experts, top_k, compute };
     let began = Instant::now();
     let node = Node::start(args, model)?;
-    let mut text = format!(
+    println!(
         "layer {} of {}, {experts} experts, on {} of {}; the node was ready after {:.1} s\n\n\
          | wire | rows | round trip ms, p50 / p95 / p99 | mean, us | to the node and back | in its queue \
-         | computed | combined |\n|---|---|---|---|---|---|---|---|\n",
+         | computed | combined |\n|---|---|---|---|---|---|---|---|",
         layer.layer,
         model.display(),
         args.device,
@@ -172,14 +172,14 @@ fn measure_here(args: &BenchDeviceArgs, model: &Path) -> anyhow::Result<String> 
         for &count in &args.tokens {
             ensure!(count > 0, "--tokens 0: at least one");
             let line = layer.trips(&mut dispatcher, &node, (count, args.rounds), &mut random)?;
-            writeln!(text, "| {name} | {count} | {line} |")?;
+            println!("| {name} | {count} | {line} |");
         }
     }
     drop(node);
     if let Device::Cuda(ordinal) = args.device {
-        text += &layer.stages(ordinal, &args.tokens, &mut random)?;
+        layer.stages(ordinal, &args.tokens, &mut random)?;
     }
-    Ok(text)
+    Ok(())
 }
 
 impl Layer {
@@ -304,12 +304,7 @@ impl Layer {
     }
 
     /// What "computed" is on the GPU: the same batches here, each stage by itself.
-    fn stages(
-        &self,
-        ordinal: usize,
-        tokens: &[usize],
-        random: &mut Random,
-    ) -> anyhow::Result<String> {
+    fn stages(&self, ordinal: usize, tokens: &[usize], random: &mut Random) -> anyhow::Result<()> {
         let gpu = Gpu::open(ordinal)?;
         let layout = Layout::new(self.checkpoint.expert_shape(self.layer)??);
         let arena = Arc::new(Arena::new(&gpu, layout, self.experts)?);
@@ -321,9 +316,8 @@ impl Layer {
         }
         let most = tokens.iter().max().map_or(1, |count| count * self.top_k);
         let mut ffn = GroupedFfn::new(arena, most)?;
-        let mut text = "\n| wire | rows | packed, us | copied in | computed | copied out |\n\
-                        |---|---|---|---|---|---|\n"
-            .to_owned();
+        println!("\n| wire | rows | packed, us | copied in | computed | copied out |");
+        println!("|---|---|---|---|---|---|");
         for fp8 in [false, true] {
             for &count in tokens {
                 let work = self.work(count, random);
@@ -352,9 +346,9 @@ impl Layer {
                 let us = [took.pack, took.copy_in, took.compute, took.copy_out];
                 let us = us.map(|seconds| format!("{:.0}", seconds * 1e6)).join(" | ");
                 let wire = if fp8 { "fp8" } else { "exact" };
-                writeln!(text, "| {wire} | {count} | {us} |")?;
+                println!("| {wire} | {count} | {us} |");
             }
         }
-        Ok(text)
+        Ok(())
     }
 }
