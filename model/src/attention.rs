@@ -15,7 +15,7 @@ use std::ops::Range;
 
 use kernels::{Acts, Compute, Mat, Packed, Stack};
 
-use crate::activations::{ClassRows, as_wire, rounded};
+use crate::activations::{ClassRows, as_wire};
 use crate::checkpoint::Checkpoint;
 use crate::config::{Config, LATENT_EPS};
 use crate::kv::{KvPool, PageId};
@@ -148,7 +148,7 @@ impl Attention {
                 let pieces = low.chunks(ROWS * rank).map(|low| (low, normed.take(low.len())));
                 for_each(&compute.pool, rows.div_ceil(ROWS), pieces, |(low, mut normed)| {
                     arena.with(|memory| {
-                        let row = grown(&mut memory.gathered, rank);
+                        let row = grown(&mut memory.normed, rank);
                         for (index, low) in low.chunks(rank).enumerate() {
                             compute.kernels.rms_norm(low, norm, LATENT_EPS, row);
                             normed.put(compute.kernels, index * rank, row);
@@ -200,7 +200,7 @@ impl Attention {
         });
         for_each(&compute.pool, rows.div_ceil(ROWS), pieces, |(piece, latent, mut entries)| {
             arena.with(|memory| {
-                let normed = grown(&mut memory.gathered, rank);
+                let normed = grown(&mut memory.normed, rank);
                 for (row, latent) in latent.chunks_mut(width).enumerate() {
                     let (values, key) = latent.split_at_mut(rank);
                     config.rope.rotate(key, batch.rotation(piece * ROWS + row));
@@ -245,12 +245,12 @@ impl Attention {
         let pieces = absorbed.chunks_mut(rows * rank).enumerate();
         for_each(pool, heads, pieces, |(head, absorbed)| {
             arena.with(|memory| {
-                let gathered = grown(&mut memory.gathered, rows * nope);
+                let mut gathered = memory.gathered.grow(numerics, rows * nope);
                 let first = head * config.qk_head();
-                for (out, query) in gathered.chunks_mut(nope).zip(query.chunks(row_width)) {
-                    out.copy_from_slice(&query[first..first + nope]);
+                for (row, query) in query.chunks(row_width).enumerate() {
+                    gathered.put(kernels, row * nope, &query[first..first + nope]);
                 }
-                let query = rounded(kernels, numerics, gathered, &mut memory.rounded);
+                let query = memory.gathered.acts(numerics, rows * nope);
                 let keys = [keys_of(head)];
                 kernels.matmul_t(query, rows, nope, Stack::new(&keys), absorbed, rank);
             });
@@ -300,11 +300,11 @@ impl Attention {
         let pieces = values.chunks_mut(rows * value).enumerate();
         for_each(pool, heads, pieces, |(head, values)| {
             arena.with(|memory| {
-                let gathered = grown(&mut memory.gathered, rows * rank);
-                for (out, summed) in gathered.chunks_mut(rank).zip(summed.chunks(heads * rank)) {
-                    out.copy_from_slice(&summed[head * rank..(head + 1) * rank]);
+                let mut gathered = memory.gathered.grow(numerics, rows * rank);
+                for (row, summed) in summed.chunks(heads * rank).enumerate() {
+                    gathered.put(kernels, row * rank, &summed[head * rank..(head + 1) * rank]);
                 }
-                let summed = rounded(kernels, numerics, gathered, &mut memory.rounded);
+                let summed = memory.gathered.acts(numerics, rows * rank);
                 kernels.matmul(summed, rows, values_of(head), values, value);
             });
         });

@@ -12,6 +12,7 @@ use crate::error::{LoadError, StepError};
 use crate::expert::{Expert, ExpertGroup, ExpertScratch, forward_experts};
 use crate::kv::{KvPool, PageId};
 use crate::numerics::Numerics;
+use crate::parallel::{for_each, grown};
 use crate::profile::{Part, span};
 use crate::step::{Chunk, Routed, Step};
 use crate::trunk::Trunk;
@@ -103,21 +104,32 @@ impl Local {
         for (place, expert) in routed.experts.iter().enumerate() {
             self.places[*expert as usize].push(place);
         }
-        self.rows.clear();
         self.order.resize(routed.experts.len(), 0);
         for (at, place) in self.places.iter().flatten().enumerate() {
             self.order[*place] = at;
-            self.rows.extend_from_slice(routed.row(place / routed.top_k));
         }
+        let compute = self.trunk.compute();
+        let bytes = self.trunk.config().hidden * self.trunk.numerics().bytes();
+        let mut rest = grown(&mut self.rows, routed.experts.len() * bytes);
+        let pieces = self.places.iter().map(|places| {
+            let (rows, after) = std::mem::take(&mut rest).split_at_mut(places.len() * bytes);
+            rest = after;
+            (places, rows)
+        });
+        for_each(&compute.pool, self.places.len(), pieces, |(places, rows)| {
+            for (place, row) in places.iter().zip(rows.chunks_exact_mut(bytes)) {
+                row.copy_from_slice(routed.row(place / routed.top_k));
+            }
+        });
         let experts = &self.experts[layer - self.trunk.config().first_dense];
         let groups = experts.iter().zip(&self.places).filter(|(_, places)| !places.is_empty());
         let groups: Vec<_> =
             groups.map(|(expert, places)| ExpertGroup { expert, rows: places.len() }).collect();
         forward_experts(
-            self.trunk.compute(),
+            compute,
             self.trunk.numerics(),
             &groups,
-            &self.rows,
+            &self.rows[..routed.experts.len() * bytes],
             &mut self.results,
             &mut self.scratch,
         );

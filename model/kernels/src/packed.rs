@@ -252,6 +252,12 @@ impl<'a, T> Out<'a, T> {
     /// The place of row `r`, column `j`, which must be inside.
     #[inline(always)]
     pub(crate) fn at(&mut self, r: usize, j: usize) -> *mut T {
+        self.place(r, j).cast_mut()
+    }
+
+    /// As [`Out::at`], not to be written.
+    #[inline(always)]
+    pub(crate) fn place(&self, r: usize, j: usize) -> *const T {
         debug_assert!(r < self.rows && j < self.n, "({r}, {j}) of {:?}", self.shape());
         self.ptr.wrapping_add(r * self.ld + j)
     }

@@ -15,12 +15,17 @@ type V = [f32; LANES];
 fn lanes_at(x: &[f32], i: usize, fill: f32) -> V {
     match x[i..].first_chunk::<LANES>() {
         Some(v) => *v,
-        None => {
-            let mut v = [fill; LANES];
-            v[..x.len() - i].copy_from_slice(&x[i..]);
-            v
-        }
+        None => rest(&x[i..], fill),
     }
+}
+
+/// Not inlined, as both ends would become one copy of any length, by a call.
+#[cold]
+#[inline(never)]
+fn rest(x: &[f32], fill: f32) -> V {
+    let mut v = [fill; LANES];
+    v[..x.len()].copy_from_slice(x);
+    v
 }
 
 /// Writes as much of `v` as fits at `y[i..]`.
@@ -28,11 +33,15 @@ fn lanes_at(x: &[f32], i: usize, fill: f32) -> V {
 fn put(y: &mut [f32], i: usize, v: V) {
     match y[i..].first_chunk_mut::<LANES>() {
         Some(out) => *out = v,
-        None => {
-            let n = y.len() - i;
-            y[i..].copy_from_slice(&v[..n]);
-        }
+        None => put_rest(&mut y[i..], &v),
     }
+}
+
+/// As [`rest`].
+#[cold]
+#[inline(never)]
+fn put_rest(y: &mut [f32], v: &V) {
+    y.copy_from_slice(&v[..y.len()]);
 }
 
 /// e^x, within 1.1 ulp of the exact value: `x = n ln 2 + r` with `|r| <= ln 2 / 2` (Cody and Waite,

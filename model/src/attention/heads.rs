@@ -14,7 +14,7 @@ use half::bf16;
 use kernels::{Acts, Kernels, Out, Packed, Stack};
 
 use super::{Context, Pages, Queries};
-use crate::activations::rounded;
+use crate::activations::ClassRows;
 use crate::numerics::Numerics;
 use crate::parallel::grown;
 use crate::profile::{Part, span};
@@ -23,7 +23,7 @@ use crate::step::Batch;
 /// Positions whose scores are taken together.
 const BLOCK: usize = 128;
 /// Rows (tokens by heads) that a tile aims at.
-const TILE_ROWS: usize = 128;
+const TILE_ROWS: usize = 256;
 
 /// Consecutive tokens of one chunk, with positions in one block.
 #[derive(Clone, Copy)]
@@ -42,8 +42,7 @@ pub(super) struct Tile {
 #[derive(Default)]
 pub(super) struct HeadScratch {
     /// `[rows, kv_lora + qk_rope]`
-    query: Vec<f32>,
-    rounded_query: Vec<bf16>,
+    query: ClassRows,
     packed: Packed,
     /// `[rows, BLOCK]`
     scores: Vec<f32>,
@@ -51,8 +50,9 @@ pub(super) struct HeadScratch {
     /// One block of all rows.
     block: Vec<f32>,
     /// Rows of one head.
-    pub gathered: Vec<f32>,
-    pub rounded: Vec<bf16>,
+    pub gathered: ClassRows,
+    /// A row after its norm.
+    pub normed: Vec<f32>,
 }
 
 /// Cuts the rows `block` of the step into tiles that stay within their chunk.
@@ -190,15 +190,15 @@ impl Tile {
         let Context { config, compute, numerics, .. } = context;
         let (rank, width) = (config.kv_lora, config.kv_width());
         let rows = self.tokens * config.heads;
-        let query = grown(&mut memory.query, rows * width);
-        for (index, out) in query.chunks_mut(width).enumerate() {
+        let (kernels, mut query) = (compute.kernels, memory.query.grow(numerics, rows * width));
+        for index in 0..rows {
             let (row, head) = (self.row + index / config.heads, index % config.heads);
             let (absorbed, rotated) = queries.of(config, row, head);
-            out[..rank].copy_from_slice(absorbed);
-            out[rank..].copy_from_slice(rotated);
+            query.put(kernels, index * width, absorbed);
+            query.put(kernels, index * width + rank, rotated);
         }
-        let query = rounded(compute.kernels, numerics, query, &mut memory.rounded_query);
-        compute.kernels.pack(query, rows, pages.rows(0, 0..1), &mut memory.packed);
+        let query = memory.query.acts(numerics, rows * width);
+        kernels.pack(query, rows, pages.rows(0, 0..1), &mut memory.packed);
     }
 
     /// One block for all rows, whose queries [`Tile::pack`] has left in `memory`.

@@ -154,6 +154,7 @@ impl Group<'_> {
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi")]
     unsafe fn compute(&self, decoded: &mut Vec<Line>, sums: &mut Vec<Line>, sink: &mut impl Sink) {
         let passes = self.tiles.len().div_ceil(2);
+        let scaled = self.source.first().scales().is_some();
         let whole = self.blocks.len() == 1;
         let kept = if whole { 1 } else { self.pairs.len() };
         let sums = aligned::<Sums>(sums, kept * passes);
@@ -162,15 +163,16 @@ impl Group<'_> {
             for pair in self.pairs.clone() {
                 let at = if whole { 0 } else { pair - self.pairs.start };
                 let sums = &mut sums[at * passes..][..passes];
-                if block.start == 0 && (self.source.first().scales().is_some() || block.is_empty())
-                {
+                if block.start == 0 && (scaled || block.is_empty()) {
                     sums.fill(Sums::zeroed());
                 }
                 let panels = self.source.panels(pair);
-                let scales = std::array::from_fn(|i| match panels[i / EDGE] {
-                    Some((w, n)) => panel::scales(w, n + i % EDGE),
-                    None => Scales::default(),
-                });
+                let mut scales = [Scales::default(); 2 * EDGE];
+                for (i, scales) in scales.iter_mut().enumerate().filter(|_| scaled) {
+                    if let Some((w, n)) = panels[i / EDGE] {
+                        *scales = panel::scales(w, n + i % EDGE);
+                    }
+                }
                 for run in block.clone() {
                     let parts = &self.parts[self.runs[run].clone()];
                     let mut pass = Pass {

@@ -27,10 +27,24 @@ impl Sink for Out<'_> {
         for (panel, sums) in sums.into_iter().enumerate() {
             let n = (2 * pair + panel) * EDGE;
             if n < outputs {
+                own_early(self, row, n);
                 // SAFETY: the caller's.
                 unsafe { collect(sums, self, row, EDGE.min(rows - row), n) };
             }
         }
+    }
+}
+
+/// Tiles of rows between one that is written and the one whose lines are asked for meanwhile.
+const OWNED: usize = 3;
+
+/// Asks for the lines of a later tile's rows, to be written: stores wait for few lines at a time.
+#[inline]
+fn own_early<T>(y: &Out<'_, T>, row: usize, n: usize) {
+    let rows = y.shape().0;
+    for row in (row + OWNED * EDGE..rows).take(EDGE) {
+        // SAFETY: a hint.
+        unsafe { _mm_prefetch::<_MM_HINT_ET0>(y.place(row, n).cast()) };
     }
 }
 
@@ -48,6 +62,7 @@ unsafe fn round_rows(y: &mut Out<'_, u16>, pair: usize, tile: usize, sums: [&Til
     let (rows, outputs) = y.shape();
     let (row, n) = (tile * EDGE, 2 * pair * EDGE);
     let mask = u32::MAX >> (2 * EDGE - (outputs - n).min(2 * EDGE));
+    own_early(y, row, n);
     let (first, second) = (columns(sums[0]), columns(sums[1]));
     for r in 0..EDGE.min(rows - row) {
         // SAFETY: AVX-512 is there, by the caller's word; this row has as many columns from n as the mask.
