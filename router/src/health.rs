@@ -44,6 +44,8 @@ const LEAST_HEDGE: Duration = Duration::from_millis(2);
 const FRAME: usize = 16;
 /// A fit node that was sent nothing for so long is sent a slot, to see how slow it is now.
 const FORGOTTEN: Duration = Duration::from_secs(1);
+/// From so many times the fastest node's times on a node is slow among others.
+const OUTLIER: f64 = 2.0;
 /// For how long a node that let a deadline pass is passed over, unless it answers.
 const LATE: Duration = Duration::from_secs(1);
 /// Second sendings whose answer nobody waits for any more, remembered to measure them.
@@ -256,7 +258,8 @@ impl Health {
     pub fn answered(&mut self, index: NodeIndex, slots: usize, took: Duration, now: Instant) {
         let took = took.as_secs_f64();
         let ratio = self.sizes.predict(slots).map_or(1.0, |mean| took / mean.max(1e-9));
-        if !self.pattern(index).is_outlier() || self.sizes.predict(slots).is_none() {
+        // Nodes that are slow among others say nothing of what is usual.
+        if self.slowness(index) < OUTLIER {
             self.sizes.observe(slots, took);
         }
         let node = self.node(index, now);
@@ -309,6 +312,8 @@ impl Health {
         let node = self.node(index, now);
         node.outstanding = 0;
         node.late = None;
+        // Who comes back is another process.
+        node.pattern = Pattern::default();
         self.fail(index, Failure::Hard, now);
     }
 
@@ -345,6 +350,12 @@ impl Health {
             false => self.refused(index, left.slots, None, now),
         }
         true
+    }
+
+    /// How many times as long as the fastest the node takes.
+    fn slowness(&self, index: NodeIndex) -> f64 {
+        let means = self.nodes.iter().map(|node| node.pattern.mean);
+        self.pattern(index).mean / means.reduce(f64::min).unwrap_or(1.0)
     }
 
     /// How long a frame may take before another owner is asked: four times what
@@ -416,9 +427,11 @@ impl Health {
                 Some(format!("ejected after failures, to be tried again in {left:.1?}"))
             }
             State::Probing => Some("ejected after failures, being tried".to_owned()),
-            State::Closed => node.pattern.is_outlier().then(|| {
-                format!("takes {:.1} times as long as usual, so it gets less", node.pattern.mean)
-            }),
+            State::Closed => {
+                let slowness = self.slowness(index);
+                let slow = || format!("takes {slowness:.1} times as long as the fastest");
+                (slowness >= OUTLIER).then(slow)
+            }
         }
     }
 }

@@ -9,8 +9,6 @@ const NEW: f64 = 0.05;
 const MOST: f64 = 4.0;
 /// Weight of the first measurement after a silence, where it is better than the mean.
 const FRESH: f64 = 0.5;
-/// A node so many times as slow as usual says nothing of what is usual.
-const OUTLIER: f64 = 2.0;
 /// Sizes are told apart by powers of two.
 const CLASSES: usize = u32::BITS as usize;
 
@@ -79,10 +77,6 @@ impl Default for Pattern {
 }
 
 impl Pattern {
-    pub fn is_outlier(&self) -> bool {
-        self.mean > OUTLIER
-    }
-
     pub fn observe(&mut self, ratio: f64) {
         // Only towards better: the first answer after a silence may find caches cold.
         let new = if self.is_old && ratio < self.mean { FRESH } else { NEW };
