@@ -228,11 +228,14 @@ impl Bench {
         let moe = layers - dense;
         let queries = heads * config.qk_head();
         let values = match part {
-            Part::Query => match config.q_lora {
-                Some(rank) => layers * rank * (hidden + queries),
-                None => layers * hidden * queries,
-            },
-            Part::Latent => layers * hidden * config.kv_width(),
+            Part::Query => {
+                let latent = hidden * config.kv_width();
+                layers
+                    * match config.q_lora {
+                        Some(rank) => rank * (hidden + queries) + latent,
+                        None => hidden * queries + latent,
+                    }
+            }
             Part::Absorb => layers * heads * config.qk_nope * kv_lora,
             Part::Values => layers * heads * config.v_head * kv_lora,
             Part::Out => layers * hidden * heads * config.v_head,

@@ -106,7 +106,7 @@ impl Attention {
         let Context { config, compute, numerics, checkpoint, .. } = context;
         let rows = batch.rows();
         self.queries(context, batch, x, scratch);
-        self.cache(context, layer, batch, x, kv, scratch);
+        self.cache(context, layer, batch, kv, scratch);
         let joined = config.heads * config.v_head;
         scratch.joined.grow(numerics, rows * joined);
         for first in (0..rows).step_by(BLOCK) {
@@ -118,7 +118,7 @@ impl Attention {
         add_bias(out, self.out_bias.as_deref());
     }
 
-    /// Queries of all heads, rotated.
+    /// Queries of all heads, rotated; and latent keys and values as the projection gives them, which reads the same rows.
     fn queries(
         &self,
         context: Context<'_>,
@@ -130,19 +130,19 @@ impl Attention {
         let _span = span(Part::Query);
         let (rows, width) = (batch.rows(), config.qk_head());
         let query = grown(&mut scratch.query, rows * config.heads * width);
+        let latent = grown(&mut scratch.latent, rows * config.kv_width());
+        let of_latent = self.latent.mat(checkpoint);
         let arena = &scratch.heads;
         match &self.query {
             Query::Plain(weight) => {
-                let weight = weight.mat(checkpoint);
-                compute.pack(x, rows, weight, &mut scratch.x);
-                compute.matmul_packed(&scratch.x, weight, query);
+                let weights = [weight.mat(checkpoint), of_latent];
+                compute.matmul_both(x, rows, weights, &mut scratch.x, [&mut *query, latent]);
             }
             Query::Low { down, down_bias, norm, up } => {
                 let rank = down.n();
                 let low = grown(&mut scratch.low, rows * rank);
-                let down = down.mat(checkpoint);
-                compute.pack(x, rows, down, &mut scratch.x);
-                compute.matmul_packed(&scratch.x, down, low);
+                let weights = [down.mat(checkpoint), of_latent];
+                compute.matmul_both(x, rows, weights, &mut scratch.x, [&mut *low, latent]);
                 add_bias(low, down_bias.as_deref());
                 let mut normed = scratch.low_normed.grow(numerics, rows * rank);
                 let pieces = low.chunks(ROWS * rank).map(|low| (low, normed.take(low.len())));
@@ -176,20 +176,13 @@ impl Attention {
         context: Context<'_>,
         layer: usize,
         batch: &Batch,
-        x: Acts<'_>,
         kv: &mut KvPool,
         scratch: &mut AttentionScratch,
     ) {
-        let Context { config, checkpoint, compute, numerics, .. } = context;
+        let Context { config, compute, numerics, .. } = context;
         let _span = span(Part::Latent);
         let (rows, width, rank) = (batch.rows(), config.kv_width(), config.kv_lora);
         let latent = grown(&mut scratch.latent, rows * width);
-        let weight = self.latent.mat(checkpoint);
-        if !scratch.x.suits(weight) {
-            // The queries' weight is of another type.
-            compute.pack(x, rows, weight, &mut scratch.x);
-        }
-        compute.matmul_packed(&scratch.x, weight, latent);
         add_bias(latent, self.latent_bias.as_deref());
         let arena = &scratch.heads;
         let mut entries = scratch.entries.grow(numerics, rows * width);

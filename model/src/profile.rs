@@ -15,9 +15,9 @@ static SPENT: [AtomicU64; PARTS.len()] = [const { AtomicU64::new(0) }; PARTS.len
 pub enum Part {
     /// Embedding, norms, residual.
     Norm,
-    /// Query projections and their norm.
+    /// Query projections and their norm, with the latent projection.
     Query,
-    /// Latent projection, rotations, writing to the cache.
+    /// Latent rows' norm, rotations, writing to the cache.
     Latent,
     /// Queries through the keys' up-projection.
     Absorb,

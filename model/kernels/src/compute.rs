@@ -55,11 +55,12 @@ impl Gated {
         let Gated { x: packed, gate: a, up: b, rounded, h } = self;
         device.pack_on(pool, x, rows, gate, packed);
         if let Some(mut h) = device.inner(packed, gate, up, down, h) {
-            let Some((pool, chunk)) = shares(pool, packed, gate, 2) else {
+            let Some((pool, chunk)) = shares(pool, packed, 2 * gate.n(), gate.k()) else {
                 return device.gated_packed(packed, gate, up, &mut h);
             };
             let (h, packed) = (&h, &*packed);
-            return by_columns(pool, gate.n(), chunk.next_multiple_of(STEP), &|columns| {
+            let chunk = (chunk / 2).next_multiple_of(STEP);
+            return by_columns(pool, gate.n(), chunk, &|columns| {
                 // SAFETY: as for a product.
                 let mut h = unsafe { h.cols(columns.clone()) };
                 device.gated_packed(packed, gate.rows(columns.clone()), up.rows(columns), &mut h);
@@ -70,11 +71,7 @@ impl Gated {
             sums.resize(sums.len().max(values), 0.0);
         }
         let (a, b) = (&mut a[..values], &mut b[..values]);
-        product(device, pool, packed, gate, a);
-        if !packed.suits(up) {
-            device.pack_on(pool, x, rows, up, packed);
-        }
-        product(device, pool, packed, up, b);
+        both(device, pool, x, rows, packed, [gate, up], [&mut *a, &mut *b]);
         let piece = PIECE_ROWS * gate.n();
         Pool::pieces(pool, a, piece, |i, gate| {
             device.swiglu(gate, &b[i * piece..][..gate.len()]);
@@ -128,7 +125,20 @@ impl Compute {
 
     /// As [`Compute::matmul`], of packed activations.
     pub fn matmul_packed(&self, x: &Packed, w: Mat<'_>, y: &mut [f32]) {
-        product(&*self.kernels, Some(&self.pool), x, w, y);
+        products(&*self.kernels, Some(&self.pool), x, [w], [y]);
+    }
+
+    /// As [`Compute::matmul`] of two weights of the same `k`, one output of `y` each. The activations are left in `packed`.
+    pub fn matmul_both(
+        &self,
+        x: Acts<'_>,
+        rows: usize,
+        w: [Mat<'_>; 2],
+        packed: &mut Packed,
+        y: [&mut [f32]; 2],
+    ) {
+        self.pack(x, rows, w[0], packed);
+        both(&*self.kernels, Some(&self.pool), x, rows, packed, w, y);
     }
 
     /// As [`Gated::fill`], on all threads.
@@ -137,28 +147,60 @@ impl Compute {
     }
 }
 
-/// `y[r, n] = sum over k of x[r, k] w[n, k]`: `y` is `[x.rows(), w.n()]`.
-fn product(device: &dyn Device, pool: Option<&Pool>, x: &Packed, w: Mat<'_>, y: &mut [f32]) {
-    let y = &mut Out::new(y, x.rows(), w.n(), w.n());
-    let Some((pool, chunk)) = shares(pool, x, w, 1) else { return device.matmul_packed(x, w, y) };
-    let y = &*y;
-    by_columns(pool, w.n(), chunk, &|columns| {
-        // SAFETY: each task has columns of its own, and the output is borrowed for as long as the pool runs.
-        let mut y = unsafe { y.cols(columns.clone()) };
-        device.matmul_packed(x, w.rows(columns), &mut y);
+/// Products of the same activations, which are `packed` for the first weight.
+fn both(
+    device: &dyn Device,
+    pool: Option<&Pool>,
+    x: Acts<'_>,
+    rows: usize,
+    packed: &mut Packed,
+    w: [Mat<'_>; 2],
+    y: [&mut [f32]; 2],
+) {
+    if packed.suits(w[1]) {
+        return products(device, pool, packed, w, y);
+    }
+    let [first, second] = y;
+    products(device, pool, packed, [w[0]], [first]);
+    device.pack_on(pool, x, rows, w[1], packed);
+    products(device, pool, packed, [w[1]], [second]);
+}
+
+/// For each weight, `y[r, n] = sum over k of x[r, k] w[n, k]`: `y` is `[x.rows(), w.n()]`. Threads take the columns of all as
+/// if they were one's, and so wait for each other once.
+fn products<const N: usize>(
+    device: &dyn Device,
+    pool: Option<&Pool>,
+    x: &Packed,
+    w: [Mat<'_>; N],
+    y: [&mut [f32]; N],
+) {
+    let mut y = y.into_iter().zip(&w).map(|(y, w)| Out::new(y, x.rows(), w.n(), w.n()));
+    let mut y: [Out<'_>; N] = std::array::from_fn(|_| y.next().expect("an output each"));
+    let n = w.iter().map(Mat::n).sum();
+    let Some((pool, chunk)) = shares(pool, x, n, w[0].k()) else {
+        return w.iter().zip(&mut y).for_each(|(w, y)| device.matmul_packed(x, *w, y));
+    };
+    by_columns(pool, n, chunk, &|columns| {
+        let mut before = 0;
+        for (w, y) in w.iter().zip(&y) {
+            let within = |column: usize| column.saturating_sub(before).min(w.n());
+            let columns = within(columns.start)..within(columns.end);
+            before += w.n();
+            if !columns.is_empty() {
+                // SAFETY: each task has columns of its own, and the output is borrowed for as long as the pool runs.
+                let mut y = unsafe { y.cols(columns.clone()) };
+                device.matmul_packed(x, w.rows(columns), &mut y);
+            }
+        }
     });
 }
 
-/// The threads to share a product with, or `each` of them with weights like `w`, and the outputs that one takes at a time;
-/// none if it is worth one thread only.
-fn shares<'p>(
-    pool: Option<&'p Pool>,
-    x: &Packed,
-    w: Mat<'_>,
-    each: usize,
-) -> Option<(&'p Pool, usize)> {
-    let (n, pool) = (w.n(), pool?);
-    let work = x.rows().saturating_mul(n).saturating_mul(w.k()).saturating_mul(each);
+/// The threads to share products with, of `n` outputs over `k`, and the outputs that one takes at a time; none if they are
+/// worth one thread only.
+fn shares<'p>(pool: Option<&'p Pool>, x: &Packed, n: usize, k: usize) -> Option<(&'p Pool, usize)> {
+    let pool = pool?;
+    let work = x.rows().saturating_mul(n).saturating_mul(k);
     let shared = pool.threads() > 1 && work >= SMALL && n > CHUNK;
     let chunk = || n.div_ceil(pool.threads() * CHUNKS_PER_THREAD).next_multiple_of(CHUNK);
     shared.then(|| (pool, chunk()))

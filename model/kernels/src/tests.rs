@@ -4,6 +4,7 @@ mod gated;
 mod pool;
 mod product;
 mod rowwise;
+mod single;
 
 use crate::{Acts, Isa, Kernels, Mat, f32_to_fp8, fp8_to_f32};
 use half::bf16;

@@ -44,6 +44,11 @@ impl<'a> Stack<'a> {
         Stack { first, group, ..self }
     }
 
+    /// The matrices.
+    pub(crate) fn mats(&self) -> &'a [Mat<'a>] {
+        self.mats
+    }
+
     /// Columns.
     pub(crate) fn k(&self) -> usize {
         self.mats.first().map_or(0, Mat::k)

@@ -10,6 +10,7 @@ mod coded;
 mod columns;
 mod few;
 mod panel;
+mod single;
 mod sink;
 mod strip;
 #[cfg(test)]
@@ -117,7 +118,8 @@ impl Multiply for Amx {
         ldy: usize,
     ) -> bool {
         if !w.is_bf16() {
-            return false;
+            // SAFETY: the CPU has AVX-512 with VBMI, by the caller's word.
+            return rows == 1 && unsafe { single::compute(x, w, y) };
         }
         // SAFETY: the CPU has tiles and they are permitted, by the caller's word, with the shapes.
         unsafe { columns::Columns { x, rows, ldx, w, y, ldy }.compute() };
