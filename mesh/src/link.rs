@@ -39,7 +39,8 @@ use crate::tls::{Expected, Role, Tls};
 use crate::transport::{self, CONNECT_TIMEOUT, Endpoint, channel_and_peer};
 
 const FIRST_RECONNECT: Duration = Duration::from_millis(50);
-const SLOWEST_RECONNECT: Duration = Duration::from_secs(2);
+/// A node that comes back is to be at work within a second, however often it went.
+const SLOWEST_RECONNECT: Duration = Duration::from_millis(500);
 /// Long, as the engine computes between looking after its streams.
 const CALL_TIMEOUT: Duration = Duration::from_secs(20);
 
