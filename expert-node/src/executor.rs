@@ -267,7 +267,7 @@ impl Executor {
         let results = match flight.stub {
             true => Results { bytes: echo, width, pitch: width },
             false => {
-                lose_device()?;
+                failpoint::fail("device", GpuError::lost_as_told)?;
                 experts.results()?
             }
         };
@@ -417,15 +417,6 @@ fn expired(job: &Job, now: Instant) -> Option<(ErrorCode, String)> {
         let message = format!("waited {waited:?} of the {allowed:?} it was given");
         (ErrorCode::Expired, message)
     })
-}
-
-/// Where a test has the device be lost in the midst of a batch.
-fn lose_device() -> Result<(), GpuError> {
-    if failpoint::is_told("device") {
-        let code = "as told".to_owned();
-        return Err(GpuError::Lost { ordinal: 0, doing: "computing", code });
-    }
-    Ok(())
 }
 
 fn micros(time: Duration) -> u32 {

@@ -5,7 +5,7 @@
 /// Whether the directory named by `FAILPOINTS_DIR` holds a file called `name`;
 /// once for each time it is put there.
 #[cfg(debug_assertions)]
-pub fn is_told(name: &str) -> bool {
+fn is_told(name: &str) -> bool {
     use std::path::PathBuf;
     use std::sync::OnceLock;
 
@@ -18,14 +18,21 @@ pub fn is_told(name: &str) -> bool {
 /// Never.
 #[cfg(not(debug_assertions))]
 #[inline(always)]
-pub fn is_told(_: &str) -> bool {
+fn is_told(_: &str) -> bool {
     false
 }
 
-/// Panics if [`is_told`].
+/// Panics, if told to.
 #[inline(always)]
 pub fn pass(name: &str) {
     if is_told(name) {
         panic!("failpoint {name}, as told");
     }
+}
+
+/// # Errors
+/// `error`, if told to.
+#[inline(always)]
+pub fn fail<E>(name: &str, error: impl FnOnce() -> E) -> Result<(), E> {
+    if is_told(name) { Err(error()) } else { Ok(()) }
 }

@@ -89,9 +89,8 @@ pub struct Engine {
 struct Owed {
     id: SeqId,
     position: u64,
-    /// Rows of logits between the one to choose from and the last that another token is chosen
-    /// from; `None` if the token was chosen beside the logits.
-    skip: Option<usize>,
+    /// The row of logits to choose from; `None` if the token was chosen beside the logits.
+    row: Option<usize>,
     choice: Result<Choice, NonFinite>,
 }
 
@@ -289,7 +288,7 @@ impl Engine {
                         experts.abandon();
                         return Ok(());
                     }
-                    lose_device()?;
+                    failpoint::fail("trunk", GpuError::lost_as_told)?;
                     trunk.absorb_shares(layer, step, &|slot| experts.share(lane, slot))?;
                     short.silence(step);
                 }
@@ -352,8 +351,8 @@ impl Engine {
         }
         let Answers { mut tokens, logits } = trunk.answers(&mut steps[lane], &self.draws)?;
         let vocab = trunk.config().vocab;
-        // Rows of logits that belong to parts seen, and those up to the last to choose from.
-        let (mut seen, mut passed) = (0, 0);
+        // Rows of logits that belong to parts seen.
+        let mut seen = 0;
         for &part in plan {
             let Some(stream) = self.streams.get_mut(&part.id) else { continue };
             let wanted = stream.wanted_rows(&part);
@@ -386,19 +385,19 @@ impl Engine {
                 );
             }
             if part.last {
-                let (skip, choice) = match chosen {
+                let (row, choice) = match chosen {
                     Some(token) => (None, token.map(Choice::plain)),
-                    None => (Some(seen - 1 - passed), Err(NonFinite)),
+                    None => (Some(seen - 1), Err(NonFinite)),
                 };
-                passed = if chosen.is_some() { passed } else { seen };
                 let position = sequence.len() as u64;
-                self.owed.push(Owed { id: part.id, position, skip, choice });
+                self.owed.push(Owed { id: part.id, position, row, choice });
             }
         }
-        let count = self.owed.iter().filter(|owed| owed.skip.is_some()).count();
-        let mut logits = logits.chunks_exact_mut(vocab);
-        let rows = self.owed.iter_mut().filter_map(|Owed { id, position, skip, choice }| {
-            let logits = logits.nth((*skip)?)?;
+        let count = self.owed.iter().filter(|owed| owed.row.is_some()).count();
+        let mut logits = logits.chunks_exact_mut(vocab).enumerate();
+        let rows = self.owed.iter_mut().filter_map(|Owed { id, position, row, choice }| {
+            let wanted = (*row)?;
+            let (_, logits) = logits.find(|(row, _)| *row == wanted)?;
             Some((self.streams.get(id)?.row(logits, *position), choice))
         });
         sample_all(&trunk.compute().pool, count, rows, sampling);
@@ -464,15 +463,6 @@ impl Engine {
         self.parts.metrics.waiting.set(waiting as i64);
         self.parts.metrics.kv_pages_used.set(used as i64);
     }
-}
-
-/// Where a test has the trunk's device be lost in the midst of a step.
-fn lose_device() -> Result<(), GpuError> {
-    if failpoint::is_told("trunk") {
-        let code = "as told".to_owned();
-        return Err(GpuError::Lost { ordinal: 0, doing: "computing", code });
-    }
-    Ok(())
 }
 
 /// A plan's parts as the trunk takes them.

@@ -47,6 +47,11 @@ pub enum GpuError {
 }
 
 impl GpuError {
+    /// For tests of what follows when a device is lost, where there is none to lose.
+    pub fn lost_as_told() -> GpuError {
+        GpuError::Lost { ordinal: 0, doing: "computing", code: "as told".to_owned() }
+    }
+
     /// What a call of the driver said.
     pub(super) fn new(ordinal: usize, doing: &'static str, error: DriverError) -> GpuError {
         let code = match error.error_name() {
