@@ -14,12 +14,13 @@
 
 use std::time::Duration;
 
-/// Without a target: how much longer a prompt may make a step than decoding alone is.
-const STRETCH: f64 = 1.75;
+/// Without a target: how much longer a prompt may make a step than decoding alone is. Below two, so that one in a
+/// hundred stays there, as single steps come out longer than was thought.
+const STRETCH: f64 = 1.6;
 /// Prompt tokens a step takes in any case.
 const LEAST: usize = 16;
-/// Weight of a new measurement.
-const NEW: f64 = 0.25;
+/// Weight of a new measurement: one slow step says little of the next.
+const NEW: f64 = 0.125;
 const SIZES: usize = usize::BITS as usize;
 
 /// The average step of one size.
@@ -142,16 +143,16 @@ mod tests {
 
     #[test]
     fn a_long_prompt_stretches_steps_by_no_more_than_agreed() {
-        // 14 ms alone, 24.5 with the prompt: 21 rows more.
+        // 14 ms alone, 22.4 with the prompt: 16.8 rows more.
         let tokens = run(Pace::new(None), 8, 1, 20);
-        assert!(tokens.iter().all(|&n| (LEAST..=21).contains(&n)), "{tokens:?}");
+        assert!(tokens.iter().all(|&n| (LEAST..=17).contains(&n)), "{tokens:?}");
     }
 
     #[test]
     fn a_crowd_of_prompts_is_not_held_up_by_one_stream() {
-        // 10.5 ms alone, 136.5 with sixteen prompts: 252 rows more.
+        // 10.5 ms alone, 111.3 with sixteen prompts: 201 rows more.
         let tokens = run(Pace::new(None), 1, 16, 20);
-        assert!(tokens[4..].iter().all(|&n| (240..=252).contains(&n)), "{tokens:?}");
+        assert!(tokens[4..].iter().all(|&n| (190..=202).contains(&n)), "{tokens:?}");
     }
 
     /// Prompts become streams one after another: no number of streams is ever
