@@ -163,7 +163,7 @@ fn weight(dtype: DType, count: usize) -> Vec<u8> {
     match dtype {
         DType::F32 => numbers(count).flat_map(f32::to_le_bytes).collect(),
         DType::Bf16 => numbers(count).flat_map(|x| bf16::from_f32(x).to_le_bytes()).collect(),
-        DType::Fp8 => numbers(count).map(|x| (x.to_bits() >> 15) as u8 & 0xf7).collect(),
+        DType::Fp8 => numbers(count).map(|x| (x.to_bits() >> 15) as u8 & 0xf7 | 0x40).collect(),
     }
 }
 

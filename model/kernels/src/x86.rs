@@ -39,7 +39,12 @@ pub(crate) fn has(isa: Isa) -> bool {
                 && is_x86_feature_detected!("avx512vbmi")
                 && pairs::conforms()
         }
-        Isa::Amx => avx512 && is_x86_feature_detected!("avx512vbmi") && amx::available(),
+        Isa::Amx => {
+            avx512
+                && is_x86_feature_detected!("avx512vbmi")
+                && is_x86_feature_detected!("gfni")
+                && amx::available()
+        }
     }
 }
 

@@ -74,7 +74,7 @@ impl<'a> Source<'a> {
 ///
 /// # Safety
 /// Tiles are configured full, `x` is packed for the source's weights, and the sink is for their outputs.
-#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi")]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi,gfni")]
 pub(super) unsafe fn product(x: &Packed, source: Source<'_>, sink: &mut impl Sink) {
     let parts = parts(x.segments(), source.first().scales().is_some());
     let runs = gathered(parts.iter().map(Part::steps), RUN);
@@ -151,7 +151,7 @@ struct Group<'a> {
 }
 
 impl Group<'_> {
-    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi")]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi,gfni")]
     unsafe fn compute(&self, decoded: &mut Vec<Line>, sums: &mut Vec<Line>, sink: &mut impl Sink) {
         let passes = self.tiles.len().div_ceil(2);
         let scaled = self.source.first().scales().is_some();
@@ -258,7 +258,7 @@ fn stored(
 }
 
 /// Panels as operands decoded into `out`.
-#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi")]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi,gfni")]
 fn decode_run(
     panels: &[Option<(&Mat<'_>, usize)>; 2],
     parts: &[Part],
@@ -343,7 +343,7 @@ struct Pass<'a> {
 }
 
 impl Pass<'_> {
-    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi")]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi,gfni")]
     unsafe fn compute<const P: usize>(&mut self, sums: &mut [Sums]) {
         let tiles = self.group.tiles.len();
         for (pass, sums) in sums.iter_mut().enumerate() {
@@ -358,7 +358,7 @@ impl Pass<'_> {
     }
 
     #[inline]
-    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi")]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi,gfni")]
     unsafe fn tiles<const P: usize, const R: usize>(&mut self, pass: usize, sums: &mut Sums) {
         let Group { right, tiles, source, parts, .. } = self.group;
         let scaled = source.first().scales().is_some();

@@ -47,7 +47,7 @@ thread_local! {
 ///
 /// # Safety
 /// Tiles are configured for `x`, which is packed for the FP8 weight `w`; `y` has their shape.
-#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi")]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi,gfni")]
 pub(super) unsafe fn product<const R: usize>(x: &Packed, w: &Mat<'_>, y: &mut Out<'_>) {
     if w.k() == 0 {
         let (rows, outputs) = y.shape();
@@ -65,7 +65,7 @@ pub(super) unsafe fn product<const R: usize>(x: &Packed, w: &Mat<'_>, y: &mut Ou
         })
     });
     let right = Right::of(x);
-    let turns = Turns { right, segments: x.segments(), w, codes: Codes::new(), block: None };
+    let turns = Turns { right, segments: x.segments(), w, block: None };
     // SAFETY: the caller's.
     unsafe { turns.compute::<R>(&mut memory, y) };
     MEMORY.set(Some(memory));
@@ -95,13 +95,12 @@ struct Turns<'a> {
     right: Right<'a>,
     segments: &'a [Segment],
     w: &'a Mat<'a>,
-    codes: Codes,
     /// Not yet added to the sums.
     block: Option<Block>,
 }
 
 impl Turns<'_> {
-    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi")]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi,gfni")]
     unsafe fn compute<const R: usize>(mut self, memory: &mut Memory, y: &mut Out<'_>) {
         let (mut last, mut blocks) = (None::<Piece>, 0);
         memory.sums = ZERO;
@@ -137,7 +136,7 @@ impl Turns<'_> {
 
     /// Decodes `piece` and multiplies the one before.
     #[inline]
-    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi")]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi,gfni")]
     unsafe fn turn<const R: usize>(
         &self,
         piece: Option<&Piece>,
@@ -159,13 +158,15 @@ impl Turns<'_> {
             // SAFETY: the caller's; the panel's sixteen rows hold the piece, and `out` its tiles.
             unsafe {
                 if let Some((first, at)) = rows {
+                    // Anew, so that they stay in registers here.
+                    let codes = Codes::new();
                     for row in i * ROWS..(i + 1) * ROWS {
                         let from = first.wrapping_add(row * stride);
                         let to = out[row * ROW..].as_mut_ptr();
                         for half in 0..PIECE / 2 {
                             let p = from.wrapping_add(half * 2 * STEP);
                             _mm_prefetch::<_MM_HINT_T0>(p.wrapping_add(at).cast());
-                            let [a, b] = self.codes.pairs(_mm512_loadu_si512(p.cast()));
+                            let [a, b] = codes.pairs(_mm512_loadu_si512(p.cast()));
                             let to = to.wrapping_add(half * 2 * TILE);
                             _mm512_storeu_si512(to.cast(), a);
                             _mm512_storeu_si512(to.wrapping_add(TILE).cast(), b);
@@ -190,7 +191,7 @@ impl Turns<'_> {
     /// Adds the block that left the tiles, times its scales, to the sums, and puts them into the output if it was the
     /// panel's last.
     #[inline]
-    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi")]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi,gfni")]
     fn add<const R: usize>(&mut self, Sums(block): &Sums, Sums(sums): &mut Sums, y: &mut Out<'_>) {
         let Some(Block { n, index, last }) = self.block.take() else { return };
         let columns = self.right.columns;

@@ -11,6 +11,7 @@ use crate::lanes::STEP;
 use crate::mat::{DType, Mat};
 use crate::packed::Out;
 use bytemuck::{Pod, Zeroable};
+use std::arch::asm;
 use std::arch::x86_64::*;
 
 /// A stretch of a weight's k.
@@ -237,7 +238,7 @@ pub(super) fn transposed(mut r: [__m512i; EDGE]) -> [__m512i; EDGE] {
 
 /// Decodes `part` of the `EDGE` outputs from `n` into `part.steps()` tiles. `ahead` says for an output's bytes which
 /// address to ask for early.
-#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi")]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi,gfni")]
 pub(super) fn decode(
     w: &Mat<'_>,
     n: usize,
@@ -306,7 +307,7 @@ unsafe fn decode_bf16(from: &[u8], to: *mut u8, ahead: &impl Fn(*const u8) -> *c
 }
 
 /// Codes of `rows` rows, of which `first` is the first and `stride` bytes lie from one to the next.
-#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi")]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi,gfni")]
 unsafe fn decode_codes(
     first: &[u8],
     stride: usize,
@@ -346,41 +347,79 @@ unsafe fn decode_codes(
 
 /// What decodes e4m3 codes, in registers.
 pub(super) struct Codes {
-    low: [__m512i; 2],
-    high: [__m512i; 2],
+    high: __m512i,
+    low: __m512i,
     /// Halves of 128-bit lanes: eight codes of the first step below eight of the second.
     order: __m512i,
-    sign: __m512i,
+    /// What tells codes of normal numbers from others.
+    two: __m512i,
+    sixteen: __m512i,
 }
 
 impl Codes {
     #[inline]
-    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi")]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi,gfni")]
     pub(super) fn new() -> Codes {
-        // SAFETY: the tables are two registers each.
-        let [low0, low1, high0, high1] = unsafe {
-            [&LOW[0], &LOW[64], &HIGH[0], &HIGH[64]]
-                .map(|p| _mm512_loadu_si512((p as *const u8).cast()))
-        };
         Codes {
-            low: [low0, low1],
-            high: [high0, high1],
-            order: _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7),
-            sign: _mm512_set1_epi8(0x80_u8 as i8),
+            high: kept(_mm512_set1_epi64(HIGH_BYTE)),
+            low: kept(_mm512_set1_epi64(LOW_BYTE)),
+            order: kept(_mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7)),
+            two: kept(_mm512_set1_epi8(2)),
+            sixteen: kept(_mm512_set1_epi8(16)),
         }
     }
 
     /// 64 codes as bf16, 32 and 32.
     #[inline]
-    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi")]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi,gfni")]
     pub(super) fn pairs(&self, codes: __m512i) -> [__m512i; 2] {
         let codes = _mm512_permutexvar_epi64(self.order, codes);
-        let low = _mm512_permutex2var_epi8(self.low[0], codes, self.low[1]);
-        let high = _mm512_permutex2var_epi8(self.high[0], codes, self.high[1]);
-        // The code's own sign bit over the table's clear one: a | (b & c).
-        let high = _mm512_ternarylogic_epi64::<0xf8>(high, codes, self.sign);
+        // Twice a code is the code without its sign: 0 to 14 where the exponent is zero, 254 if it is no number.
+        let twice = _mm512_add_epi8(codes, codes);
+        let odd = _mm512_cmple_epu8_mask(_mm512_add_epi8(twice, self.two), self.sixteen);
+        let [low, high] = match odd {
+            0 => [
+                _mm512_gf2p8affine_epi64_epi8::<0>(codes, self.low),
+                _mm512_gf2p8affine_epi64_epi8::<BIAS>(codes, self.high),
+            ],
+            _ => looked_up(codes),
+        };
         [_mm512_unpacklo_epi8(low, high), _mm512_unpackhi_epi8(low, high)]
     }
+}
+
+/// A constant that the compiler does not know, so that it does not load it from memory again and again.
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn kept(mut constant: __m512i) -> __m512i {
+    // SAFETY: no instructions.
+    unsafe {
+        asm!("/* {} */", inout(zmm_reg) constant,
+            options(pure, nomem, nostack, preserves_flags));
+    }
+    constant
+}
+
+/// For each bit of a byte of a normal number's bf16, the highest first, which bit of its code seeeemmm it is, or the inverse
+/// of where [`BIAS`] says so. An exponent e becomes e + 120: its first bit, four times the inverse of that, its others.
+const HIGH_BYTE: i64 = i64::from_le_bytes([0x80, 0x40, 0x40, 0x40, 0x40, 0x40, 0x20, 0x10]);
+const LOW_BYTE: i64 = i64::from_le_bytes([0x08, 0x04, 0x02, 0x01, 0, 0, 0, 0]);
+const BIAS: i32 = 0b0011_1100;
+
+/// The low and the high bytes of any codes' bf16.
+#[cold]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi,gfni")]
+fn looked_up(codes: __m512i) -> [__m512i; 2] {
+    let bytes = |table: &[u8; 128]| {
+        let [first, last] = [0, 64].map(|at| {
+            // SAFETY: half of the table is a register.
+            unsafe { _mm512_loadu_si512(table[at..at + 64].as_ptr().cast()) }
+        });
+        _mm512_permutex2var_epi8(first, codes, last)
+    };
+    // The code's own sign bit over the table's clear one: a | (b & c).
+    let sign = _mm512_set1_epi8(i8::MIN);
+    [bytes(&LOW), _mm512_ternarylogic_epi64::<0xf8>(bytes(&HIGH), codes, sign)]
 }
 
 /// The bytes of the bf16 that e4m3 codes 0 to 127 stand for.

@@ -23,7 +23,7 @@ const AHEAD: usize = 12;
 type Sums = [__m512; 4];
 
 /// Computes `y = x w`, shapes checked, or says that the weight is not one that this is for.
-#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi")]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi,gfni")]
 pub(super) fn compute(x: &[bf16], w: Stack<'_>, y: &mut [f32]) -> bool {
     let fits = |m: &Mat<'_>| {
         m.dtype() == DType::Fp8 && m.segments().all(|(from, _)| from.is_multiple_of(LINE))
@@ -41,7 +41,7 @@ pub(super) fn compute(x: &[bf16], w: Stack<'_>, y: &mut [f32]) -> bool {
 
 /// Adds the columns from `column` on to `sums`.
 #[inline]
-#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi")]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi,gfni")]
 fn add(x: &[bf16], w: &Mat<'_>, column: usize, sums: &mut [Sums; LINES]) {
     let codes = Codes::new();
     let table = w.scales().expect("an FP8 weight");

@@ -38,7 +38,7 @@ thread_local! {
 ///
 /// # Safety
 /// Tiles are configured for `x`, which is packed for `w`, a weight without scales; `y` has their shape.
-#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi")]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi,gfni")]
 pub(super) unsafe fn product<const R: usize>(x: &Packed, w: &Mat<'_>, y: &mut Out<'_>) {
     let mut memory = MEMORY.take().unwrap_or_else(|| {
         Box::new(Memory {
@@ -68,7 +68,7 @@ struct Strips<'a> {
 
 impl Strips<'_> {
     /// `P` panels from output `n`; gives how many outputs those are.
-    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi")]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi,gfni")]
     unsafe fn compute<const P: usize, const R: usize>(
         &self,
         n: usize,
@@ -97,7 +97,7 @@ impl Strips<'_> {
     }
 
     /// All of k, whole steps from where they are stored.
-    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi")]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi,gfni")]
     unsafe fn stored<const P: usize, const R: usize>(&self, n: usize, memory: &mut Memory) {
         for s in self.segments {
             let whole = Part { from: s.from, len: s.full * STEP, step: s.at / STEP };
@@ -114,7 +114,7 @@ impl Strips<'_> {
     }
 
     /// All of k through decoded tiles.
-    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi")]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi,gfni")]
     unsafe fn decoded<const P: usize, const R: usize>(&self, n: usize, memory: &mut Memory) {
         let pieces = self.segments.iter().flat_map(|s| {
             let (steps, len) = (s.steps(), s.full * STEP + s.tail);
@@ -164,7 +164,7 @@ impl Strips<'_> {
     }
 
     /// Decodes a part of `P` panels.
-    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi")]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi,gfni")]
     unsafe fn decode<const P: usize>(&self, n: usize, part: Part, Decoded(out): &mut Decoded) {
         let next = self.next::<P>();
         let at = next(part.from * self.w.dtype().size());
