@@ -207,5 +207,36 @@ fn shares<'p>(pool: Option<&'p Pool>, x: &Packed, n: usize, k: usize) -> Option<
 }
 
 fn by_columns(pool: &Pool, n: usize, chunk: usize, f: &(dyn Fn(Range<usize>) + Sync)) {
-    pool.run(n.div_ceil(chunk), &|i| f(i * chunk..n.min((i + 1) * chunk)));
+    let chunks = n.div_ceil(chunk);
+    pool.run(chunks, &|i| {
+        let i = in_runs(i, chunks, pool.threads());
+        f(i * chunk..n.min((i + 1) * chunk));
+    });
+}
+
+/// The chunk that task `i` is, of `chunks` that `threads` threads take in turns: each thread's follow each other, so that
+/// what it asks for ahead of one is the beginning of its next.
+fn in_runs(i: usize, chunks: usize, threads: usize) -> usize {
+    let (each, more) = (chunks / threads, chunks % threads);
+    let (turn, thread) = (i / threads, i % threads);
+    // The first `more` threads have one more each.
+    thread * each + thread.min(more) + turn
+}
+
+#[cfg(test)]
+mod tests {
+    use super::in_runs;
+
+    #[test]
+    fn each_chunk_is_one_task_and_a_threads_follow_each_other() {
+        for (chunks, threads) in [(8, 2), (7, 2), (1, 3), (2, 3), (13, 4), (16, 1)] {
+            let order: Vec<usize> = (0..chunks).map(|i| in_runs(i, chunks, threads)).collect();
+            let mut sorted = order.clone();
+            sorted.sort_unstable();
+            assert!(sorted.into_iter().eq(0..chunks), "{chunks} on {threads}: {order:?}");
+            for i in threads..chunks {
+                assert_eq!(order[i], order[i - threads] + 1, "{chunks} on {threads}: {order:?}");
+            }
+        }
+    }
 }
