@@ -329,12 +329,12 @@ impl Remote {
         self.wire.begin();
         while !self.lanes[lane].0.outbox.is_empty() {
             self.put(lane, routed, &mut leaving, placement, now);
-            if !leaving.is_empty() {
-                self.leave(lane, &mut leaving, placement, now);
+            match leaving.is_empty() {
+                true => self.turn(now),
+                false => self.leave(lane, &mut leaving, placement, now),
             }
         }
         self.looking.leaving = leaving;
-        self.turn(now);
     }
 
     /// Puts frames where their nodes see them at once, the others into `leaving`.
