@@ -1,12 +1,14 @@
-//! Rows in memory that a router and its nodes share, through real processes: the bits are those
+//! Rows and messages in memory that a router and its nodes share, through real processes: the bits are those
 //! of rows in messages, whoever does not want it is served all the same, and neither a router
-//! that lies about places nor a node that dies with them does harm.
+//! that lies about places or spoils a ring nor a node that dies with them does harm.
 
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use bytes::BytesMut;
-use mesh::link::stream;
+use mesh::link::stream::{self, Reader, StreamError, Writer};
 use mesh::near::Shortcut;
+use mesh::shared::rings::{BOTH, Put};
 use mesh::transport::Endpoint;
 use model::{Checkpoint, Numerics, Routed};
 use proto::v1::expert_control_client::ExpertControlClient;
@@ -17,6 +19,7 @@ use router::exchange::{Combine, Wire};
 use crate::forms::dispatcher;
 use crate::identity::scores;
 use crate::nodes::node;
+use crate::support::evil::{Evil, EvilNode};
 use crate::support::fixture::tiny;
 use crate::support::process::signal;
 use crate::support::{Fixture, Sandbox, block_on};
@@ -75,7 +78,7 @@ fn a_router_that_lies_about_places_is_refused_by_name() {
         let rows = 1f32.to_le_bytes().repeat(count * width / 4);
         let endpoint = Endpoint::Unix(mesh.socket("expert-node-0"));
         let open = async |shortcut| stream::open(&endpoint, None, shortcut).await.unwrap();
-        let send = |writer: &stream::Writer, frame: &DispatchFrame, rows: &[u8]| {
+        let send = |writer: &Writer, frame: &DispatchFrame, rows: &[u8]| {
             let mut buffer = BytesMut::new();
             wire::put(&mut buffer, frame, rows.len(), |buffer| buffer.extend_from_slice(rows));
             assert!(writer.send(buffer.freeze()));
@@ -88,12 +91,13 @@ fn a_router_that_lies_about_places_is_refused_by_name() {
         assert_eq!(want.len(), rows.len());
         let bytes = rows.len() as u64;
         let sound = SharedRows { at: 0, rows_bytes: bytes, results_bytes: bytes };
+        let end = room.segment().size() as u64;
         let lies = [
             SharedRows { at: u64::MAX, ..sound },
-            SharedRows { at: (32 << 20) - bytes + 1, ..sound },
+            SharedRows { at: end - bytes + 1, ..sound },
             SharedRows { rows_bytes: u64::MAX, ..sound },
             SharedRows { rows_bytes: bytes - 4, ..sound },
-            SharedRows { results_bytes: (32 << 20) + 1, ..sound },
+            SharedRows { results_bytes: end + 1, ..sound },
             SharedRows { results_bytes: u64::MAX, ..sound },
         ];
         for (ticket, lie) in (2..).zip(lies) {
@@ -130,6 +134,116 @@ fn a_router_that_lies_about_places_is_refused_by_name() {
         send(&writer, &DispatchFrame { shared: Some(sound), ..frame(30) }, &[]);
         let error = reader.next().await.unwrap().error.unwrap();
         assert!(error.message.contains("of which the stream has 0"), "{}", error.message);
+        mesh.stop();
+    });
+}
+
+#[test]
+fn a_router_that_spoils_a_ring_loses_its_stream_and_no_more() {
+    block_on(async {
+        let mut mesh = Sandbox::of(tiny()).start().await;
+        let mut control = ExpertControlClient::new(node(&mesh, 0));
+        let about = control.describe(DescribeRequest {}).await.unwrap().into_inner();
+        let layer = about.owned[0].layer;
+        let frame = |ticket| {
+            let (hidden, experts) = (about.hidden, vec![about.owned[0].experts[0]]);
+            let dtype = Dtype::Bf16 as i32;
+            let slot_counts = vec![1];
+            let head = DispatchFrame {
+                ticket,
+                layer,
+                dtype,
+                hidden,
+                slot_counts,
+                experts,
+                ..Default::default()
+            };
+            let rows = vec![0x3c; 2 * hidden as usize];
+            let mut buffer = BytesMut::new();
+            wire::put(&mut buffer, &head, rows.len(), |buffer| buffer.extend_from_slice(&rows));
+            buffer.freeze()
+        };
+        let endpoint = Endpoint::Unix(mesh.socket("expert-node-0"));
+        let open = async || {
+            let (writer, reader) = stream::open(&endpoint, None, Shortcut::Auto).await.unwrap();
+            assert!(writer.has_rings());
+            (writer, reader)
+        };
+        // As a router that is awake: by ring or socket, as it comes.
+        let answer = async |writer: &Writer, reader: &mut Reader| loop {
+            if let Some(reply) = writer.look() {
+                return Ok(reply);
+            }
+            let socket = tokio::time::timeout(Duration::from_micros(50), reader.next()).await;
+            if let Ok(reply) = socket {
+                return reply;
+            }
+        };
+        let ask = async |writer: &Writer, reader: &mut Reader, ticket: u64, near: &mut u32| {
+            match writer.put(&frame(ticket)) {
+                Put::There => *near += 1,
+                Put::Knock => writer.knock(),
+                Put::Not => assert!(writer.send(frame(ticket))),
+            }
+            let reply = answer(writer, reader).await?;
+            assert_eq!((reply.ticket, reply.error.as_ref()), (ticket, None));
+            Ok::<_, StreamError>(reply.rows)
+        };
+
+        // Two rings: the router's, then the node's; in each, what is written and what is read.
+        const RING: usize = BOTH / 2;
+        const READ: usize = 128;
+        const SPOILT: [(usize, u64); 4] =
+            [(0, 3), (0, u64::MAX), (RING + READ, 1 << 40), (RING + READ, 7)];
+        let mut want = None;
+        for (round, (at, value)) in SPOILT.into_iter().enumerate() {
+            let (writer, mut reader) = open().await;
+            let mut near = 0;
+            for ticket in 0..500 {
+                let rows = ask(&writer, &mut reader, ticket, &mut near).await.unwrap();
+                assert_eq!(*want.get_or_insert_with(|| rows.clone()), rows);
+            }
+            assert!(near > 100, "{near} of 500 frames went by the ring");
+            let counter = writer.room().unwrap().segment().counter(at);
+            let mut ticket = 500;
+            let ended = loop {
+                // Its own end sets it right again.
+                counter.store(value, Ordering::Relaxed);
+                match ask(&writer, &mut reader, ticket, &mut near).await {
+                    Ok(_) => ticket += 1,
+                    Err(ended) => break ended.to_string(),
+                }
+                assert!(ticket < 5000, "round {round}: the stream goes on");
+            };
+            assert!(ended.contains("a shared ring is said to hold"), "round {round}: {ended}");
+            // Whoever comes next is served.
+            let (writer, mut reader) = open().await;
+            ask(&writer, &mut reader, 1, &mut near).await.unwrap();
+        }
+        assert!(mesh.nodes[0].ended().is_none(), "the node lives on");
+        mesh.stop();
+    });
+}
+
+#[test]
+fn replies_in_the_ring_come_before_the_end_of_the_stream() {
+    block_on(async {
+        let mesh = Sandbox::of(tiny()).start().await;
+        let path = mesh.dir.join("brief.sock");
+        let _brief = EvilNode::start(&path, node(&mesh, 0), Evil::Brief).await;
+        let endpoint = Endpoint::Unix(path);
+        let (writer, mut reader) = stream::open(&endpoint, None, Shortcut::Auto).await.unwrap();
+        assert!(writer.has_rings() && writer.look().is_none(), "it is awake from now on");
+        for ticket in 1..=3 {
+            let frame = DispatchFrame { ticket, ..Default::default() };
+            let mut buffer = BytesMut::new();
+            wire::put(&mut buffer, &frame, 0, |_| {});
+            assert!(writer.send(buffer.freeze()));
+        }
+        for ticket in 1..=3 {
+            assert_eq!(reader.next().await.unwrap().ticket, ticket);
+        }
+        assert!(reader.next().await.is_err());
         mesh.stop();
     });
 }

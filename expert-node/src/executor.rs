@@ -12,7 +12,6 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use bytes::Bytes;
 use mesh::shared::Segment;
 use mesh::telemetry::propagate;
 use mesh::{failpoint, pump};
@@ -22,9 +21,8 @@ use proto::frame::all_finite;
 use proto::v1::{DispatchFrame, Dtype, ErrorCode, SharedRows};
 use proto::wire::Leaving;
 use proto::{ExpertId, LayerId};
+use tokio::sync::mpsc::UnboundedReceiver;
 use tokio::sync::mpsc::error::TryRecvError;
-use tokio::sync::mpsc::{OwnedPermit, UnboundedReceiver};
-use tonic::Status;
 use tracing::Span;
 use tracing::field::Empty;
 
@@ -32,6 +30,7 @@ use self::answer::Answers;
 use crate::admission::Admission;
 use crate::batcher::Batch;
 use crate::metrics::NodeMetrics;
+use crate::ports::{Ports, Reply};
 use crate::results::{Writer, refusal, wire_dtype};
 use crate::store::{Resident, Store};
 use crate::stream::Spare;
@@ -50,7 +49,7 @@ pub struct Job {
     /// Whether an input row of it was found not to be finite.
     pub tainted: Cell<bool>,
     pub arrived: Instant,
-    pub reply: OwnedPermit<Result<Bytes, Status>>,
+    pub reply: Reply,
 }
 
 impl Job {
@@ -70,6 +69,7 @@ pub struct Parts {
     pub store: Arc<Store>,
     pub admission: Arc<Admission>,
     pub spare: Spare,
+    pub ports: Ports,
     pub metrics: NodeMetrics,
 }
 
@@ -78,6 +78,8 @@ pub struct Executor {
     parts: Parts,
     /// Batches that are not under way; their memory is used again.
     idle: Vec<Flight>,
+    /// When the sockets last had their turn.
+    turned: Instant,
     /// What replies are written into; its memory comes back when they have left.
     wire: Leaving,
     /// Results of a stub: its rows as they came.
@@ -107,6 +109,7 @@ impl Executor {
         Self {
             parts,
             idle: vec![Flight::default(), Flight::default()],
+            turned: Instant::now(),
             wire: Leaving::default(),
             echo: Vec::new(),
             coded: Vec::new(),
@@ -128,7 +131,7 @@ impl Executor {
         loop {
             let first = match under_way {
                 Some(_) => self.meanwhile(&mut jobs).await?,
-                None => match next(&mut jobs, awake).await {
+                None => match self.next(&mut jobs, awake).await {
                     Some(job) => Some(job),
                     None => return Ok(()),
                 },
@@ -149,8 +152,38 @@ impl Executor {
             {
                 self.finish(flight)?;
             }
-            awake = Instant::now() + pump::AWAKE;
+            let now = Instant::now();
+            awake = now + pump::AWAKE;
+            self.turn(now).await;
+        }
+    }
+
+    /// The next job, if there will be one. Does not sleep before `awake` is over.
+    async fn next(&mut self, jobs: &mut UnboundedReceiver<Job>, awake: Instant) -> Option<Job> {
+        loop {
+            self.parts.ports.look();
+            match jobs.try_recv() {
+                Ok(job) => return Some(job),
+                Err(TryRecvError::Disconnected) => return None,
+                Err(TryRecvError::Empty) if Instant::now() >= awake && self.parts.ports.sleep() => {
+                    return jobs.recv().await;
+                }
+                Err(TryRecvError::Empty) => self.pass().await,
+            }
+        }
+    }
+
+    /// Leaves the CPU to other threads, if they have work for it, and the streams their turn.
+    async fn pass(&mut self) {
+        std::thread::yield_now();
+        self.turn(Instant::now()).await;
+    }
+
+    /// Leaves the runtime to the streams and their sockets, if it is time.
+    async fn turn(&mut self, now: Instant) {
+        if self.parts.ports.turn(self.turned, now) {
             tokio::task::yield_now().await;
+            self.turned = now;
         }
     }
 
@@ -160,10 +193,11 @@ impl Executor {
         jobs: &mut UnboundedReceiver<Job>,
     ) -> Result<Option<Job>, GpuError> {
         while !self.parts.experts.is_done()? {
+            self.parts.ports.look();
             if let Ok(job) = jobs.try_recv() {
                 return Ok(Some(job));
             }
-            pump::pass().await;
+            self.pass().await;
         }
         Ok(None)
     }
@@ -171,7 +205,7 @@ impl Executor {
     /// Reads frames until the oldest batch is done.
     async fn done(&mut self) -> Result<(), GpuError> {
         while !self.parts.experts.is_done()? {
-            pump::pass().await;
+            self.pass().await;
         }
         Ok(())
     }
@@ -394,19 +428,7 @@ impl Rows for Standing<'_> {
 
 fn refuse(metrics: &NodeMetrics, job: Job, (code, message): (ErrorCode, String)) {
     metrics.refuse(code);
-    job.reply.send(Ok(refusal(&job.frame, code, message)));
-}
-
-/// The next job, if there will be one. Does not sleep before `awake` is over.
-async fn next(jobs: &mut UnboundedReceiver<Job>, awake: Instant) -> Option<Job> {
-    loop {
-        match jobs.try_recv() {
-            Ok(job) => return Some(job),
-            Err(TryRecvError::Disconnected) => return None,
-            Err(TryRecvError::Empty) if Instant::now() < awake => pump::pass().await,
-            Err(TryRecvError::Empty) => return jobs.recv().await,
-        }
-    }
+    job.reply.send(refusal(&job.frame, code, message));
 }
 
 /// Why a job is not worth computing any more.

@@ -4,6 +4,7 @@
 //! a frame meets them:
 //!
 //! - [`stream`]: frames in, replies out, read and written in place
+//! - [`ports`]: streams whose frames come through shared memory, which the executor looks into
 //! - [`service`]: frames checked, admitted or refused
 //! - [`admission`]: the bound on queued rows
 //! - [`batcher`]: regroups queued rows by expert, across frames and routers
@@ -27,6 +28,7 @@ pub mod executor;
 pub mod fetch;
 pub mod heads;
 pub mod metrics;
+pub mod ports;
 pub mod results;
 pub mod service;
 pub mod store;
@@ -59,6 +61,7 @@ use crate::device::Device;
 use crate::executor::{Executor, Job};
 use crate::fetch::Fetcher;
 use crate::metrics::NodeMetrics;
+use crate::ports::Ports;
 use crate::service::{Facts, Service};
 use crate::store::{Store, StoreError};
 use crate::stream::{ExpertData, Spare};
@@ -273,7 +276,7 @@ impl Run {
     ) -> Result<(), Error> {
         let Self { facts, compute, experts, store, control, admission, node, tls, offer, .. } =
             self;
-        let spare = Spare::default();
+        let (spare, ports) = (Spare::default(), Ports::default());
         let executor = Executor::new(executor::Parts {
             compute,
             experts,
@@ -282,15 +285,16 @@ impl Run {
             store: store.clone(),
             admission: admission.clone(),
             spare: spare.clone(),
+            ports: ports.clone(),
             metrics: node.clone(),
         });
         // Jobs are bounded by admission, which counts rows; a job has at least one.
         let (queue, jobs) = mpsc::unbounded_channel();
         let parts = service::Parts { store, queue, admission, spare, metrics: node };
         let service = Service::new(facts, parts, (control, offer), &shutdown);
-        let routes =
-            Routes::new(ExpertData { service: service.clone(), shared_rows: self.shared_rows })
-                .add_service(ExpertControlServer::new(service));
+        let shared_rows = self.shared_rows;
+        let routes = Routes::new(ExpertData { service: service.clone(), ports, shared_rows })
+            .add_service(ExpertControlServer::new(service));
 
         readiness.set(Ok(()));
         let serving = compute_and_serve(listeners, executor, jobs, async move |listeners| {

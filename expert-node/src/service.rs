@@ -7,7 +7,6 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Instant, SystemTime};
 
-use bytes::Bytes;
 use mesh::lifecycle::Shutdown;
 use mesh::near::Offer;
 use mesh::shared::Segment;
@@ -16,13 +15,13 @@ use model::Numerics;
 use proto::frame::{self, Shape};
 use proto::v1::{DispatchFrame, Dtype, ErrorCode, NodeDescription};
 use proto::{ExpertId, LayerId, MAX_MESSAGE_BYTES};
-use tokio::sync::mpsc::{OwnedPermit, UnboundedSender};
-use tonic::Status;
+use tokio::sync::mpsc::UnboundedSender;
 
 use crate::admission::Admission;
 use crate::control::Control;
 use crate::executor::Job;
 use crate::metrics::NodeMetrics;
+use crate::ports::Reply;
 use crate::results::{refusal, wire_dtype};
 use crate::store::Store;
 use crate::stream::Spare;
@@ -185,13 +184,7 @@ impl Inner {
 
 impl Service {
     /// Judges a frame that arrived: queues it, or answers that it will not be computed.
-    pub fn take(
-        &self,
-        frame: DispatchFrame,
-        arrived: Instant,
-        reply: OwnedPermit<Result<Bytes, Status>>,
-        stream: &mut Stream,
-    ) {
+    pub fn take(&self, frame: DispatchFrame, arrived: Instant, reply: Reply, stream: &mut Stream) {
         let inner = &self.0;
         match inner.admit(&frame, stream) {
             Ok(slots) => {
@@ -208,7 +201,7 @@ impl Service {
             }
             Err((code, message)) => {
                 inner.parts.metrics.refuse(code);
-                reply.send(Ok(refusal(&frame, code, message)));
+                reply.send(refusal(&frame, code, message));
                 inner.parts.spare.put(frame);
             }
         }

@@ -6,13 +6,12 @@ use std::future::{Ready, ready};
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll};
-use std::time::Instant;
 
 use bytes::Bytes;
 use http::{HeaderMap, HeaderValue, Request, Response};
 use http_body::{Body as _, Frame};
 use mesh::near::Shortcut;
-use mesh::shared::{self, Handed, Segment};
+use mesh::shared::{self, Handed, Rings, Segment, rings};
 use proto::MAX_MESSAGE_BYTES;
 use proto::v1::DispatchFrame;
 use proto::wire::{self, Messages};
@@ -21,6 +20,7 @@ use tonic::body::Body;
 use tonic::server::NamedService;
 use tonic::{Code, Status};
 
+use crate::ports::{Leaving, Port, Ports};
 use crate::service::{Service, Stream};
 
 /// Frames of one stream that may be in work; further ones are not read yet.
@@ -50,6 +50,7 @@ impl Spare {
 #[derive(Clone)]
 pub struct ExpertData {
     pub service: Service,
+    pub ports: Ports,
     pub shared_rows: Shortcut,
 }
 
@@ -89,6 +90,8 @@ impl tower::Service<Request<Body>> for ExpertData {
         }
         let (replies, leaving) = mpsc::channel(FRAMES_IN_WORK);
         let segment = self.segment(&request);
+        let meant = request.headers().get(rings::OFFERED) == Some(&Rings::offer());
+        let rings = segment.as_ref().filter(|_| meant).and_then(Rings::server);
         let mut response = Response::new(Body::new(Replies { leaving, ended: false }));
         let headers = response.headers_mut();
         let grpc = HeaderValue::from_static("application/grpc");
@@ -96,7 +99,11 @@ impl tower::Service<Request<Body>> for ExpertData {
         if let Some(segment) = &segment {
             headers.insert(shared::ACCEPTED, segment.size().into());
         }
-        tokio::spawn(read(self.service.clone(), request.into_body(), replies, segment));
+        if rings.is_some() {
+            headers.insert(rings::OFFERED, Rings::offer());
+        }
+        let (service, ports) = (self.service.clone(), self.ports.clone());
+        tokio::spawn(read(service, ports, request.into_body(), replies, (segment, rings)));
         ready(Ok(response))
     }
 }
@@ -104,45 +111,69 @@ impl tower::Service<Request<Body>> for ExpertData {
 /// Takes one stream's frames until it ends, breaks or the node is told to stop.
 async fn read(
     service: Service,
+    ports: Ports,
     mut body: Body,
-    replies: mpsc::Sender<Result<Bytes, Status>>,
-    segment: Option<Arc<Segment>>,
+    replies: mpsc::Sender<Leaving>,
+    (segment, rings): (Option<Arc<Segment>>, Option<Rings>),
 ) {
     let mut messages = Messages::new(MAX_MESSAGE_BYTES);
-    let mut stream = Stream::new(segment);
+    let open = ports.open(service.clone(), Stream::new(segment), rings, replies);
+    let port = &*open.port;
     let broken = loop {
         // The permit comes first: what is read can always be answered.
-        let Ok(permit) = replies.clone().reserve_owned().await else { return };
+        let Some(permit) = port.room().await else { return };
         let message = tokio::select! {
             biased;
-            message = next(&mut messages, &mut body) => message,
+            message = next(&mut messages, &mut body, port) => message,
             () = service.stopped() => return,
         };
-        let mut frame = service.spare().take();
-        match message.and_then(|message| {
-            message.map(|message| wire::read(message, &mut frame).map_err(invalid)).transpose()
-        }) {
-            Ok(Some(())) => service.take(frame, Instant::now(), permit, &mut stream),
-            Ok(None) => return,
-            Err(status) => {
-                if status.code() == Code::DataLoss {
-                    service.damaged();
+        match message {
+            Ok(Some(message)) => {
+                if let Err(status) = port.take(message, permit) {
+                    break status;
                 }
-                break status;
             }
+            Ok(None) => return,
+            Err(status) => break status,
         }
     };
     tracing::debug!(status = %broken, "dispatch stream broke");
-    // What was taken before is answered first, as its permits are held.
-    let _ = replies.send(Err(broken)).await;
+    open.end(broken).await;
 }
 
-async fn next(messages: &mut Messages, body: &mut Body) -> Result<Option<Bytes>, Status> {
+/// The next frame by the socket, or one in the ring that the executor has left to this task.
+async fn next(
+    messages: &mut Messages,
+    body: &mut Body,
+    port: &Port,
+) -> Result<Option<Bytes>, Status> {
     loop {
-        if let Some(message) = messages.take().map_err(invalid)? {
+        if let Some(near) = &port.near
+            && let Some(message) = near.take()?
+        {
             return Ok(Some(message));
         }
-        match std::future::poll_fn(|cx| Pin::new(&mut *body).poll_frame(cx)).await {
+        if let Some(message) = messages.take().map_err(invalid)? {
+            if message.is_empty() && port.near.is_some() {
+                continue;
+            }
+            return Ok(Some(message));
+        }
+        let told = async {
+            match &port.near {
+                Some(near) => near.told().await,
+                None => std::future::pending().await,
+            }
+        };
+        let data = tokio::select! {
+            biased;
+            fault = told => match fault {
+                Some(status) => return Err(status),
+                None => continue,
+            },
+            data = std::future::poll_fn(|cx| Pin::new(&mut *body).poll_frame(cx)) => data,
+        };
+        match data {
             Some(Ok(frame)) => {
                 if let Ok(data) = frame.into_data() {
                     messages.push(data);
@@ -157,7 +188,7 @@ async fn next(messages: &mut Messages, body: &mut Body) -> Result<Option<Bytes>,
     }
 }
 
-fn invalid(error: wire::WireError) -> Status {
+pub(crate) fn invalid(error: wire::WireError) -> Status {
     let code = match error {
         wire::WireError::Compressed => Code::Unimplemented,
         // Not even its ticket can be believed: the stream ends, and what was open on it
@@ -170,7 +201,7 @@ fn invalid(error: wire::WireError) -> Status {
 
 /// A stream's replies as a body; the status follows the last of them.
 struct Replies {
-    leaving: mpsc::Receiver<Result<Bytes, Status>>,
+    leaving: mpsc::Receiver<Leaving>,
     ended: bool,
 }
 

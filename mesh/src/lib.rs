@@ -8,7 +8,7 @@
 //! - [`registry`]: members and the controller's election, where etcd keeps them
 //! - [`pump`]: the runtime that a computing thread drives itself
 //! - [`near`]: Unix sockets between processes of one host that are known by host:port
-//! - [`shared`]: rows in memory that processes of one host share
+//! - [`shared`]: rows and messages in memory that processes of one host share
 //! - [`placement`]: which live node owns which expert, and the pure planner
 //! - [`supervise`]: actors rebuilt from a factory when they stop or panic
 //! - [`lifecycle`]: shutdown and readiness

@@ -34,6 +34,7 @@ pub use crate::link::stream::Writer;
 use crate::link::stream::{Reader, StreamError};
 use crate::near::{Offer, Shortcut};
 use crate::placement::NodeIndex;
+use crate::shared::rings::Put;
 use crate::supervise::Pulse;
 use crate::tls::{Expected, Role, Tls};
 use crate::transport::{self, CONNECT_TIMEOUT, Endpoint, channel_and_peer};
@@ -156,6 +157,30 @@ impl LinkHandle {
         let sent = stream.send(frame);
         self.frames.fetch_add(u64::from(sent), Ordering::Relaxed);
         sent
+    }
+
+    /// As [`Self::send`], past the socket.
+    pub fn put(&self, stream: &Writer, frame: &[u8]) -> Put {
+        let put = stream.put(frame);
+        self.frames.fetch_add(u64::from(put != Put::Not), Ordering::Relaxed);
+        put
+    }
+
+    /// Whether replies may come by the socket alone.
+    pub fn needs_socket(&self) -> bool {
+        self.stream.load().as_ref().is_some_and(|stream| !stream.has_rings())
+    }
+
+    /// Replies are not looked for from now on and wake; false if one has come before.
+    pub fn sleep(&self) -> bool {
+        self.stream.load().as_ref().is_none_or(|stream| stream.sleep())
+    }
+
+    /// A reply that came past the socket.
+    pub fn look(&self) -> Option<DispatchReply> {
+        let reply = self.stream.load().as_ref()?.look()?;
+        self.replies.fetch_add(1, Ordering::Relaxed);
+        Some(reply)
     }
 
     /// Who answers there, while the link is up.

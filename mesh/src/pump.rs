@@ -20,12 +20,8 @@ use tokio::runtime::{Builder, Handle, Runtime};
 /// How long an owner that waits for what usually follows soon stays awake.
 pub const AWAKE: Duration = Duration::from_millis(2);
 
-/// Leaves the CPU to other threads, if they have work for it, and then the
-/// runtime to its other tasks and its sockets.
-pub async fn pass() {
-    std::thread::yield_now();
-    tokio::task::yield_now().await;
-}
+/// How long sockets may go without a look while what is awaited comes past them (`shared::rings`).
+pub const TURN: Duration = Duration::from_micros(50);
 
 /// Leaves the runtime to the tasks that can run and to its sockets, once. Only for the
 /// future that drives the runtime ([`Pump::run`]): a task that wakes itself runs before

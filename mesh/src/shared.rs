@@ -1,4 +1,4 @@
-//! Rows in memory that two processes of one host share, in place of the socket between them.
+//! Rows and small messages in memory that two processes of one host share, in place of the socket between them.
 //!
 //! The client of a Unix socket makes a [`Segment`] and hands it over with the connection's first
 //! bytes (`handover`), so it is that connection's and nobody else's. Who answers says that it
@@ -7,11 +7,18 @@
 //! again when the frame's one reply has come and not before, so what answers late writes where
 //! nobody else does. Frames
 //! that find no room, and connections of any other kind, carry their rows themselves.
+//!
+//! At the beginning of the segment are two rings ([`Rings`]), in which frames and replies go while both ends are awake.
 
 mod handover;
 mod places;
+mod ring;
+pub mod rings;
 mod segment;
 
+use std::io;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use bytes::{Bytes, BytesMut};
@@ -22,6 +29,8 @@ use proto::v1::{DispatchError, DispatchReply, Dtype, ErrorCode, SharedRows};
 pub use handover::Handed;
 pub(crate) use handover::Handover;
 use places::{Places, Taken};
+pub use ring::Nonsense;
+pub use rings::Rings;
 pub use segment::Segment;
 
 /// The response header that says that the segment which came with the connection is used.
@@ -38,7 +47,7 @@ const STEP: usize = 1 << 20;
 
 /// What a client has of a segment: which frame has which place in it.
 pub struct Room {
-    segment: Segment,
+    segment: Arc<Segment>,
     places: Mutex<Places>,
     /// Up to where the segment has memory.
     backed: AtomicUsize,
@@ -59,11 +68,26 @@ pub struct Misplaced {
     pub room: u64,
 }
 
+/// A new segment whose rings have memory, and what to hand over of it.
+///
+/// # Errors
+/// The system has no such memory.
+pub(crate) fn offer() -> io::Result<(Arc<Segment>, OwnedFd)> {
+    let (segment, handed) = Segment::create()?;
+    segment.back(0, rings::BOTH)?;
+    Ok((Arc::new(segment), handed))
+}
+
 impl Room {
-    /// For at most `frames` frames at once.
-    pub fn new(segment: Segment, frames: usize) -> Self {
-        let places = Mutex::new(Places::new(segment.size(), frames));
-        Self { segment, places, backed: AtomicUsize::new(0) }
+    /// All of the segment but the rings, for at most `frames` frames at once.
+    pub fn new(segment: Arc<Segment>, frames: usize) -> Self {
+        let places = Mutex::new(Places::new(rings::BOTH, segment.size(), frames));
+        Self { segment, places, backed: AtomicUsize::new(rings::BOTH) }
+    }
+
+    /// The memory itself.
+    pub fn segment(&self) -> &Segment {
+        &self.segment
     }
 
     /// A place for a frame's `rows` and `results`, in bytes, if they are worth it and there is
@@ -143,25 +167,34 @@ impl Place<'_> {
     }
 }
 
-/// Memory that results are copied into. It is used again when nobody reads them any more.
+/// Memory that results and messages are copied into. It is used again when nobody reads them any more.
 #[derive(Default)]
-pub struct Copies(Vec<BytesMut>);
+pub struct Copies {
+    buffers: Vec<BytesMut>,
+    /// What a buffer has at least.
+    least: usize,
+}
 
 impl Copies {
+    fn of(least: usize) -> Self {
+        Self { buffers: Vec::new(), least }
+    }
+
     fn make(&mut self, bytes: usize, fill: impl FnOnce(&mut BytesMut)) -> Bytes {
-        let at = match self.0.iter_mut().position(|buffer| buffer.try_reclaim(bytes)) {
+        let Self { buffers, least } = self;
+        let at = match buffers.iter_mut().position(|buffer| buffer.try_reclaim(bytes)) {
             Some(at) => at,
             None => {
-                if self.0.len() == COPIES {
-                    self.0.remove(0);
+                if buffers.len() == COPIES {
+                    buffers.remove(0);
                 }
                 // Not a little more each time.
-                self.0.push(BytesMut::with_capacity(bytes.next_power_of_two()));
-                self.0.len() - 1
+                buffers.push(BytesMut::with_capacity(bytes.next_power_of_two().max(*least)));
+                buffers.len() - 1
             }
         };
-        fill(&mut self.0[at]);
-        self.0[at].split().freeze()
+        fill(&mut buffers[at]);
+        buffers[at].split().freeze()
     }
 }
 
@@ -176,7 +209,7 @@ mod tests {
 
     fn pair() -> (Room, Segment) {
         let (segment, handed) = Segment::create().unwrap();
-        (Room::new(segment, 4), Segment::adopt(handed).unwrap())
+        (Room::new(Arc::new(segment), 4), Segment::adopt(handed).unwrap())
     }
 
     #[test]
@@ -195,7 +228,7 @@ mod tests {
             let mut reply = reply(ticket, 70_000);
             room.settle(&mut reply, &mut copies).unwrap();
             assert_eq!(reply.rows[..], vec![ticket as u8; 70_000]);
-            assert_eq!(copies.0.len(), 1, "memory is used again");
+            assert_eq!(copies.buffers.len(), 1, "memory is used again");
         }
     }
 
@@ -203,9 +236,9 @@ mod tests {
     fn what_is_not_asked_for_is_told_and_a_full_segment_refuses() {
         let (room, _node) = pair();
         let mut copies = Copies::default();
-        let big = room.segment.size();
+        let big = room.segment.size() - rings::BOTH;
         let said = room.place(7, big, big).unwrap().said();
-        assert_eq!((said.at, said.results_bytes), (0, big as u64));
+        assert_eq!((said.at, said.results_bytes), (rings::BOTH as u64, big as u64));
         assert!(room.place(8, WORTH, 0).is_none());
         let misplaced = |said, room| Err(Misplaced { said, room });
         assert_eq!(room.settle(&mut reply(8, 1), &mut copies), misplaced(1, 0));

@@ -13,7 +13,7 @@ use prost::encoding::{WireType, encode_key, encode_varint, encoded_len_varint, k
 use crate::v1::{DispatchFrame, DispatchReply};
 
 /// Compression flag and length.
-const PREFIX: usize = 5;
+pub const PREFIX: usize = 5;
 /// The field that holds the rows, in frames as in replies. Last, so that it can
 /// be appended to the others.
 const ROWS: u32 = 15;

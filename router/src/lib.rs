@@ -75,7 +75,7 @@ pub use crate::exchange::{Combine, Wire};
 use crate::exchange::{Exchange, Patience, Shape};
 use crate::experts::Experts;
 use crate::experts::local::Local;
-use crate::experts::remote::Remote;
+use crate::experts::remote::{Looking, Remote};
 use crate::experts::spin::Spin;
 pub use crate::health::Policy;
 use crate::health::{Counts, SharedHealth};
@@ -229,6 +229,7 @@ pub async fn serve(config: Config, shutdown: Shutdown) -> Result<(), Error> {
             }),
             links: links.clone(),
             events,
+            looking: Looking::new(Instant::now()),
             pump: pump.clone(),
             coded: Default::default(),
             wire: Leaving::default(),

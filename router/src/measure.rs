@@ -21,7 +21,7 @@ use tracing::Span;
 
 use crate::actors::{self, Actors, Cast};
 use crate::exchange::{Exchange, Lack, Patience, Shape};
-use crate::experts::remote::Remote;
+use crate::experts::remote::{Looking, Remote};
 use crate::experts::spin::Spin;
 use crate::fleet::FleetParts;
 use crate::health::{Counts, Policy, SharedHealth};
@@ -88,6 +88,7 @@ impl Dispatcher {
             }),
             links,
             events,
+            looking: Looking::new(now),
             pump: pump.clone(),
             coded: Default::default(),
             wire: Leaving::default(),

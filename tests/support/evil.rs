@@ -12,6 +12,8 @@ use bytes::{BufMut as _, Bytes, BytesMut};
 use http_body_util::{BodyExt as _, StreamBody};
 use hyper::body::Frame;
 use mesh::lifecycle::Shutdown;
+use mesh::shared::rings::{self, Put};
+use mesh::shared::{Handed, Rings, Segment};
 use mesh::transport::{self, Endpoint};
 use proto::MAX_MESSAGE_BYTES;
 use proto::v1::expert_control_client::ExpertControlClient;
@@ -58,10 +60,14 @@ pub enum Evil {
     Invalid,
     /// Says that results stand in shared memory where nobody asked for them.
     Misplaced,
+    /// Spoils the ring that its replies are looked for in.
+    Spoilt,
+    /// Not evil: puts three replies into the ring, tells nobody, and ends the stream.
+    Brief,
 }
 
 impl Evil {
-    pub const ALL: [Self; 11] = [
+    pub const ALL: [Self; 12] = [
         Self::Short,
         Self::WrongTicket,
         Self::OtherVersion,
@@ -73,6 +79,7 @@ impl Evil {
         Self::Reset,
         Self::Invalid,
         Self::Misplaced,
+        Self::Spoilt,
     ];
 }
 
@@ -93,7 +100,7 @@ impl EvilNode {
     /// Listens at `path` in the name of the node at `behind`.
     pub async fn start(path: &Path, behind: Channel, evil: Evil) -> Self {
         let listener = transport::bind(&Endpoint::Unix(path.to_owned())).await.unwrap();
-        let node = Node { behind, evil, frames: Arc::default() };
+        let node = Node { behind, evil, frames: Arc::default(), handed: None, rings: None };
         let routes = Routes::new(node.clone()).add_service(ExpertControlServer::new(node.clone()));
         let shutdown = Shutdown::new();
         let stop = shutdown.clone();
@@ -112,6 +119,9 @@ struct Node {
     behind: Channel,
     evil: Evil,
     frames: Arc<AtomicU64>,
+    /// Memory that came with its stream.
+    handed: Option<Arc<Segment>>,
+    rings: Option<Arc<Rings>>,
 }
 
 impl NamedService for Node {
@@ -129,12 +139,21 @@ impl Service<http::Request<Body>> for Node {
 
     fn call(&mut self, request: http::Request<Body>) -> Self::Future {
         let (replies, leaving) = mpsc::channel(64);
-        tokio::spawn(self.clone().stream(request.into_body(), replies));
+        let rings = matches!(self.evil, Evil::Spoilt | Evil::Brief);
+        let handed = request.extensions().get::<Handed>().filter(|_| rings);
+        let handed = handed.map(|handed| Segment::adopt(handed.take().unwrap()).unwrap());
+        let mut node = self.clone();
+        node.handed = handed.map(Arc::new);
+        node.rings = node.handed.as_ref().and_then(Rings::server).map(Arc::new);
+        tokio::spawn(node.stream(request.into_body(), replies));
         let body =
             StreamBody::new(ReceiverStream::new(leaving).map(|bytes| Ok(Frame::data(bytes))));
         let body: StreamBody<_> = body;
         let mut response = http::Response::builder().header("content-type", "application/grpc");
-        if matches!(self.evil, Evil::Misplaced) {
+        if rings {
+            response = response.header(rings::OFFERED, Rings::offer());
+        }
+        if rings || matches!(self.evil, Evil::Misplaced) {
             response = response.header(mesh::shared::ACCEPTED, "1");
         }
         let response =
@@ -201,6 +220,18 @@ impl Node {
                 shared_bytes: 1 << 40,
                 ..Default::default()
             }),
+            Evil::Brief => {
+                let reply = encode(DispatchReply { ticket: frame.ticket, ..Default::default() });
+                let put = self.rings.as_ref().unwrap().put(&reply[wire::PREFIX..]);
+                assert_eq!(put, Ok(Put::There));
+                return frame.ticket < 3;
+            }
+            Evil::Spoilt => {
+                // The ring of who answers is the second; it begins with the count of what was written.
+                let ring = self.handed.as_ref().unwrap().counter(rings::BOTH / 2);
+                ring.store(u64::MAX, Ordering::Relaxed);
+                return true;
+            }
             Evil::Garbage => Bytes::from_static(&[0, 0, 0, 0, 6, 255, 255, 255, 255, 255, 255]),
             Evil::Huge => Bytes::from_static(&[0, 255, 255, 255, 255, 1, 2, 3]),
             Evil::Short | Evil::WrongTicket | Evil::NotFinite | Evil::Twice => {

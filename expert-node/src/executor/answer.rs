@@ -81,7 +81,7 @@ impl Answers<'_> {
             }
             metrics.frames.inc();
             metrics.queue_seconds.observe(queued.as_secs_f64());
-            job.reply.send(Ok(reply));
+            job.reply.send(reply);
             spare.put(job.frame);
         }
     }

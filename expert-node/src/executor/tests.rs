@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use bytes::Bytes;
 use mesh::metrics::Metrics;
 use model::synthetic::{Recipe, TempDir};
 use model::{Checkpoint, ExpertGroup, Rows};
@@ -51,6 +52,7 @@ async fn a_lost_device_ends_the_executor_and_answers_nothing() {
         store,
         admission,
         spare: Spare::default(),
+        ports: Ports::default(),
         metrics: Metrics::default().register(NodeMetrics::new),
     });
     let (queue, jobs) = mpsc::unbounded_channel();
@@ -64,7 +66,7 @@ async fn a_lost_device_ends_the_executor_and_answers_nothing() {
         rows: Bytes::from(vec![0; 2 * hidden]),
         ..Default::default()
     };
-    let reply = replies.reserve_owned().await.unwrap();
+    let reply = replies.reserve_owned().await.unwrap().into();
     let arrived = Instant::now();
     let sent = queue.send(Job {
         frame,
@@ -145,6 +147,7 @@ async fn batches_overlap_and_every_frame_gets_its_own_results() {
         store,
         admission: admission.clone(),
         spare: Spare::default(),
+        ports: Ports::default(),
         metrics: Metrics::default().register(NodeMetrics::new),
     });
     let (queue, jobs) = mpsc::unbounded_channel();
@@ -171,7 +174,7 @@ async fn batches_overlap_and_every_frame_gets_its_own_results() {
                 ..Default::default()
             };
             assert!(admission.enter(4));
-            let reply = replies.clone().reserve_owned().await.unwrap();
+            let reply = replies.clone().reserve_owned().await.unwrap().into();
             let (arrived, tainted) = (Instant::now(), Cell::new(false));
             let (segment, slots, first) = (None, 4, 0);
             let job = Job { frame, segment, slots, first, tainted, arrived, reply };

@@ -1,7 +1,8 @@
 //! The data stream's client half: one HTTP/2 connection with one gRPC call,
 //! `ExpertData.Dispatch`, spoken through `h2` itself. A frame is handed to the
 //! connection as the buffer it was encoded into, and a reply's rows are read
-//! where the connection put them; no queue and no task lies between.
+//! where the connection put them; no queue and no task lies between. Where the
+//! node shares memory, messages pass it by (`shared::rings`).
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -20,7 +21,8 @@ use tokio::net::{TcpStream, UnixStream};
 use tokio::task::JoinSet;
 
 use crate::near::Shortcut;
-use crate::shared::{self, Copies, Handover, Misplaced, Room, Segment};
+use crate::shared::rings::{self, Fault, KNOCK, Put};
+use crate::shared::{self, Copies, Handover, Misplaced, Nonsense, Rings, Room, Segment};
 use crate::tls::{self, Expected, Socket, Tls};
 use crate::transport::{
     CONNECT_TIMEOUT, CONNECTION_WINDOW, Endpoint, KEEP_ALIVE_EVERY, KEEP_ALIVE_TIMEOUT, MAX_DATA,
@@ -50,6 +52,8 @@ pub enum StreamError {
     Wire(#[from] wire::WireError),
     #[error("{0}")]
     Misplaced(#[from] Misplaced),
+    #[error("{0}")]
+    Nonsense(#[from] Nonsense),
     #[error("it sent a reply that no frame asked for")]
     Unasked,
     #[error("no answer to a ping within {0:?}")]
@@ -84,6 +88,10 @@ struct Inner {
     sealed: bool,
     /// Memory that the node has, too.
     room: Option<Room>,
+    rings: Option<Rings>,
+    /// What replies' rows are copied into out of that memory.
+    copies: Mutex<Copies>,
+    fault: Fault<StreamError>,
 }
 
 impl Writer {
@@ -95,6 +103,27 @@ impl Writer {
     /// Where large frames' rows are put, if the node looks there.
     pub fn room(&self) -> Option<&Room> {
         self.0.room.as_ref()
+    }
+
+    /// Whether replies may come without the socket; see [`Self::look`].
+    pub fn has_rings(&self) -> bool {
+        self.0.rings.is_some()
+    }
+
+    /// Puts a message where a node that is awake sees it at once.
+    pub fn put(&self, message: &[u8]) -> Put {
+        let Inner { rings, unanswered, fault, .. } = &*self.0;
+        let (Some(rings), false) = (rings, fault.is_set()) else { return Put::Not };
+        let Some(message) = message.get(wire::PREFIX..) else { return Put::Not };
+        if unanswered.fetch_add(1, Ordering::Relaxed) < UNANSWERED {
+            match rings.put(message) {
+                Ok(Put::Not) => {}
+                Ok(put) => return put,
+                Err(error) => fault.set(error.into()),
+            }
+        }
+        unanswered.fetch_sub(1, Ordering::Relaxed);
+        Put::Not
     }
 
     /// Hands a message over; false when the stream is broken or has too many
@@ -109,6 +138,55 @@ impl Writer {
         }
         true
     }
+
+    /// Has the node look for what was put; as [`Self::send`]. A stream that is broken is found so anyway.
+    pub fn knock(&self) {
+        let _ = self.0.stream.lock().send_data(KNOCK, false);
+    }
+
+    /// A reply that came past the socket, for who looks again and again. What is wrong there ends the stream.
+    pub fn look(&self) -> Option<DispatchReply> {
+        let Inner { rings: Some(rings), fault, .. } = &*self.0 else { return None };
+        if fault.is_set() || !rings.look() {
+            return None;
+        }
+        self.0.take().unwrap_or_else(|error| {
+            fault.set(error);
+            None
+        })
+    }
+
+    /// From now on replies wake; false if one has come before.
+    pub fn sleep(&self) -> bool {
+        let Inner { rings, fault, .. } = &*self.0;
+        rings.as_ref().is_none_or(|rings| rings.sleep() || fault.is_set())
+    }
+}
+
+impl Inner {
+    /// A reply that came past the socket.
+    fn take(&self) -> Result<Option<DispatchReply>, StreamError> {
+        let Some(rings) = &self.rings else { return Ok(None) };
+        rings.take()?.map(|message| self.read(message)).transpose()
+    }
+
+    fn read(&self, message: Bytes) -> Result<DispatchReply, StreamError> {
+        let mut reply = DispatchReply::default();
+        wire::read(message, &mut reply)?;
+        if self.sealed && reply.checksum.is_none() {
+            return Err(wire::WireError::Damaged.into());
+        }
+        match &self.room {
+            Some(room) => room.settle(&mut reply, &mut self.copies.lock())?,
+            None if reply.shared_bytes == 0 => {}
+            None => return Err(Misplaced { said: reply.shared_bytes, room: 0 }.into()),
+        }
+        let taken = |unanswered: usize| unanswered.checked_sub(1);
+        match self.unanswered.fetch_update(Ordering::Relaxed, Ordering::Relaxed, taken) {
+            Ok(_) => Ok(reply),
+            Err(_) => Err(StreamError::Unasked),
+        }
+    }
 }
 
 /// The receiving half. The connection ends when it is dropped.
@@ -116,7 +194,8 @@ pub struct Reader {
     stream: RecvStream,
     messages: Messages,
     writer: Writer,
-    copies: Copies,
+    /// Why there will be no more, once what came before has been read.
+    ended: Option<StreamError>,
     /// Drives the connection and its pings.
     tasks: JoinSet<StreamError>,
 }
@@ -147,7 +226,7 @@ pub async fn open(
                 let socket = UnixStream::connect(unix_name(path)).await?;
                 widen(&socket);
                 let (segment, handed) = match shared_rows {
-                    Shortcut::Auto => Segment::create()
+                    Shortcut::Auto => shared::offer()
                         .inspect_err(|error| tracing::debug!(%error, "no memory to share"))
                         .ok()
                         .unzip(),
@@ -164,7 +243,7 @@ async fn handshake<S>(
     socket: S,
     authority: &str,
     sealed: bool,
-    segment: Option<Segment>,
+    segment: Option<Arc<Segment>>,
 ) -> Result<(Writer, Reader), StreamError>
 where
     S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
@@ -188,10 +267,13 @@ where
         }
     });
 
-    let request = Request::post(format!("http://{authority}{PATH}"))
+    let mut request = Request::post(format!("http://{authority}{PATH}"))
         .header("content-type", "application/grpc")
-        .header("te", "trailers")
-        .body(())?;
+        .header("te", "trailers");
+    if segment.is_some() {
+        request = request.header(rings::OFFERED, Rings::offer());
+    }
+    let request = request.body(())?;
     let (response, stream) = requests.ready().await?.send_request(request, false)?;
     let response = response.await?;
     if response.status() != http::StatusCode::OK {
@@ -200,14 +282,21 @@ where
     if response.headers().contains_key("grpc-status") {
         return Err(status(response.headers()));
     }
-    let accepted = response.headers().contains_key(shared::ACCEPTED);
-    let room = segment.filter(|_| accepted).map(|segment| Room::new(segment, UNANSWERED));
-    let inner = Inner { stream: Mutex::new(stream), unanswered: AtomicUsize::new(0), sealed, room };
+    let answered = |header| response.headers().contains_key(header);
+    let segment = segment.filter(|_| answered(shared::ACCEPTED));
+    let inner = Inner {
+        stream: Mutex::new(stream),
+        unanswered: AtomicUsize::new(0),
+        sealed,
+        rings: segment.as_ref().filter(|_| answered(rings::OFFERED)).map(Rings::client),
+        room: segment.map(|segment| Room::new(segment, UNANSWERED)),
+        copies: Mutex::default(),
+        fault: Fault::default(),
+    };
     let writer = Writer(Arc::new(inner));
     let messages = Messages::new(MAX_MESSAGE_BYTES);
     let stream = response.into_body();
-    let reader =
-        Reader { stream, messages, writer: writer.clone(), copies: Copies::default(), tasks };
+    let reader = Reader { stream, messages, writer: writer.clone(), ended: None, tasks };
     Ok((writer, reader))
 }
 
@@ -230,26 +319,34 @@ impl Reader {
     /// Why there will be none.
     pub async fn next(&mut self) -> Result<DispatchReply, StreamError> {
         loop {
+            if let Some(reply) = self.writer.0.take()? {
+                return Ok(reply);
+            }
+            if let Some(ended) = self.ended.take() {
+                return Err(ended);
+            }
+            match self.wait().await {
+                Ok(Some(reply)) => return Ok(reply),
+                Ok(None) => {}
+                // Replies that were put into the ring before the stream ended come before its end.
+                Err(error) => self.ended = Some(error),
+            }
+        }
+    }
+
+    /// The next reply by the socket; nothing if the ring is to be looked into.
+    async fn wait(&mut self) -> Result<Option<DispatchReply>, StreamError> {
+        let Inner { rings, fault, .. } = &*self.writer.0;
+        loop {
             if let Some(message) = self.messages.take()? {
-                let mut reply = DispatchReply::default();
-                wire::read(message, &mut reply)?;
-                if self.writer.0.sealed && reply.checksum.is_none() {
-                    return Err(wire::WireError::Damaged.into());
+                if message.is_empty() && rings.is_some() {
+                    return Ok(None);
                 }
-                match &self.writer.0.room {
-                    Some(room) => room.settle(&mut reply, &mut self.copies)?,
-                    None if reply.shared_bytes == 0 => {}
-                    None => return Err(Misplaced { said: reply.shared_bytes, room: 0 }.into()),
-                }
-                let taken = |unanswered: usize| unanswered.checked_sub(1);
-                let unanswered = &self.writer.0.unanswered;
-                return match unanswered.fetch_update(Ordering::Relaxed, Ordering::Relaxed, taken) {
-                    Ok(_) => Ok(reply),
-                    Err(_) => Err(StreamError::Unasked),
-                };
+                return self.writer.0.read(message).map(Some);
             }
             let data = tokio::select! {
                 biased;
+                why = fault.told() => return why.map_or(Ok(None), Err),
                 data = self.stream.data() => data,
                 Some(ended) = self.tasks.join_next() => {
                     return Err(ended.unwrap_or(StreamError::Ended));
@@ -273,12 +370,11 @@ impl Reader {
 }
 
 fn status(headers: &HeaderMap) -> StreamError {
-    let text = |name| {
-        let value = headers.get(name).and_then(|value| value.to_str().ok());
-        value.unwrap_or_default().to_owned()
-    };
-    match text("grpc-status") {
-        code if code == "0" => StreamError::Ended,
-        code => StreamError::Grpc { code, message: text("grpc-message") },
+    match tonic::Status::from_header_map(headers) {
+        Some(status) if status.code() != tonic::Code::Ok => {
+            let code = (status.code() as i32).to_string();
+            StreamError::Grpc { code, message: status.message().to_owned() }
+        }
+        _ => StreamError::Ended,
     }
 }

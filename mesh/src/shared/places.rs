@@ -21,6 +21,8 @@ impl Taken {
 
 /// See the module's text.
 pub struct Places {
+    /// Of the segment, in bytes.
+    from: usize,
     size: usize,
     most: usize,
     /// In the order in which they lie.
@@ -28,9 +30,9 @@ pub struct Places {
 }
 
 impl Places {
-    /// Of `size` bytes, for at most `most` frames; allocates no more later.
-    pub fn new(size: usize, most: usize) -> Self {
-        Self { size, most, taken: Vec::with_capacity(most) }
+    /// Of `size` bytes without the first `from`, for at most `most` frames; allocates no more later.
+    pub fn new(from: usize, size: usize, most: usize) -> Self {
+        Self { from, size, most, taken: Vec::with_capacity(most) }
     }
 
     /// None if there is no room.
@@ -39,7 +41,7 @@ impl Places {
             return None;
         }
         let all = rows.max(results).checked_next_multiple_of(LINE)?;
-        let mut free = 0;
+        let mut free = self.from;
         let mut index = 0;
         while let Some(next) = self.taken.get(index)
             && next.at - free < all
@@ -74,8 +76,9 @@ mod tests {
         fn places_never_meet(steps in prop::collection::vec(
             (any::<bool>(), any::<prop::sample::Index>(), 0usize..700, 0usize..900), 0..80,
         )) {
-            const SIZE: usize = 4096;
-            let mut places = Places::new(SIZE, 5);
+            const FROM: usize = 1024;
+            const SIZE: usize = 5120;
+            let mut places = Places::new(FROM, SIZE, 5);
             let mut held: Vec<Taken> = Vec::new();
             for (ticket, (take, which, rows, results)) in (0..).zip(steps) {
                 if !take && !held.is_empty() {
@@ -88,7 +91,7 @@ mod tests {
                     Some(taken) => {
                         prop_assert!(held.len() < 5);
                         prop_assert_eq!((taken.ticket, taken.rows, taken.results), (ticket, rows, results));
-                        prop_assert!(taken.end() <= SIZE && taken.at % LINE == 0);
+                        prop_assert!(taken.at >= FROM && taken.end() <= SIZE && taken.at % LINE == 0);
                         let apart = |other: &Taken| {
                             taken.end() <= other.at || other.end() <= taken.at
                         };
@@ -102,14 +105,14 @@ mod tests {
             for taken in held {
                 places.give_back(taken.ticket);
             }
-            prop_assert!(places.take(u64::MAX, SIZE / 2, SIZE).is_some());
+            prop_assert!(places.take(u64::MAX, 1, SIZE - FROM).is_some());
             prop_assert!(places.take(0, 1, 0).is_none());
         }
     }
 
     #[test]
     fn lengths_that_cannot_be_are_refused() {
-        let mut places = Places::new(4096, 5);
+        let mut places = Places::new(0, 4096, 5);
         for (rows, results) in [(usize::MAX, 1), (1, usize::MAX), (4097, 1), (0, 4097)] {
             assert_eq!(places.take(1, rows, results), None);
         }

@@ -1,18 +1,21 @@
 //! The memory itself. The other process may write into it at any time whatever it likes, so
-//! nothing of it is ever borrowed: bytes are copied in and out, and what they mean is judged in the
-//! copy. It cannot become shorter, which a seal sees to, so that touching it never fails.
-//! The only unsafe code of this crate: the two copies.
+//! nothing of it is ever borrowed but counters, which are atomic: bytes are copied in and out, and what
+//! they mean is judged in the copy. It cannot become shorter, which a seal sees to, so that touching it never fails.
+//! The only unsafe code of this crate: the two copies, and the counters.
 
 use std::fs::File;
 use std::io;
 use std::os::fd::OwnedFd;
+use std::sync::atomic::AtomicU64;
 
 use bytes::BufMut;
 use memmap2::{MmapOptions, MmapRaw};
 use proto::MAX_MESSAGE_BYTES;
 
-/// Two of the largest messages. Memory is taken when it is first written, lowest places first.
-const BYTES: usize = 2 * MAX_MESSAGE_BYTES;
+use super::rings;
+
+/// The rings and two of the largest messages. Memory is taken when it is first written, lowest places first.
+const BYTES: usize = rings::BOTH + 2 * MAX_MESSAGE_BYTES;
 /// The most that is taken from anybody.
 const MOST: u64 = 1 << 30;
 
@@ -89,6 +92,17 @@ impl Segment {
             }
             (from, bytes) = (from.wrapping_add(some), bytes - some);
         }
+    }
+
+    /// A count at `at`, a multiple of 8, that both processes read and write. The caller has checked
+    /// that it lies within.
+    #[allow(unsafe_code)]
+    pub fn counter(&self, at: usize) -> &AtomicU64 {
+        let at = self.within(at, size_of::<AtomicU64>()).cast::<AtomicU64>();
+        assert!(at.is_aligned(), "whoever asks has checked");
+        // SAFETY: as for `write`, and aligned. It is only ever touched as an atomic, whoever writes, and
+        // every value of its bytes is one.
+        unsafe { &*at }
     }
 
     fn within(&self, at: usize, bytes: usize) -> *mut u8 {

@@ -5,10 +5,12 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use arc_swap::ArcSwap;
-use mesh::link::LinkEvent;
+use bytes::Bytes;
+use mesh::link::{LinkEvent, LinkHandle, Writer};
 use mesh::membership::Links;
 use mesh::placement::{NodeIndex, Placement};
-use mesh::pump::{AWAKE, Pump, Turn};
+use mesh::pump::{AWAKE, Pump, TURN, Turn};
+use mesh::shared::rings::{KNOCK, Put};
 use mesh::telemetry::propagate;
 use model::rows::encode_fp8;
 use model::{Routed, Share};
@@ -18,7 +20,7 @@ use proto::{Epoch, ExpertId, LayerId, Ticket};
 use tokio::sync::mpsc::Receiver;
 use tracing::Span;
 
-use crate::exchange::{Exchange, LANES, Outgoing, Taken, Wire, lane};
+use crate::exchange::{Encoded, Exchange, LANES, Outgoing, Taken, Wire, lane};
 use crate::experts::spin::Spin;
 use crate::health::{Counts, SharedHealth};
 use crate::history::{History, list};
@@ -33,6 +35,7 @@ pub struct Remote {
     pub lanes: [(Exchange, Instant); LANES],
     pub links: Links,
     pub events: Receiver<LinkEvent>,
+    pub looking: Looking,
     /// Where the streams live; driven here and nowhere else.
     pub pump: Pump,
     /// Each lane's rows in the form that frames carry, where it is not the class's.
@@ -49,6 +52,31 @@ pub struct Remote {
     /// What of its counts the metrics know.
     pub counted: Counts,
     pub history: History,
+}
+
+/// How the rings of nodes on this host are looked into.
+pub struct Looking {
+    /// Whose turn it is.
+    next: usize,
+    /// When the streams had theirs.
+    turned: Instant,
+    /// Frames that go by their streams, used again.
+    leaving: Vec<Leaves>,
+}
+
+impl Looking {
+    pub fn new(now: Instant) -> Self {
+        Self { next: 0, turned: now, leaving: Vec::new() }
+    }
+}
+
+/// A message that leaves by a stream: a frame, or a knock.
+struct Leaves {
+    link: Arc<LinkHandle>,
+    stream: Arc<Writer>,
+    message: Bytes,
+    /// The frame, and what the metrics count of it.
+    frame: Option<(Ticket, Encoded)>,
 }
 
 impl Remote {
@@ -84,14 +112,14 @@ impl Remote {
         let idle = !self.lanes[waited].0.is_done();
         let awake = idle && self.spin.choose(routed.count);
         while !self.lanes[waited].0.is_done() {
-            let event = match self.events.try_recv() {
-                Ok(event) => Some(event),
-                Err(_) if awake && start.elapsed() < AWAKE => {
+            let event = match self.next() {
+                Some(event) => Some(event),
+                None if awake && start.elapsed() < AWAKE => {
                     std::thread::yield_now();
-                    self.pump.turn();
+                    self.turn(Instant::now());
                     continue;
                 }
-                Err(_) => self.listen(),
+                None => self.listen(),
             };
             let now = Instant::now();
             let placement = self.placement.load_full();
@@ -122,12 +150,38 @@ impl Remote {
         self.count();
     }
 
+    /// What has come, if anything has.
+    fn next(&mut self) -> Option<LinkEvent> {
+        let links = self.links.load();
+        let (before, from) = links.split_at(self.looking.next.min(links.len()));
+        for link in from.iter().chain(before) {
+            if let Some(reply) = link.look() {
+                // Who has replied is last to be looked at again.
+                self.looking.next = usize::from(link.node.0) + 1;
+                return Some(LinkEvent::Reply(link.node, reply));
+            }
+        }
+        self.events.try_recv().ok()
+    }
+
+    /// Gives the streams their turn, if it is time: at once, if anything can come by them alone.
+    fn turn(&mut self, now: Instant) {
+        let due = now.duration_since(self.looking.turned) >= TURN;
+        if due || self.links.load().iter().any(|link| link.needs_socket()) {
+            self.pump.turn();
+            self.looking.turned = now;
+        }
+    }
+
     /// What comes before an exchange has something to do again, if anything does.
     fn listen(&mut self) -> Option<LinkEvent> {
         let now = Instant::now();
         let open = self.lanes.iter().filter(|(exchange, _)| !exchange.is_done());
         let next = open.map(|(exchange, _)| exchange.next_timeout()).min().unwrap_or(now);
         let pause = next.saturating_duration_since(now).min(LOOK_AROUND);
+        if !self.links.load().iter().all(|link| link.sleep()) {
+            return self.next();
+        }
         match self.pump.run_for(pause, self.events.recv()) {
             Some(Some(event)) => Some(event),
             // The links hold the senders for as long as the process serves.
@@ -268,44 +322,94 @@ impl Remote {
     /// Writes what the exchange wants sent. What cannot be written is routed
     /// anew, which may put more into the outbox or park it.
     fn flush(&mut self, lane: usize, routed: &Routed<'_>, placement: &Placement, now: Instant) {
-        let exchange = &mut self.lanes[lane].0;
-        let rows = match exchange.shape().wire {
-            Wire::Exact => routed.rows,
-            Wire::Fp8 => &self.coded[lane],
-        };
-        if exchange.outbox.is_empty() {
+        if self.lanes[lane].0.outbox.is_empty() {
             return;
         }
-        let history = &self.history;
+        let mut leaving = std::mem::take(&mut self.looking.leaving);
         self.wire.begin();
+        while !self.lanes[lane].0.outbox.is_empty() {
+            self.put(lane, routed, &mut leaving, placement, now);
+            match leaving.is_empty() {
+                true => self.turn(now),
+                false => self.leave(lane, &mut leaving, placement, now),
+            }
+        }
+        self.looking.leaving = leaving;
+    }
+
+    /// Puts frames where their nodes see them at once, the others into `leaving`.
+    fn put(
+        &mut self,
+        lane: usize,
+        routed: &Routed<'_>,
+        leaving: &mut Vec<Leaves>,
+        placement: &Placement,
+        now: Instant,
+    ) {
+        let Self { lanes, coded, links, wire, metrics, history, .. } = self;
+        let exchange = &mut lanes[lane].0;
+        let rows = match exchange.shape().wire {
+            Wire::Exact => routed.rows,
+            Wire::Fp8 => &coded[lane],
+        };
+        while let Some(Outgoing { node, ticket }) = exchange.outbox.pop() {
+            let link = links.get(node);
+            let stream = link.as_ref().and_then(|link| link.stream());
+            let room = stream.as_ref().and_then(|stream| stream.room());
+            let buffer = wire.buffer();
+            let Some(encoded) = exchange.encode(ticket, rows, routed.weights, room, buffer) else {
+                // Its slots have been given up since.
+                continue;
+            };
+            if stream.as_ref().is_some_and(|stream| stream.is_sealed()) {
+                wire::seal(buffer);
+            }
+            let message = wire.take();
+            let Some((link, stream)) = link.zip(stream) else {
+                exchange.on_unsent(ticket, placement, now);
+                continue;
+            };
+            match link.put(&stream, &message) {
+                Put::Not => {
+                    let frame = Some((ticket, encoded));
+                    leaving.push(Leaves { link, stream, message, frame });
+                    continue;
+                }
+                Put::Knock => leaving.push(Leaves { link, stream, message: KNOCK, frame: None }),
+                Put::There => {}
+            }
+            metrics.count_rows(encoded.bytes, encoded.shared);
+            if history.is_on() {
+                record_sent(history, exchange, lane, ticket);
+            }
+        }
+    }
+
+    /// Hands messages to their streams.
+    fn leave(
+        &mut self,
+        lane: usize,
+        leaving: &mut Vec<Leaves>,
+        placement: &Placement,
+        now: Instant,
+    ) {
+        let Self { lanes, metrics, history, .. } = self;
+        let exchange = &mut lanes[lane].0;
         // On the pump, where waking the connections costs no system call.
         self.pump.run(async {
-            while let Some(Outgoing { node, ticket }) = exchange.outbox.pop() {
-                let link = self.links.get(node);
-                let stream = link.as_ref().and_then(|link| link.stream());
-                let room = stream.as_ref().and_then(|stream| stream.room());
-                let buffer = self.wire.buffer();
-                let Some(encoded) = exchange.encode(ticket, rows, routed.weights, room, buffer)
-                else {
-                    // Its slots have been given up since.
+            for Leaves { link, stream, message, frame } in leaving.drain(..) {
+                let Some((ticket, encoded)) = frame else {
+                    stream.knock();
                     continue;
                 };
-                if stream.as_ref().is_some_and(|stream| stream.is_sealed()) {
-                    wire::seal(buffer);
-                }
-                let frame = self.wire.take();
-                let sent = match (&link, &stream) {
-                    (Some(link), Some(stream)) => link.send(stream, frame),
-                    _ => false,
-                };
-                if !sent {
-                    if let Some(room) = room {
+                if !link.send(&stream, message) {
+                    if let Some(room) = stream.room() {
                         room.release(ticket.0);
                     }
                     exchange.on_unsent(ticket, placement, now);
                     continue;
                 }
-                self.metrics.count_rows(encoded.bytes, encoded.shared);
+                metrics.count_rows(encoded.bytes, encoded.shared);
                 if history.is_on() {
                     record_sent(history, exchange, lane, ticket);
                 }
@@ -313,6 +417,7 @@ impl Remote {
             // The bytes leave now, before this thread computes on.
             Turn::default().await;
         });
+        self.looking.turned = now;
     }
 }
 
