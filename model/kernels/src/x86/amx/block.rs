@@ -3,12 +3,13 @@
 //! They go along k in runs that stay in the first-level cache while all tiles of rows pass by, and by blocks of runs whose
 //! activations stay in the second. bf16 enters tiles from where it is stored: a copy of it, although it lies better,
 //! takes as long to make as all of the arithmetic at 64 rows. FP8 and f32 are decoded, a run at a time. Sums rest in
-//! memory meanwhile, which changes no bit of them, and are taken over ([`Sink`]) while they are in cache.
+//! memory meanwhile, which changes no bit of them, and are taken over ([`Sink`]) while they are in cache, as many panels'
+//! at a time as the sink likes.
 //! The next run is asked for while this one is multiplied. The memory used does not grow with the rows or the outputs.
 
 use super::Right;
 use super::panel::{self, Operand, Part, Scales, Sums, decode};
-use super::sink::Sink;
+use super::sink::{Rows, Sink};
 use super::tiles::{EDGE, ROW, TILE};
 use crate::lanes::STEP;
 use crate::mat::{DType, Mat};
@@ -22,18 +23,27 @@ use std::ops::Range;
 const ROW_TILES: usize = 16;
 /// Pairs of panels whose sums are kept at once.
 const PAIRS: usize = 16;
-/// Steps of k in a run.
-const RUN: usize = 8;
+/// Steps of k in a run: of a weight as it is stored, and of one that is decoded.
+const RUN: usize = 16;
+const DECODED: usize = 8;
 /// Runs between one that is multiplied and the one that is asked for meanwhile.
-const AHEAD: usize = 4;
+const AHEAD: usize = 2;
 /// Passes up to which rows are read where they are stored although they begin anywhere in a cache line.
 const UNALIGNED: usize = 4;
 /// Tiles of activations in a block of k.
 const BLOCK: usize = 1024;
 
 thread_local! {
-    /// A decoded run, and sums, kept between calls.
-    static SCRATCH: RefCell<(Vec<Line>, Vec<Line>)> = const { RefCell::new((Vec::new(), Vec::new())) };
+    /// Kept between calls.
+    static MEMORY: RefCell<Memory> = RefCell::default();
+}
+
+/// A decoded run, sums, and rows of results.
+#[derive(Default)]
+struct Memory {
+    decoded: Vec<Line>,
+    sums: Vec<Line>,
+    rows: Vec<Line>,
 }
 
 /// What is multiplied: panels of one weight, two by two, or each panel of a weight with the same of another.
@@ -76,8 +86,10 @@ impl<'a> Source<'a> {
 /// Tiles are configured full, `x` is packed for the source's weights, and the sink is for their outputs.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi,gfni")]
 pub(super) unsafe fn product(x: &Packed, source: Source<'_>, sink: &mut impl Sink) {
-    let parts = parts(x.segments(), source.first().scales().is_some());
-    let runs = gathered(parts.iter().map(Part::steps), RUN);
+    let w = source.first();
+    let steps = if w.dtype() == DType::Bf16 { RUN } else { DECODED };
+    let parts = parts(x.segments(), w.scales().is_some(), steps);
+    let runs = gathered(parts.iter().map(Part::steps), steps);
     let run_steps = |run: &Range<usize>| parts[run.clone()].iter().map(Part::steps).sum();
     let tiles = x.rows().div_ceil(EDGE);
     let mut blocks = gathered(runs.iter().map(run_steps), BLOCK / tiles.min(ROW_TILES));
@@ -85,12 +97,12 @@ pub(super) unsafe fn product(x: &Packed, source: Source<'_>, sink: &mut impl Sin
         // No k: sums of nothing.
         blocks.push(0..0);
     }
-    // Sums that are whole after one block need not wait for other panels.
-    let at_once = if blocks.len() == 1 { source.pairs() } else { PAIRS };
-    let (mut decoded, mut sums) = SCRATCH.take();
+    // Sums that are whole after one block are not kept for long.
+    let at_once = if blocks.len() == 1 { source.pairs().max(1) } else { PAIRS };
+    let mut memory = MEMORY.take();
     let right = Right::of(x);
     for first in (0..tiles).step_by(ROW_TILES) {
-        for pair in (0..source.pairs()).step_by(at_once.max(1)) {
+        for pair in (0..source.pairs()).step_by(at_once) {
             let group = Group {
                 right,
                 tiles: first..tiles.min(first + ROW_TILES),
@@ -101,18 +113,18 @@ pub(super) unsafe fn product(x: &Packed, source: Source<'_>, sink: &mut impl Sin
                 blocks: &blocks,
             };
             // SAFETY: the caller's.
-            unsafe { group.compute(&mut decoded, &mut sums, sink) };
+            unsafe { group.compute(&mut memory, sink) };
         }
     }
-    SCRATCH.set((decoded, sums));
+    MEMORY.set(memory);
 }
 
 /// The stretches of k. One without a scale is cut at a step, since its sums carry over; one with a scale is kept whole.
-fn parts(segments: &[Segment], scaled: bool) -> Vec<Part> {
+fn parts(segments: &[Segment], scaled: bool, steps: usize) -> Vec<Part> {
     let mut parts = Vec::new();
     for s in segments {
         let len = s.full * STEP + s.tail;
-        let most = if scaled { len } else { RUN * STEP };
+        let most = if scaled { len } else { steps * STEP };
         for skip in (0..len).step_by(most) {
             let (from, step) = (s.from + skip, (s.at + skip) / STEP);
             parts.push(Part { from, len: most.min(len - skip), step });
@@ -152,17 +164,19 @@ struct Group<'a> {
 
 impl Group<'_> {
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi,gfni")]
-    unsafe fn compute(&self, decoded: &mut Vec<Line>, sums: &mut Vec<Line>, sink: &mut impl Sink) {
+    unsafe fn compute(&self, memory: &mut Memory, sink: &mut impl Sink) {
         let passes = self.tiles.len().div_ceil(2);
         let scaled = self.source.first().scales().is_some();
-        let whole = self.blocks.len() == 1;
-        let kept = if whole { 1 } else { self.pairs.len() };
+        let Memory { decoded, sums, rows } = memory;
+        let together = sink.pairs(self.tiles.len());
+        let kept = if self.blocks.len() == 1 { together } else { self.pairs.len() };
         let sums = aligned::<Sums>(sums, kept * passes);
+        let rows = &mut aligned::<Rows>(rows, 1)[0];
         let mut block_sums = Sums::zeroed();
         for block in self.blocks {
-            for pair in self.pairs.clone() {
-                let at = if whole { 0 } else { pair - self.pairs.start };
-                let sums = &mut sums[at * passes..][..passes];
+            for (index, pair) in self.pairs.clone().enumerate() {
+                let all = &mut *sums;
+                let sums = &mut all[index % kept * passes..][..passes];
                 if block.start == 0 && (scaled || block.is_empty()) {
                     sums.fill(Sums::zeroed());
                 }
@@ -193,12 +207,20 @@ impl Group<'_> {
                         }
                     }
                 }
-                if block.end == self.runs.len() {
-                    for (i, tile) in self.tiles.clone().enumerate() {
-                        let Sums([first, second]) = &sums[i / 2];
-                        // SAFETY: the caller's.
-                        unsafe { sink.take(pair, tile, [&first[i % 2], &second[i % 2]]) };
-                    }
+                let waiting = index % together + 1;
+                let full = waiting == together || pair + 1 == self.pairs.end;
+                if block.end < self.runs.len() || !full {
+                    continue;
+                }
+                let pairs = pair + 1 - waiting..pair + 1;
+                for (i, tile) in self.tiles.clone().enumerate() {
+                    let sums = |pair: usize| {
+                        let at = (pair - self.pairs.start) % kept * passes + i / 2;
+                        let Sums([first, second]) = &all[at];
+                        [&first[i % 2], &second[i % 2]]
+                    };
+                    // SAFETY: the caller's.
+                    unsafe { sink.take(pairs.clone(), tile, sums, rows) };
                 }
             }
         }
@@ -376,7 +398,9 @@ impl Pass<'_> {
                 let second = if R > 1 { right.at(tile + 1, part.step) } else { std::ptr::null() };
                 let first = [right.at(tile, part.step), second];
                 let right = Operand { first, stride: ROW, step: TILE };
-                panel::run::<P, R>(left, right, part.steps(), |step| ahead.step(done + step));
+                panel::run_past::<P, R>(left, right, part.steps(), |step| {
+                    ahead.step(done + step);
+                });
                 done += part.steps();
                 left.first = left.first.map(|p| p.wrapping_add(part.steps() * left.step));
                 if scaled {

@@ -76,13 +76,42 @@ pub(super) unsafe fn run<const P: usize, const R: usize>(
     left: Operand,
     right: Operand,
     steps: usize,
+    each: impl FnMut(usize),
+) {
+    // SAFETY: the caller's.
+    unsafe { add::<P, R, false>(left, right, steps, each) }
+}
+
+/// As [`run`], with activations that pass by: they leave the first-level cache to the weights.
+///
+/// # Safety
+/// As for [`run`].
+#[inline(always)]
+pub(super) unsafe fn run_past<const P: usize, const R: usize>(
+    left: Operand,
+    right: Operand,
+    steps: usize,
+    each: impl FnMut(usize),
+) {
+    // SAFETY: the caller's.
+    unsafe { add::<P, R, true>(left, right, steps, each) }
+}
+
+#[inline(always)]
+unsafe fn add<const P: usize, const R: usize, const PAST: bool>(
+    left: Operand,
+    right: Operand,
+    steps: usize,
     mut each: impl FnMut(usize),
 ) {
     for step in 0..steps {
         each(step);
         // SAFETY: the caller's.
         unsafe {
-            tiles::load::<RIGHT>(right.at(0, step), right.stride);
+            match PAST {
+                true => tiles::load_past::<RIGHT>(right.at(0, step), right.stride),
+                false => tiles::load::<RIGHT>(right.at(0, step), right.stride),
+            }
             tiles::load::<LEFT>(left.at(0, step), left.stride);
             tiles::multiply::<SUMS, LEFT, RIGHT>();
             if P > 1 {
@@ -90,7 +119,10 @@ pub(super) unsafe fn run<const P: usize, const R: usize>(
                 tiles::multiply::<{ SUMS + 2 }, { LEFT + 1 }, RIGHT>();
             }
             if R > 1 {
-                tiles::load::<{ RIGHT + 1 }>(right.at(1, step), right.stride);
+                match PAST {
+                    true => tiles::load_past::<{ RIGHT + 1 }>(right.at(1, step), right.stride),
+                    false => tiles::load::<{ RIGHT + 1 }>(right.at(1, step), right.stride),
+                }
                 tiles::multiply::<{ SUMS + 1 }, LEFT, { RIGHT + 1 }>();
             }
             if P > 1 && R > 1 {

@@ -3,75 +3,169 @@
 //! A tile of sums is [outputs][rows], as activations are packed too; rows of results are its transpose.
 
 use super::super::avx512::{Avx512, round};
-use super::panel::{Tile, collect, transposed};
+use super::lanes;
+use super::panel::{Tile, transposed};
 use super::tiles::EDGE;
 use crate::lanes::{STEP, Simd};
 use crate::packed::{Inner, Out};
 use crate::rowwise::SiluMul;
+use bytemuck::{Pod, Zeroable};
 use std::arch::x86_64::*;
+use std::ops::Range;
+
+/// Pairs of panels that are taken at a time, at most.
+pub(super) const PAIRS: usize = 8;
+/// Outputs of those.
+const WIDTH: usize = PAIRS * 2 * EDGE;
+
+/// A tile's rows of results on their way to where they belong.
+#[derive(Clone, Copy)]
+#[repr(C, align(64))]
+pub(super) struct Rows([[f32; WIDTH]; EDGE]);
+
+// SAFETY: numbers alone, without padding.
+unsafe impl Zeroable for Rows {}
+// SAFETY: as above.
+unsafe impl Pod for Rows {}
 
 /// Takes sums that are whole.
 pub(super) trait Sink {
-    /// The sums of both panels of `pair` for tile of rows `tile`; of one, if the outputs end there.
+    /// Pairs that are best taken together, up to [`PAIRS`], where there are so many tiles of rows.
+    fn pairs(&self, tiles: usize) -> usize;
+
+    /// The sums of both panels of each of `pairs`, up to [`PAIRS`] of them, for tile of rows `tile`; of one panel, if the
+    /// outputs end there. What `rows` holds is of no use before and after.
     ///
     /// # Safety
-    /// The CPU has what tiles need; the pair and the tile are in the shape that the sink was made for.
-    unsafe fn take(&mut self, pair: usize, tile: usize, sums: [&Tile; 2]);
+    /// The CPU has what tiles need; the pairs and the tile are in the shape that the sink was made for.
+    unsafe fn take<'s>(
+        &mut self,
+        pairs: Range<usize>,
+        tile: usize,
+        sums: impl Fn(usize) -> [&'s Tile; 2],
+        rows: &mut Rows,
+    );
 }
 
 impl Sink for Out<'_> {
-    #[inline]
-    unsafe fn take(&mut self, pair: usize, tile: usize, sums: [&Tile; 2]) {
-        let (rows, outputs) = self.shape();
-        let row = tile * EDGE;
-        for (panel, sums) in sums.into_iter().enumerate() {
-            let n = (2 * pair + panel) * EDGE;
-            if n < outputs {
-                own_early(self, row, n);
-                // SAFETY: the caller's.
-                unsafe { collect(sums, self, row, EDGE.min(rows - row), n) };
-            }
-        }
+    fn pairs(&self, tiles: usize) -> usize {
+        together(tiles)
     }
-}
 
-/// Tiles of rows between one that is written and the one whose lines are asked for meanwhile.
-const OWNED: usize = 3;
-
-/// Asks for the lines of a later tile's rows, to be written: stores wait for few lines at a time.
-#[inline]
-fn own_early<T>(y: &Out<'_, T>, row: usize, n: usize) {
-    let rows = y.shape().0;
-    for row in (row + OWNED * EDGE..rows).take(EDGE) {
-        // SAFETY: a hint.
-        unsafe { _mm_prefetch::<_MM_HINT_ET0>(y.place(row, n).cast()) };
+    #[inline]
+    unsafe fn take<'s>(
+        &mut self,
+        pairs: Range<usize>,
+        tile: usize,
+        sums: impl Fn(usize) -> [&'s Tile; 2],
+        rows: &mut Rows,
+    ) {
+        // SAFETY: the caller's.
+        unsafe { put_rows(self, pairs, tile, sums, rows, |from, to| put(from, to)) }
     }
 }
 
 /// Rows of bf16, rounded from the sums.
 impl Sink for Out<'_, u16> {
+    fn pairs(&self, tiles: usize) -> usize {
+        together(tiles)
+    }
+
     #[inline]
-    unsafe fn take(&mut self, pair: usize, tile: usize, sums: [&Tile; 2]) {
+    unsafe fn take<'s>(
+        &mut self,
+        pairs: Range<usize>,
+        tile: usize,
+        sums: impl Fn(usize) -> [&'s Tile; 2],
+        rows: &mut Rows,
+    ) {
         // SAFETY: the caller's.
-        unsafe { round_rows(self, pair, tile, sums) }
+        unsafe { put_rows(self, pairs, tile, sums, rows, |from, to| put_rounded(from, to)) }
     }
 }
 
+/// Tiles of rows up to which a pair's results are put into their rows alone: what weights are asked for meanwhile matters
+/// more there than how rows are written.
+const FEW: usize = 6;
+
+/// Pairs whose results are put into rows together.
+fn together(tiles: usize) -> usize {
+    if tiles <= FEW { 1 } else { PAIRS }
+}
+
+/// Lines of rows between one that is written and the one that is asked for meanwhile.
+const OWNED: usize = 2 * PAIRS;
+
+/// Puts results into their rows, one row after the other: lines of many rows at once would push each other out of the
+/// first-level cache where rows are a power of two apart, and a store whose line is not there holds up those after it.
+#[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
-unsafe fn round_rows(y: &mut Out<'_, u16>, pair: usize, tile: usize, sums: [&Tile; 2]) {
-    let (rows, outputs) = y.shape();
-    let (row, n) = (tile * EDGE, 2 * pair * EDGE);
-    let mask = u32::MAX >> (2 * EDGE - (outputs - n).min(2 * EDGE));
-    own_early(y, row, n);
-    let (first, second) = (columns(sums[0]), columns(sums[1]));
-    for r in 0..EDGE.min(rows - row) {
-        // SAFETY: AVX-512 is there, by the caller's word; this row has as many columns from n as the mask.
+unsafe fn put_rows<'s, T>(
+    y: &mut Out<'_, T>,
+    pairs: Range<usize>,
+    tile: usize,
+    sums: impl Fn(usize) -> [&'s Tile; 2],
+    Rows(rows): &mut Rows,
+    put: impl Fn(&[f32], *mut T),
+) {
+    let (all, outputs) = y.shape();
+    let (first, n) = (tile * EDGE, pairs.start * 2 * EDGE);
+    let count = (outputs - n).min(pairs.len() * 2 * EDGE);
+    let owned = OWNED / pairs.len();
+    for (at, pair) in pairs.enumerate() {
+        for (panel, sums) in sums(pair).into_iter().enumerate() {
+            for (row, values) in rows.iter_mut().zip(columns(sums)) {
+                let to = row[(2 * at + panel) * EDGE..][..EDGE].as_mut_ptr();
+                // SAFETY: sixteen elements.
+                unsafe { _mm512_storeu_si512(to.cast(), values) };
+            }
+        }
+    }
+    for (row, values) in (first..all).zip(rows.iter()) {
+        if row + owned < all {
+            let (from, to) = (y.place(row + owned, n), y.place(row + owned, n + count - 1));
+            for line in (from.addr()..=to.addr()).step_by(LINE) {
+                let line = from.cast::<i8>().with_addr(line);
+                _mm_prefetch::<_MM_HINT_ET0>(line);
+            }
+        }
+        put(&values[..count], y.at(row, n));
+    }
+}
+
+/// Bytes of a cache line.
+const LINE: usize = 64;
+
+/// Copies `from` to `to`, where there is room for it.
+#[inline]
+#[target_feature(enable = "avx512f")]
+unsafe fn put(from: &[f32], to: *mut f32) {
+    let (whole, rest) = from.as_chunks::<EDGE>();
+    for (i, from) in whole.iter().enumerate() {
+        // SAFETY: sixteen elements, and room for them.
+        unsafe { _mm512_storeu_ps(to.add(i * EDGE), _mm512_loadu_ps(from.as_ptr())) };
+    }
+    if !rest.is_empty() {
+        let mask = lanes(rest.len());
+        // SAFETY: as many elements as the mask has lanes, and room for them.
         unsafe {
-            let half =
-                |v| _mm512_cvtepi32_epi16(_mm512_srli_epi32::<16>(round(_mm512_castsi512_ps(v))));
-            let first = _mm512_castsi256_si512(half(first[r]));
-            let both = _mm512_inserti64x4::<1>(first, half(second[r]));
-            _mm512_mask_storeu_epi16(y.at(row + r, n).cast(), mask, both);
+            let rest = _mm512_maskz_loadu_ps(mask, rest.as_ptr());
+            _mm512_mask_storeu_ps(to.add(whole.len() * EDGE), mask, rest);
+        }
+    }
+}
+
+/// Copies `from`, rounded to bf16, to `to`, where there is room for it.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
+unsafe fn put_rounded(from: &[f32], to: *mut u16) {
+    for (i, from) in from.chunks(EDGE).enumerate() {
+        let mask = lanes(from.len());
+        // SAFETY: as many elements as the mask has lanes, and room for them.
+        unsafe {
+            let sums = _mm512_maskz_loadu_ps(mask, from.as_ptr());
+            let half = _mm512_cvtepi32_epi16(_mm512_srli_epi32::<16>(round(sums)));
+            _mm256_mask_storeu_epi16(to.add(i * EDGE).cast(), mask, half);
         }
     }
 }
@@ -89,14 +183,27 @@ fn columns(tile: &Tile) -> [__m512i; EDGE] {
 
 /// The gate's panel and the other's, into the activations of the product after them.
 impl Sink for Inner<'_> {
+    fn pairs(&self, _: usize) -> usize {
+        1
+    }
+
     #[inline]
-    unsafe fn take(&mut self, pair: usize, tile: usize, [gate, up]: [&Tile; 2]) {
-        let mut values = [[0.0; EDGE]; EDGE];
-        let y = values.as_flattened_mut();
-        // SAFETY: the caller's.
-        unsafe {
-            Avx512::<false>::run(SiluMul { gate: gate.as_flattened(), up: up.as_flattened(), y });
-            pack_outputs(&values, self.cells(tile, pair * EDGE));
+    unsafe fn take<'s>(
+        &mut self,
+        pairs: Range<usize>,
+        tile: usize,
+        sums: impl Fn(usize) -> [&'s Tile; 2],
+        _: &mut Rows,
+    ) {
+        for pair in pairs {
+            let [gate, up] = sums(pair).map(|sums| sums.as_flattened());
+            let mut values = [[0.0; EDGE]; EDGE];
+            let y = values.as_flattened_mut();
+            // SAFETY: the caller's.
+            unsafe {
+                Avx512::<false>::run(SiluMul { gate, up, y });
+                pack_outputs(&values, self.cells(tile, pair * EDGE));
+            }
         }
     }
 }

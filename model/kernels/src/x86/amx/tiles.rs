@@ -116,6 +116,19 @@ pub(super) unsafe fn load<const T: u8>(p: *const u8, stride: usize) {
     };
 }
 
+/// As [`load`], with a hint to leave the first-level cache to others.
+///
+/// # Safety
+/// As for [`load`].
+#[inline(always)]
+pub(super) unsafe fn load_past<const T: u8>(p: *const u8, stride: usize) {
+    // SAFETY: the caller's.
+    unsafe {
+        asm!("tileloaddt1 tmm{t}, [{p} + {s}*1]", t = const T, p = in(reg) p, s = in(reg) stride,
+            options(readonly, nostack, preserves_flags));
+    };
+}
+
 /// Stores tile `T` to rows `stride` bytes apart.
 ///
 /// # Safety
