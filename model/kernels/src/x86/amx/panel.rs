@@ -229,15 +229,22 @@ pub(super) fn scales<'a>(w: &Mat<'a>, n: usize) -> Scales<'a> {
 pub(super) fn collect(sums: &Tile, y: &mut Out<'_>, row: usize, rows: usize, n: usize) {
     let outputs = EDGE.min(y.shape().1 - n);
     let mask = lanes(outputs);
-    let mut columns = [_mm512_setzero_si512(); EDGE];
-    for (column, sums) in columns.iter_mut().zip(sums) {
-        // SAFETY: sixteen elements.
-        *column = unsafe { _mm512_loadu_si512(sums.as_ptr().cast()) };
-    }
-    for (r, values) in transposed(columns)[..rows].iter().enumerate() {
+    for (r, values) in columns(sums)[..rows].iter().enumerate() {
         // SAFETY: this row has `outputs` columns from n.
         unsafe { _mm512_mask_storeu_epi32(y.at(row + r, n).cast(), mask, *values) };
     }
+}
+
+/// A tile's columns.
+#[inline]
+#[target_feature(enable = "avx512f")]
+pub(super) fn columns(tile: &Tile) -> [__m512i; EDGE] {
+    let mut rows = [_mm512_setzero_si512(); EDGE];
+    for (row, values) in rows.iter_mut().zip(tile) {
+        // SAFETY: sixteen elements.
+        *row = unsafe { _mm512_loadu_si512(values.as_ptr().cast()) };
+    }
+    transposed(rows)
 }
 
 /// Sixteen rows of sixteen 32-bit elements as sixteen columns.

@@ -4,7 +4,7 @@
 
 use super::super::avx512::{Avx512, round};
 use super::lanes;
-use super::panel::{Tile, transposed};
+use super::panel::{Tile, columns};
 use super::tiles::EDGE;
 use crate::lanes::{STEP, Simd};
 use crate::packed::{Inner, Out};
@@ -47,28 +47,40 @@ pub(super) trait Sink {
     );
 }
 
-impl Sink for Out<'_> {
-    fn pairs(&self, tiles: usize) -> usize {
-        together(tiles)
-    }
+/// What rows of results are of.
+trait Element: Copy {
+    /// Puts those of sixteen `sums` that `mask` has to `to`.
+    ///
+    /// # Safety
+    /// The CPU has AVX-512, and there is room for as many.
+    unsafe fn put(to: *mut Self, mask: __mmask16, sums: __m512);
+}
 
+impl Element for f32 {
     #[inline]
-    unsafe fn take<'s>(
-        &mut self,
-        pairs: Range<usize>,
-        tile: usize,
-        sums: impl Fn(usize) -> [&'s Tile; 2],
-        rows: &mut Rows,
-    ) {
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
+    unsafe fn put(to: *mut f32, mask: __mmask16, sums: __m512) {
         // SAFETY: the caller's.
-        unsafe { put_rows(self, pairs, tile, sums, rows, |from, to| put(from, to)) }
+        unsafe { _mm512_mask_storeu_ps(to, mask, sums) };
     }
 }
 
-/// Rows of bf16, rounded from the sums.
-impl Sink for Out<'_, u16> {
+/// Bits of bf16, rounded from the sums.
+impl Element for u16 {
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
+    unsafe fn put(to: *mut u16, mask: __mmask16, sums: __m512) {
+        // SAFETY: the caller's.
+        unsafe {
+            let half = _mm512_cvtepi32_epi16(_mm512_srli_epi32::<16>(round(sums)));
+            _mm256_mask_storeu_epi16(to.cast(), mask, half);
+        }
+    }
+}
+
+impl<T: Element> Sink for Out<'_, T> {
     fn pairs(&self, tiles: usize) -> usize {
-        together(tiles)
+        if tiles <= FEW { 1 } else { PAIRS }
     }
 
     #[inline]
@@ -80,18 +92,13 @@ impl Sink for Out<'_, u16> {
         rows: &mut Rows,
     ) {
         // SAFETY: the caller's.
-        unsafe { put_rows(self, pairs, tile, sums, rows, |from, to| put_rounded(from, to)) }
+        unsafe { put_rows(self, pairs, tile, sums, rows) }
     }
 }
 
 /// Tiles of rows up to which a pair's results are put into their rows alone: what weights are asked for meanwhile matters
 /// more there than how rows are written.
 const FEW: usize = 6;
-
-/// Pairs whose results are put into rows together.
-fn together(tiles: usize) -> usize {
-    if tiles <= FEW { 1 } else { PAIRS }
-}
 
 /// Lines of rows between one that is written and the one that is asked for meanwhile.
 const OWNED: usize = 2 * PAIRS;
@@ -100,13 +107,12 @@ const OWNED: usize = 2 * PAIRS;
 /// first-level cache where rows are a power of two apart, and a store whose line is not there holds up those after it.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
-unsafe fn put_rows<'s, T>(
+unsafe fn put_rows<'s, T: Element>(
     y: &mut Out<'_, T>,
     pairs: Range<usize>,
     tile: usize,
     sums: impl Fn(usize) -> [&'s Tile; 2],
     Rows(rows): &mut Rows,
-    put: impl Fn(&[f32], *mut T),
 ) {
     let (all, outputs) = y.shape();
     let (first, n) = (tile * EDGE, pairs.start * 2 * EDGE);
@@ -129,57 +135,19 @@ unsafe fn put_rows<'s, T>(
                 _mm_prefetch::<_MM_HINT_ET0>(line);
             }
         }
-        put(&values[..count], y.at(row, n));
+        for (i, values) in values[..count].chunks(EDGE).enumerate() {
+            let mask = lanes(values.len());
+            // SAFETY: as many elements as the mask has lanes, and room for them in the row.
+            unsafe {
+                let sums = _mm512_maskz_loadu_ps(mask, values.as_ptr());
+                T::put(y.at(row, n + i * EDGE), mask, sums);
+            }
+        }
     }
 }
 
 /// Bytes of a cache line.
 const LINE: usize = 64;
-
-/// Copies `from` to `to`, where there is room for it.
-#[inline]
-#[target_feature(enable = "avx512f")]
-unsafe fn put(from: &[f32], to: *mut f32) {
-    let (whole, rest) = from.as_chunks::<EDGE>();
-    for (i, from) in whole.iter().enumerate() {
-        // SAFETY: sixteen elements, and room for them.
-        unsafe { _mm512_storeu_ps(to.add(i * EDGE), _mm512_loadu_ps(from.as_ptr())) };
-    }
-    if !rest.is_empty() {
-        let mask = lanes(rest.len());
-        // SAFETY: as many elements as the mask has lanes, and room for them.
-        unsafe {
-            let rest = _mm512_maskz_loadu_ps(mask, rest.as_ptr());
-            _mm512_mask_storeu_ps(to.add(whole.len() * EDGE), mask, rest);
-        }
-    }
-}
-
-/// Copies `from`, rounded to bf16, to `to`, where there is room for it.
-#[inline]
-#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
-unsafe fn put_rounded(from: &[f32], to: *mut u16) {
-    for (i, from) in from.chunks(EDGE).enumerate() {
-        let mask = lanes(from.len());
-        // SAFETY: as many elements as the mask has lanes, and room for them.
-        unsafe {
-            let sums = _mm512_maskz_loadu_ps(mask, from.as_ptr());
-            let half = _mm512_cvtepi32_epi16(_mm512_srli_epi32::<16>(round(sums)));
-            _mm256_mask_storeu_epi16(to.add(i * EDGE).cast(), mask, half);
-        }
-    }
-}
-
-/// A tile's columns.
-#[target_feature(enable = "avx512f")]
-fn columns(tile: &Tile) -> [__m512i; EDGE] {
-    let mut rows = [_mm512_setzero_si512(); EDGE];
-    for (row, sums) in rows.iter_mut().zip(tile) {
-        // SAFETY: sixteen elements.
-        *row = unsafe { _mm512_loadu_si512(sums.as_ptr().cast()) };
-    }
-    transposed(rows)
-}
 
 /// The gate's panel and the other's, into the activations of the product after them.
 impl Sink for Inner<'_> {
