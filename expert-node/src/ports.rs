@@ -10,7 +10,7 @@ use std::time::Instant;
 use bytes::Bytes;
 use mesh::pump::TURN;
 use mesh::shared::Rings;
-use mesh::shared::rings::{Fault, KNOCK, Put};
+use mesh::shared::rings::{KNOCK, Passage, Put};
 use parking_lot::Mutex;
 use proto::wire;
 use tokio::sync::mpsc::{OwnedPermit, Sender};
@@ -31,10 +31,9 @@ pub struct Reply {
     near: Option<Arc<Near>>,
 }
 
-/// A stream's rings, and what went wrong there.
+/// A stream's rings.
 pub struct Near {
-    rings: Rings,
-    fault: Fault<Status>,
+    passage: Passage<Status>,
     /// See [`Ports::turn`].
     due: Arc<AtomicBool>,
 }
@@ -48,7 +47,7 @@ impl From<OwnedPermit<Leaving>> for Reply {
 impl Reply {
     pub fn send(self, reply: Bytes) {
         let Self { permit, near } = self;
-        let message = match near.as_ref().map_or(Put::Not, |near| near.put(&reply)) {
+        let message = match near.as_ref().map_or(Put::Not, |near| near.passage.put(&reply)) {
             Put::There => return,
             Put::Knock => KNOCK,
             Put::Not => reply,
@@ -61,31 +60,12 @@ impl Reply {
 }
 
 impl Near {
-    fn put(&self, reply: &[u8]) -> Put {
-        let message = reply.get(wire::PREFIX..).unwrap_or_default();
-        if self.fault.is_set() {
-            return Put::Not;
-        }
-        self.rings.put(message).unwrap_or_else(|error| {
-            self.fault.set(Status::invalid_argument(error.to_string()));
-            Put::Not
-        })
-    }
-
-    /// The next frame, as its message.
+    /// The next frame, as its message; none after a fault.
     ///
     /// # Errors
     /// The router has spoilt the ring.
     pub fn take(&self) -> Result<Option<Bytes>, Status> {
-        if self.fault.is_set() {
-            return Ok(None);
-        }
-        self.rings.take().map_err(|error| Status::invalid_argument(error.to_string()))
-    }
-
-    /// Why the stream has to end; nothing if there is a frame that the executor has no permit for.
-    pub async fn told(&self) -> Option<Status> {
-        self.fault.told().await
+        if self.passage.is_faulty() { Ok(None) } else { self.passage.take() }
     }
 }
 
@@ -98,6 +78,11 @@ pub struct Port {
 }
 
 impl Port {
+    /// Why the stream has to end; nothing if there is a frame that the executor has no permit for.
+    pub async fn told(&self) -> Option<Status> {
+        Passage::told(self.near.as_ref().map(|near| &near.passage)).await
+    }
+
     /// A permit for a reply, when there is room.
     pub async fn room(&self) -> Option<OwnedPermit<Leaving>> {
         self.replies.clone().reserve_owned().await.ok()
@@ -122,12 +107,12 @@ impl Port {
     /// Takes the frames that are in the ring; some, if there are always more.
     fn look(&self, near: &Near) {
         for _ in 0..AT_ONCE {
-            if near.fault.is_set() || !near.rings.look() {
+            if !near.passage.look() {
                 return;
             }
             let Ok(permit) = self.replies.clone().try_reserve_owned() else {
                 // The task waits for one, and looks then.
-                near.fault.poke();
+                near.passage.poke();
                 return;
             };
             let taken = match near.take() {
@@ -136,7 +121,7 @@ impl Port {
                 Err(status) => Err(status),
             };
             if let Err(status) = taken {
-                near.fault.set(status);
+                near.passage.fail(status);
             }
         }
     }
@@ -165,9 +150,8 @@ impl Ports {
         rings: Option<Rings>,
         replies: Sender<Leaving>,
     ) -> Open<'_> {
-        let near =
-            rings.map(|rings| Near { rings, fault: Fault::default(), due: self.due.clone() });
-        let near = near.map(Arc::new);
+        let near = rings
+            .map(|rings| Arc::new(Near { passage: Passage::new(rings), due: self.due.clone() }));
         let port = Arc::new(Port { service, stream: Mutex::new(stream), replies, near });
         match port.near {
             Some(_) => self.near.lock().push(port.clone()),
@@ -187,10 +171,10 @@ impl Ports {
 
     /// From now on frames wake; false if one has come before.
     pub fn sleep(&self) -> bool {
-        let asleep = |near: &Near| near.rings.sleep() || near.fault.is_set();
         // Without a permit the task has to look first, and wakes.
         self.near.lock().iter().all(|port| {
-            port.near.as_ref().is_none_or(|near| asleep(near)) || port.replies.capacity() == 0
+            port.near.as_ref().is_none_or(|near| near.passage.sleep())
+                || port.replies.capacity() == 0
         })
     }
 

@@ -159,15 +159,9 @@ async fn next(
             }
             return Ok(Some(message));
         }
-        let told = async {
-            match &port.near {
-                Some(near) => near.told().await,
-                None => std::future::pending().await,
-            }
-        };
         let data = tokio::select! {
             biased;
-            fault = told => match fault {
+            fault = port.told() => match fault {
                 Some(status) => return Err(status),
                 None => continue,
             },

@@ -21,7 +21,7 @@ use tokio::net::{TcpStream, UnixStream};
 use tokio::task::JoinSet;
 
 use crate::near::Shortcut;
-use crate::shared::rings::{self, Fault, KNOCK, Put};
+use crate::shared::rings::{self, KNOCK, Passage, Put};
 use crate::shared::{self, Copies, Handover, Misplaced, Nonsense, Rings, Room, Segment};
 use crate::tls::{self, Expected, Socket, Tls};
 use crate::transport::{
@@ -88,10 +88,9 @@ struct Inner {
     sealed: bool,
     /// Memory that the node has, too.
     room: Option<Room>,
-    rings: Option<Rings>,
+    passage: Option<Passage<StreamError>>,
     /// What replies' rows are copied into out of that memory.
     copies: Mutex<Copies>,
-    fault: Fault<StreamError>,
 }
 
 impl Writer {
@@ -107,19 +106,16 @@ impl Writer {
 
     /// Whether replies may come without the socket; see [`Self::look`].
     pub fn has_rings(&self) -> bool {
-        self.0.rings.is_some()
+        self.0.passage.is_some()
     }
 
     /// Puts a message where a node that is awake sees it at once.
     pub fn put(&self, message: &[u8]) -> Put {
-        let Inner { rings, unanswered, fault, .. } = &*self.0;
-        let (Some(rings), false) = (rings, fault.is_set()) else { return Put::Not };
-        let Some(message) = message.get(wire::PREFIX..) else { return Put::Not };
+        let Inner { passage: Some(passage), unanswered, .. } = &*self.0 else { return Put::Not };
         if unanswered.fetch_add(1, Ordering::Relaxed) < UNANSWERED {
-            match rings.put(message) {
-                Ok(Put::Not) => {}
-                Ok(put) => return put,
-                Err(error) => fault.set(error.into()),
+            match passage.put(message) {
+                Put::Not => {}
+                put => return put,
             }
         }
         unanswered.fetch_sub(1, Ordering::Relaxed);
@@ -146,28 +142,27 @@ impl Writer {
 
     /// A reply that came past the socket, for who looks again and again. What is wrong there ends the stream.
     pub fn look(&self) -> Option<DispatchReply> {
-        let Inner { rings: Some(rings), fault, .. } = &*self.0 else { return None };
-        if fault.is_set() || !rings.look() {
+        let passage = self.0.passage.as_ref()?;
+        if !passage.look() {
             return None;
         }
         self.0.take().unwrap_or_else(|error| {
-            fault.set(error);
+            passage.fail(error);
             None
         })
     }
 
     /// From now on replies wake; false if one has come before.
     pub fn sleep(&self) -> bool {
-        let Inner { rings, fault, .. } = &*self.0;
-        rings.as_ref().is_none_or(|rings| rings.sleep() || fault.is_set())
+        self.0.passage.as_ref().is_none_or(Passage::sleep)
     }
 }
 
 impl Inner {
     /// A reply that came past the socket.
     fn take(&self) -> Result<Option<DispatchReply>, StreamError> {
-        let Some(rings) = &self.rings else { return Ok(None) };
-        rings.take()?.map(|message| self.read(message)).transpose()
+        let Some(passage) = &self.passage else { return Ok(None) };
+        passage.take()?.map(|message| self.read(message)).transpose()
     }
 
     fn read(&self, message: Bytes) -> Result<DispatchReply, StreamError> {
@@ -288,10 +283,12 @@ where
         stream: Mutex::new(stream),
         unanswered: AtomicUsize::new(0),
         sealed,
-        rings: segment.as_ref().filter(|_| answered(rings::OFFERED)).map(Rings::client),
+        passage: segment
+            .as_ref()
+            .filter(|_| answered(rings::OFFERED))
+            .map(|segment| Passage::new(Rings::client(segment))),
         room: segment.map(|segment| Room::new(segment, UNANSWERED)),
         copies: Mutex::default(),
-        fault: Fault::default(),
     };
     let writer = Writer(Arc::new(inner));
     let messages = Messages::new(MAX_MESSAGE_BYTES);
@@ -336,17 +333,17 @@ impl Reader {
 
     /// The next reply by the socket; nothing if the ring is to be looked into.
     async fn wait(&mut self) -> Result<Option<DispatchReply>, StreamError> {
-        let Inner { rings, fault, .. } = &*self.writer.0;
+        let passage = self.writer.0.passage.as_ref();
         loop {
             if let Some(message) = self.messages.take()? {
-                if message.is_empty() && rings.is_some() {
+                if message.is_empty() && passage.is_some() {
                     return Ok(None);
                 }
                 return self.writer.0.read(message).map(Some);
             }
             let data = tokio::select! {
                 biased;
-                why = fault.told() => return why.map_or(Ok(None), Err),
+                why = Passage::told(passage) => return why.map_or(Ok(None), Err),
                 data = self.stream.data() => data,
                 Some(ended) = self.tasks.join_next() => {
                     return Err(ended.unwrap_or(StreamError::Ended));

@@ -12,6 +12,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use bytes::Bytes;
 use parking_lot::Mutex;
+use proto::wire;
 use tokio::sync::Notify;
 
 use super::ring::{BYTES, Nonsense, Reader, Writer};
@@ -106,31 +107,67 @@ impl Rings {
     }
 }
 
-/// How the thread that looks into the rings tells the task of the stream that it has to end, or to look itself.
-pub struct Fault<E> {
-    is_set: AtomicBool,
+impl From<Nonsense> for tonic::Status {
+    fn from(nonsense: Nonsense) -> Self {
+        Self::invalid_argument(nonsense.to_string())
+    }
+}
+
+/// A connection's rings for both who use an end of them: the thread that looks into them, and the task of
+/// the stream, which the thread tells that the stream has to end, or to look itself.
+pub struct Passage<E> {
+    rings: Rings,
+    is_faulty: AtomicBool,
     why: Mutex<Option<E>>,
     told: Notify,
 }
 
-impl<E> Default for Fault<E> {
-    fn default() -> Self {
-        Self { is_set: AtomicBool::new(false), why: Mutex::new(None), told: Notify::new() }
+impl<E: From<Nonsense>> Passage<E> {
+    pub fn new(rings: Rings) -> Self {
+        let (is_faulty, why, told) = Default::default();
+        Self { rings, is_faulty, why, told }
     }
-}
 
-impl<E> Fault<E> {
+    /// As [`Rings::put`], of a message behind its prefix. A ring that is spoilt ends the stream.
+    pub fn put(&self, message: &[u8]) -> Put {
+        let Some(message) = message.get(wire::PREFIX..) else { return Put::Not };
+        if self.is_faulty() {
+            return Put::Not;
+        }
+        self.rings.put(message).unwrap_or_else(|error| {
+            self.fail(error.into());
+            Put::Not
+        })
+    }
+
+    /// As [`Rings::look`]; nothing is looked for after a fault.
+    pub fn look(&self) -> bool {
+        !self.is_faulty() && self.rings.look()
+    }
+
+    /// As [`Rings::take`].
+    ///
+    /// # Errors
+    /// The other end has spoilt the ring.
+    pub fn take(&self) -> Result<Option<Bytes>, E> {
+        Ok(self.rings.take()?)
+    }
+
+    /// As [`Rings::sleep`]; the stream ends by itself after a fault.
+    pub fn sleep(&self) -> bool {
+        self.rings.sleep() || self.is_faulty()
+    }
+
     /// The stream has to end. The first reason counts.
-    pub fn set(&self, why: E) {
-        if !self.is_set.swap(true, Ordering::Relaxed) {
+    pub fn fail(&self, why: E) {
+        if !self.is_faulty.swap(true, Ordering::Relaxed) {
             *self.why.lock() = Some(why);
             self.poke();
         }
     }
 
-    /// Nothing is taken from rings that are at fault.
-    pub fn is_set(&self) -> bool {
-        self.is_set.load(Ordering::Relaxed)
+    pub fn is_faulty(&self) -> bool {
+        self.is_faulty.load(Ordering::Relaxed)
     }
 
     /// The task is to look into the rings.
@@ -138,9 +175,14 @@ impl<E> Fault<E> {
         self.told.notify_one();
     }
 
-    /// Why the stream has to end, or nothing if it was a poke. For one task.
-    pub async fn told(&self) -> Option<E> {
-        self.told.notified().await;
-        self.why.lock().take()
+    /// Why the stream has to end, or nothing if it was a poke; never, without a passage. For one task.
+    pub async fn told(passage: Option<&Self>) -> Option<E> {
+        match passage {
+            Some(passage) => {
+                passage.told.notified().await;
+                passage.why.lock().take()
+            }
+            None => std::future::pending().await,
+        }
     }
 }
