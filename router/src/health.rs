@@ -378,14 +378,19 @@ impl Health {
         grown(wanted.clamp(LEAST_DEADLINE.min(most), most))
     }
 
-    /// After how long another owner is asked as well, where that is wanted.
+    /// After how long another owner is asked as well: where that is wanted, and where the frame is to tell
+    /// how slow a slow node is now, which no step waits for.
     pub fn hedge_after(&self, index: NodeIndex, slots: usize) -> Option<Duration> {
-        if !(self.policy.enabled && self.policy.hedge) {
+        let pattern = self.pattern(index);
+        let asks = pattern.is_old && self.slowness(index) >= OUTLIER;
+        if !(self.policy.enabled && (self.policy.hedge || asks)) {
             return None;
         }
         let mean = self.sizes.predict(slots)?;
-        let p95 = Duration::try_from_secs_f64(mean * self.pattern(index).p95).ok()?;
-        Some(p95.max(LEAST_HEDGE))
+        // Of what is not slow.
+        let p95 = if asks { Pattern::default().p95 } else { pattern.p95 };
+        let time = Duration::try_from_secs_f64(mean * p95).ok()?;
+        Some(time.max(LEAST_HEDGE))
     }
 
     fn pattern(&self, index: NodeIndex) -> Pattern {

@@ -74,6 +74,15 @@ fn a_slow_node_is_asked_once_a_second_and_is_back_when_it_is_well() {
         frames(&mut health, B, 1, MS, now);
     }
     assert!(health.trouble(A, now).is_some_and(|text| text.contains("times as long")));
+    health.sent(A, 1, true, now);
+    assert_eq!(health.hedge_after(A, 1), None, "it was asked just now");
+    health.answered(A, 1, 30 * MS, now);
+    now += FORGOTTEN;
+    health.sent(A, 1, true, now);
+    let hedge = health.hedge_after(A, 1);
+    assert!(hedge.is_some_and(|after| after < 3 * MS), "no step waits for it: {hedge:?}");
+    assert_eq!(health.hedge_after(B, 1), None);
+    health.answered(A, 1, 30 * MS, now);
     let mut layers = |health: &mut Health, took: Duration, seconds: u32| {
         let mut asked = 0;
         for _ in 0..seconds * 100 {
