@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use model::{
     Checkpoint, Chunk, Compute, Expert, ExpertGroup, ExpertScratch, Isa, KvPool, LogitRows,
-    Numerics, Step, Trunk, forward_experts,
+    Numerics, Step, Trunk, forward_experts, together,
 };
 
 use crate::support::{FIXTURES, Fixture};
@@ -75,7 +75,8 @@ impl Model {
         let expert = Expert::load(&self.checkpoint, layer, index as usize).unwrap();
         let (mut out, mut scratch) = (Vec::new(), ExpertScratch::default());
         let group = [ExpertGroup { expert: &expert, rows: 1 }];
-        forward_experts(&self.compute, Numerics::F32, &group, row, &mut out, &mut scratch);
+        let row = together(row, row.len());
+        forward_experts(&self.compute, Numerics::F32, &group, &row, &mut out, &mut scratch);
         out
     }
 

@@ -7,9 +7,8 @@
 
 mod answer;
 
-use std::cell::Cell;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use mesh::shared::Segment;
@@ -47,7 +46,7 @@ pub struct Job {
     /// Where its slots begin among those of its batch.
     pub first: usize,
     /// Whether an input row of it was found not to be finite.
-    pub tainted: Cell<bool>,
+    pub tainted: AtomicBool,
     pub arrived: Instant,
     pub reply: Reply,
 }
@@ -421,7 +420,9 @@ impl Rows for Standing<'_> {
                 Dtype::Fp8 => finite_fp8(to, self.hidden),
                 _ => all_finite(to, dtype),
             };
-            job.tainted.set(job.tainted.get() || !finite);
+            if !finite {
+                job.tainted.store(true, Ordering::Relaxed);
+            }
         }
     }
 }

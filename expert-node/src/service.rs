@@ -2,7 +2,6 @@
 //! every refusal is a typed reply on the stream, so that one bad frame harms
 //! neither its neighbours nor the stream.
 
-use std::cell::Cell;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Instant, SystemTime};
@@ -194,7 +193,7 @@ impl Service {
                     frame,
                     slots,
                     first: 0,
-                    tainted: Cell::new(false),
+                    tainted: AtomicBool::new(false),
                     arrived,
                     reply,
                 });

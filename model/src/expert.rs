@@ -9,12 +9,13 @@ mod batch;
 #[cfg(test)]
 mod tests;
 
+use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use half::bf16;
-use kernels::cuda::{ExpertShape, LayoutError};
-use kernels::{Compute, Gated, Mat, Out, Packed, Pool};
+use kernels::cuda::{ExpertShape, LayoutError, Row, Rows};
+use kernels::{Acts, Compute, Gated, Mat, Out, Packed, Pool};
 
 use crate::activations::{WireScratch, from_wire, to_wire};
 use crate::checkpoint::Checkpoint;
@@ -175,10 +176,15 @@ pub struct ExpertGroup<'a> {
     pub rows: usize,
 }
 
+/// Rows `[rows, hidden]` that lie one after the other, by place.
+pub fn together(rows: &[u8], width: usize) -> impl Rows {
+    move |place| Row { id: place, fp8: false, bytes: &rows[place * width..][..width] }
+}
+
 /// Reusable working memory of [`forward_experts`].
 #[derive(Default)]
 pub struct ExpertScratch {
-    wire: WireScratch,
+    rows: InputScratch,
     spans: Vec<Span>,
     /// Values in tiles, `[group][tile][rows][tile columns]` in the class's type.
     tiles: Vec<u8>,
@@ -199,8 +205,33 @@ struct Span {
     inner: usize,
 }
 
+/// Rows next to each other, as copied and as activations.
+#[derive(Default)]
+struct InputScratch {
+    bytes: Vec<u8>,
+    wire: WireScratch,
+}
+
+impl InputScratch {
+    /// Those of the places `places`, `[places, width / class size]`.
+    fn gather(
+        &mut self,
+        rows: &dyn Rows,
+        numerics: Numerics,
+        places: Range<usize>,
+        width: usize,
+    ) -> Acts<'_> {
+        let bytes = grown(&mut self.bytes, places.len() * width);
+        for (place, row) in places.zip(bytes.chunks_exact_mut(width)) {
+            rows.copy(place, row);
+        }
+        from_wire(numerics, bytes, &mut self.wire)
+    }
+}
+
 #[derive(Default)]
 struct TaskScratch {
+    rows: InputScratch,
     gated: Gated,
     packed: Packed,
     gate: Vec<f32>,
@@ -223,30 +254,27 @@ fn tile_columns(n: usize, groups: usize, threads: usize, work: usize) -> usize {
 
 /// Computes every group's rows with its expert.
 ///
-/// `x` holds the groups' rows one after the other, `[rows, hidden]` little-endian values of the
-/// class; `out` receives as many result rows of the same form, in the same order. Panics if `x` is
-/// not that long, or if experts differ in width: frames are checked before they come here.
+/// Places of `x` are the groups' rows one after the other, `hidden` little-endian values of the class each; `out`
+/// receives as many result rows of the same form, in the same order. Panics if experts differ in width: frames are
+/// checked before they come here.
 pub fn forward_experts(
     compute: &Compute,
     numerics: Numerics,
     groups: &[ExpertGroup<'_>],
-    x: &[u8],
+    x: &dyn Rows,
     out: &mut Vec<u8>,
     scratch: &mut ExpertScratch,
 ) {
     let Some(first) = groups.iter().find(|g| g.rows > 0) else {
-        assert!(x.is_empty(), "rows without a group");
         out.clear();
         return;
     };
     let hidden = first.expert.hidden();
-    let ExpertScratch { wire, spans, tiles, inner, inner_wire, tasks } = scratch;
+    let ExpertScratch { rows: all, spans, tiles, inner, inner_wire, tasks } = scratch;
     let (rows, inner_len) = lay_out(groups, hidden, spans);
     let row_bytes = hidden * numerics.bytes();
-    assert_eq!(x.len(), rows * row_bytes, "rows of {hidden} values in {numerics}");
     let kernels = compute.kernels;
     let (pool, threads) = (&compute.pool, compute.pool.threads());
-    let x = from_wire(numerics, x, wire);
     let weights =
         |span: &Span| (&groups[span.group].expert.weights, &*groups[span.group].expert.checkpoint);
 
@@ -259,8 +287,8 @@ pub fn forward_experts(
 
     out.resize(rows * row_bytes, 0);
     if count(&|_| hidden) == spans.len() && count(&|s| weights(s).0.gate.n()) == spans.len() {
-        // An expert a task: what its inner layer gives goes into its outer one in the kernel's own
-        // layout, and never leaves the cache.
+        // An expert a task: its rows are copied where they are packed, and what its inner layer gives goes
+        // into its outer one in the kernel's own layout, so that neither leaves the cache.
         let mut rest = &mut out[..];
         let pieces = spans.iter().map(|span| {
             let (piece, after) = std::mem::take(&mut rest).split_at_mut(span.rows * row_bytes);
@@ -269,9 +297,10 @@ pub fn forward_experts(
         });
         return for_each(pool, spans.len(), pieces, |(span, piece)| {
             let (ffn, checkpoint) = weights(span);
-            let x = x.slice(span.row * hidden..(span.row + span.rows) * hidden);
             let [gate, up, down] = [ffn.gate, ffn.up, ffn.down].map(|w| w.mat(checkpoint));
             tasks.with(|t| {
+                let places = span.row..span.row + span.rows;
+                let x = t.rows.gather(x, numerics, places, row_bytes);
                 t.gated.fill(&*kernels, None, x, span.rows, [gate, up, down]);
                 if numerics == Numerics::Bf16
                     && let Ok(piece) = bytemuck::try_cast_slice_mut(piece)
@@ -289,6 +318,7 @@ pub fn forward_experts(
         });
     }
 
+    let x = all.gather(x, numerics, 0..rows, row_bytes);
     // Inner layer: gate and up for the same columns in one task, so that their product is formed in
     // cache.
     let inner_of = |span: &Span| weights(span).0.gate.n();

@@ -49,7 +49,7 @@ pub use checkpoint::{Checkpoint, Dtype, Head, QuantizeError, Quantized, TensorVi
 pub use config::{Config, Rope};
 pub use error::{LoadError, StepError};
 pub use expert::{
-    Arriving, CpuExperts, Expert, ExpertGroup, ExpertScratch, Experts, forward_experts,
+    Arriving, CpuExperts, Expert, ExpertGroup, ExpertScratch, Experts, forward_experts, together,
 };
 pub use kernels::cuda::trunk::{Driver, Hopper};
 pub use kernels::cuda::{GpuError, Results, Row, Rows};

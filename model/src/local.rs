@@ -6,13 +6,13 @@
 use std::sync::Arc;
 
 use kernels::Compute;
+use kernels::cuda::Row;
 
 use crate::checkpoint::Checkpoint;
 use crate::error::{LoadError, StepError};
 use crate::expert::{Expert, ExpertGroup, ExpertScratch, forward_experts};
 use crate::kv::{KvPool, PageId};
 use crate::numerics::Numerics;
-use crate::parallel::{for_each, grown};
 use crate::profile::{Part, span};
 use crate::step::{Chunk, Routed, Step};
 use crate::trunk::Trunk;
@@ -25,7 +25,8 @@ pub struct Local {
     step: Step,
     /// Rows by expert: for each expert the places `row * top_k + slot`.
     places: Vec<Vec<usize>>,
-    rows: Vec<u8>,
+    /// The same one after the other, as the experts' rows and results lie.
+    by_expert: Vec<usize>,
     results: Vec<u8>,
     /// Where each place's result lies among the results.
     order: Vec<usize>,
@@ -56,7 +57,7 @@ impl Local {
             trunk,
             step,
             places: vec![Vec::new(); config.experts],
-            rows: Vec::new(),
+            by_expert: Vec::new(),
             results: Vec::new(),
             order: Vec::new(),
             scratch: ExpertScratch::default(),
@@ -105,31 +106,25 @@ impl Local {
             self.places[*expert as usize].push(place);
         }
         self.order.resize(routed.experts.len(), 0);
-        for (at, place) in self.places.iter().flatten().enumerate() {
+        self.by_expert.clear();
+        self.by_expert.extend(self.places.iter().flatten());
+        for (at, place) in self.by_expert.iter().enumerate() {
             self.order[*place] = at;
         }
-        let compute = self.trunk.compute();
-        let bytes = self.trunk.config().hidden * self.trunk.numerics().bytes();
-        let mut rest = grown(&mut self.rows, routed.experts.len() * bytes);
-        let pieces = self.places.iter().map(|places| {
-            let (rows, after) = std::mem::take(&mut rest).split_at_mut(places.len() * bytes);
-            rest = after;
-            (places, rows)
-        });
-        for_each(&compute.pool, self.places.len(), pieces, |(places, rows)| {
-            for (place, row) in places.iter().zip(rows.chunks_exact_mut(bytes)) {
-                row.copy_from_slice(routed.row(place / routed.top_k));
-            }
-        });
+        let by_expert = &self.by_expert;
+        let rows = |at: usize| {
+            let id = by_expert[at] / routed.top_k;
+            Row { id, fp8: false, bytes: routed.row(id) }
+        };
         let experts = &self.experts[layer - self.trunk.config().first_dense];
         let groups = experts.iter().zip(&self.places).filter(|(_, places)| !places.is_empty());
         let groups: Vec<_> =
             groups.map(|(expert, places)| ExpertGroup { expert, rows: places.len() }).collect();
         forward_experts(
-            compute,
+            self.trunk.compute(),
             self.trunk.numerics(),
             &groups,
-            &self.rows[..routed.experts.len() * bytes],
+            &rows,
             &mut self.results,
             &mut self.scratch,
         );

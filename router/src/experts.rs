@@ -42,7 +42,7 @@ impl Experts {
     /// gap. `routed` is what was sent, for what has to be sent again.
     pub fn wait(&mut self, lane: usize, routed: &Routed<'_>) {
         match self {
-            Self::Local(local) => local.compute(),
+            Self::Local(local) => local.compute(routed),
             Self::Remote(remote) => remote.wait(lane, routed),
         }
     }

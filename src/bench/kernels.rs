@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use anyhow::Context as _;
 use kernels::limits::{Peaks, peaks, read_bandwidth};
 use kernels::{Acts, Compute, DType, Isa, Mat, round_bf16};
-use model::{Checkpoint, Expert, ExpertGroup, ExpertScratch, Numerics, forward_experts};
+use model::{Checkpoint, Expert, ExpertGroup, ExpertScratch, Numerics, forward_experts, together};
 use serde_json::{Value, json};
 
 use crate::bench::report::machine;
@@ -185,7 +185,8 @@ fn experts(
         let seconds = typical(layers.len(), |turn| {
             let groups: Vec<ExpertGroup<'_>> =
                 layers[turn].iter().map(|expert| ExpertGroup { expert, rows }).collect();
-            forward_experts(compute, numerics, &groups, &x, &mut out, &mut scratch);
+            let lie = together(&x, config.hidden * numerics.bytes());
+            forward_experts(compute, numerics, &groups, &lie, &mut out, &mut scratch);
             black_box(&mut out);
         });
         Line {

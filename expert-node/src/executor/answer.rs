@@ -1,5 +1,6 @@
 //! A batch's replies.
 
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use bytes::BufMut as _;
@@ -34,7 +35,7 @@ impl Answers<'_> {
         let Self { kernels, numerics, hidden, spare, metrics, wire, writer } = self;
         let Flight { jobs, rows, .. } = flight;
         for job in jobs.drain(..) {
-            if job.tainted.get() {
+            if job.tainted.load(Ordering::Relaxed) {
                 let message = format!("layer {}: an input row is not finite", job.frame.layer);
                 refuse(metrics, job, (ErrorCode::NonFinite, message));
                 continue;

@@ -1,5 +1,6 @@
 //! What becomes of frames when the device that computes is lost.
 
+use std::cell::Cell;
 use std::sync::Arc;
 
 use bytes::Bytes;
@@ -73,7 +74,7 @@ async fn a_lost_device_ends_the_executor_and_answers_nothing() {
         segment: None,
         slots: 1,
         first: 0,
-        tainted: Cell::new(false),
+        tainted: AtomicBool::new(false),
         arrived,
         reply,
     });
@@ -175,7 +176,7 @@ async fn batches_overlap_and_every_frame_gets_its_own_results() {
             };
             assert!(admission.enter(4));
             let reply = replies.clone().reserve_owned().await.unwrap().into();
-            let (arrived, tainted) = (Instant::now(), Cell::new(false));
+            let (arrived, tainted) = (Instant::now(), AtomicBool::new(false));
             let (segment, slots, first) = (None, 4, 0);
             let job = Job { frame, segment, slots, first, tainted, arrived, reply };
             assert!(queue.send(job).is_ok());

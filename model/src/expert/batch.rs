@@ -5,7 +5,6 @@ use kernels::cuda::{GpuError, Results, Rows};
 
 use super::{ExpertGroup, ExpertScratch, forward_experts};
 use crate::numerics::Numerics;
-use crate::parallel::grown;
 
 /// Where experts are computed. Batches begin, and their results are taken in the same order; another may begin before the
 /// results of one are taken, not more.
@@ -41,7 +40,6 @@ pub trait Experts: Send {
 #[derive(Default)]
 pub struct CpuExperts {
     scratch: ExpertScratch,
-    x: Vec<u8>,
     out: Vec<u8>,
     width: usize,
 }
@@ -54,14 +52,9 @@ impl Experts for CpuExperts {
         groups: &[ExpertGroup<'_>],
         rows: &dyn Rows,
     ) -> Result<(), GpuError> {
-        let Self { scratch, x, out, width } = self;
+        let Self { scratch, out, width } = self;
         *width = groups.first().map_or(0, |group| group.expert.hidden() * numerics.bytes());
-        let count: usize = groups.iter().map(|group| group.rows).sum();
-        let x = grown(x, count * *width);
-        for (place, row) in x.chunks_exact_mut((*width).max(1)).enumerate() {
-            rows.copy(place, row);
-        }
-        forward_experts(compute, numerics, groups, x, out, scratch);
+        forward_experts(compute, numerics, groups, rows, out, scratch);
         Ok(())
     }
 

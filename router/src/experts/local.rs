@@ -5,7 +5,8 @@ use std::sync::Arc;
 use kernels::Compute;
 use model::rows::{convert, through_fp8};
 use model::{
-    Checkpoint, Expert, ExpertGroup, ExpertScratch, LoadError, Numerics, Routed, forward_experts,
+    Checkpoint, Expert, ExpertGroup, ExpertScratch, LoadError, Numerics, Routed, Row,
+    forward_experts,
 };
 use proto::LayerId;
 
@@ -27,7 +28,6 @@ pub struct Local {
     wire: Wire,
     /// The layer's rows after what the wire does to them, and a result before it.
     passed: Vec<u8>,
-    x: Vec<u8>,
     out: Vec<u8>,
     scratch: ExpertScratch,
 }
@@ -61,13 +61,12 @@ impl Local {
             layer: 0,
             wire,
             passed: Vec::new(),
-            x: Vec::new(),
             out: Vec::new(),
             scratch: ExpertScratch::default(),
         })
     }
 
-    /// Orders the slots by expert and copies their rows next to each other.
+    /// Orders the slots by expert.
     pub fn send(&mut self, layer: LayerId, routed: &Routed<'_>) {
         self.layer = layer.0 as usize - self.first_layer;
         self.counts.fill(0);
@@ -78,7 +77,14 @@ impl Local {
         self.order.extend(0..routed.experts.len() as u32);
         self.order.sort_by_key(|&slot| routed.experts[slot as usize]);
         self.position.resize(self.order.len(), 0);
-        let rows = match self.wire {
+        for (at, &slot) in self.order.iter().enumerate() {
+            self.position[slot as usize] = at as u32;
+        }
+    }
+
+    /// Computes what was sent, whose rows are `routed`'s.
+    pub fn compute(&mut self, routed: &Routed<'_>) {
+        let lie = match self.wire {
             Wire::Exact => routed.rows,
             Wire::Fp8 => {
                 let hidden = self.row_bytes / self.numerics.bytes();
@@ -86,15 +92,11 @@ impl Local {
                 &self.passed
             }
         };
-        self.x.clear();
-        for (at, &slot) in self.order.iter().enumerate() {
-            self.position[slot as usize] = at as u32;
-            let from = slot as usize / routed.top_k * self.row_bytes;
-            self.x.extend_from_slice(&rows[from..from + self.row_bytes]);
-        }
-    }
-
-    pub fn compute(&mut self) {
+        let (order, width) = (&self.order, self.row_bytes);
+        let rows = |place: usize| {
+            let id = order[place] as usize / routed.top_k;
+            Row { id, fp8: false, bytes: &lie[id * width..][..width] }
+        };
         let experts = &self.layers[self.layer];
         let groups: Vec<_> = experts
             .iter()
@@ -106,7 +108,7 @@ impl Local {
             &self.compute,
             self.numerics,
             &groups,
-            &self.x,
+            &rows,
             &mut self.out,
             &mut self.scratch,
         );

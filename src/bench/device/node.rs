@@ -15,7 +15,7 @@ use model::Device;
 use model::rows::{NodeSum, encode_fp8, fp8_row_bytes};
 use model::{
     Checkpoint, Compute, Expert, ExpertDevice, ExpertGroup, ExpertScratch, Isa, Numerics, Routed,
-    forward_experts,
+    forward_experts, together,
 };
 use proto::LayerId;
 use proto::v1::Dtype;
@@ -259,7 +259,8 @@ impl Layer {
             let expert = Expert::load(&self.checkpoint, self.layer, expert as usize)?;
             let group = ExpertGroup { expert: &expert, rows: 1 };
             let x = &work.rows[slot / self.top_k * 2 * self.hidden..][..2 * self.hidden];
-            forward_experts(&self.compute, NUMERICS, &[group], x, &mut out, &mut scratch);
+            let x = together(x, 2 * self.hidden);
+            forward_experts(&self.compute, NUMERICS, &[group], &x, &mut out, &mut scratch);
             expected.extend(values(&out).into_iter().map(f64::from));
             got.extend(values(dispatcher.row(slot)));
         }

@@ -10,8 +10,8 @@ use super::schedule::Group;
 /// What rows and groups lie at multiples of.
 const ALIGN: usize = 16;
 
-/// A batch's rows as they came, by place.
-pub trait Rows {
+/// A batch's rows as they came, by place. Several threads may ask for some each.
+pub trait Rows: Sync {
     /// A number that places have in common if they have the same row, and whether the row is in FP8: e4m3 codes, then f32
     /// scales of 128 values each; bf16 if not. Little-endian.
     fn kind(&self, place: usize) -> (usize, bool);
@@ -28,7 +28,7 @@ pub struct Row<'a> {
     pub bytes: &'a [u8],
 }
 
-impl<'a, F: Fn(usize) -> Row<'a>> Rows for F {
+impl<'a, F: Fn(usize) -> Row<'a> + Sync> Rows for F {
     fn kind(&self, place: usize) -> (usize, bool) {
         let Row { id, fp8, .. } = self(place);
         (id, fp8)
