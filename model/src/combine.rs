@@ -4,11 +4,15 @@
 //! (DeepSeek-V3 report, eq. 12). The order is the row's own; in which order results arrived, and
 //! from where, cannot show.
 
+use half::bf16;
 use kernels::Kernels;
 
 use crate::activations::{WireScratch, from_wire};
 use crate::numerics::Numerics;
 use crate::parallel::grown;
+
+/// Results that are read side by side, as many as a row usually has.
+const TOGETHER: usize = 8;
 
 /// Reusable working memory of one task.
 #[derive(Default)]
@@ -29,9 +33,23 @@ pub(crate) fn combine<'a>(
 ) {
     let CombineScratch { sum, wire } = scratch;
     let sum = grown(sum, residual.len());
-    sum.fill(0.0);
+    let mut together: [(f32, &[bf16]); TOGETHER] = [(0.0, &[]); TOGETHER];
+    let (mut count, mut summed) = (0, false);
     for (result, weight) in results {
+        if let (Numerics::Bf16, false, true) = (numerics, summed, count < TOGETHER)
+            && let Ok(result) = bytemuck::try_cast_slice(result)
+        {
+            together[count] = (weight, result);
+            count += 1;
+            continue;
+        }
+        if !std::mem::replace(&mut summed, true) {
+            kernels.weigh(&together[..count], sum);
+        }
         kernels.axpy(weight, from_wire(numerics, result, wire), sum);
+    }
+    if !summed {
+        kernels.weigh(&together[..count], sum);
     }
     sum.iter_mut().zip(shared).for_each(|(sum, shared)| *sum += shared);
     residual.iter_mut().zip(sum).for_each(|(x, sum)| *x += *sum);

@@ -390,12 +390,14 @@ impl Trunk {
         let has_shared = matches!(&self.layers[layer].mlp, Mlp::Moe(Moe { shared: Some(_), .. }));
         let shared = if has_shared { &step.shared[..rows * hidden] } else { &[] };
         let row_bytes = hidden * self.numerics.bytes();
-        let weights = step.weights[..rows * top_k].chunks(top_k);
-        let residual = step.residual[..rows * hidden].chunks_mut(hidden);
-        let (kernels, arena) = (self.compute.kernels, &step.combine);
-        let pieces = residual.zip(weights).enumerate();
-        for_each(&self.compute.pool, rows, pieces, |(row, (residual, weights))| {
-            let shares = (row * top_k..(row + 1) * top_k).zip(weights);
+        let weights = &step.weights[..rows * top_k];
+        let (kernels, arena, pool) = (self.compute.kernels, &step.combine, &self.compute.pool);
+        // A row a task if there are few.
+        let each = rows.div_ceil(4 * pool.threads()).clamp(1, ROWS);
+        let residual = step.residual[..rows * hidden].chunks_mut(each * hidden).enumerate();
+        let row = |row: usize, residual: &mut [f32]| {
+            let slots = row * top_k..(row + 1) * top_k;
+            let shares = slots.clone().zip(&weights[slots]);
             let results = shares.filter_map(|(slot, &weight)| {
                 let (bytes, weight) = match share(slot) {
                     Share::Result(bytes) => (bytes, weight),
@@ -409,6 +411,11 @@ impl Trunk {
             arena.with(|memory| {
                 combine(kernels, self.numerics, results, shared, residual, memory);
             });
+        };
+        for_each(pool, rows.div_ceil(each), residual, |(piece, residual)| {
+            for (i, residual) in residual.chunks_mut(hidden).enumerate() {
+                row(piece * each + i, residual);
+            }
         });
         Ok(())
     }

@@ -92,6 +92,10 @@ pub trait Device: Sync {
     /// `s = e^(s - max)` in place; returns the sum.
     fn softmax_weights(&self, s: &mut [f32], max: f32) -> f32;
 
+    /// For each place, puts sums of weights by two largest scores together: `max` and `sum` with `more` and `sums`, which
+    /// receive what sums by `more` and those by `max` before are to be multiplied by.
+    fn merge(&self, max: &mut [f32], sum: &mut [f32], more: &mut [f32], sums: &mut [f32]);
+
     /// `x = 1 / (1 + e^-x)` in place.
     fn sigmoid(&self, x: &mut [f32]);
 
@@ -100,6 +104,9 @@ pub trait Device: Sync {
 
     /// `y = a * x + y`, fused.
     fn axpy(&self, a: f32, x: Acts<'_>, y: &mut [f32]);
+
+    /// `y = sum of a * x`, in the order of `x`, as [`Device::axpy`] adds to zeros.
+    fn weigh(&self, x: &[(f32, &[bf16])], y: &mut [f32]);
 
     /// `y = a * x + b * y`, the second product rounded by itself.
     fn blend(&self, a: f32, x: &[f32], b: f32, y: &mut [f32]);
@@ -296,6 +303,12 @@ impl<S: Simd + Registers, B: Multiply> Device for Unit<S, B> {
         run::<S, _>(row::SoftmaxWeights { s, max })
     }
 
+    fn merge(&self, max: &mut [f32], sum: &mut [f32], more: &mut [f32], sums: &mut [f32]) {
+        let lengths = [sum.len(), more.len(), sums.len()];
+        assert_eq!(lengths, [max.len(); 3], "merge of equal lengths");
+        run::<S, _>(row::Merge { max, sum, more, sums });
+    }
+
     fn sigmoid(&self, x: &mut [f32]) {
         run::<S, _>(row::Sigmoid { x });
     }
@@ -307,6 +320,11 @@ impl<S: Simd + Registers, B: Multiply> Device for Unit<S, B> {
     fn axpy(&self, a: f32, x: Acts<'_>, y: &mut [f32]) {
         assert_eq!(x.len(), y.len(), "axpy of equal lengths");
         run::<S, _>(row::Axpy { a, x, y });
+    }
+
+    fn weigh(&self, x: &[(f32, &[bf16])], y: &mut [f32]) {
+        assert!(x.iter().all(|(_, x)| x.len() == y.len()), "rows of equal lengths");
+        run::<S, _>(row::Weigh { x, y });
     }
 
     fn blend(&self, a: f32, x: &[f32], b: f32, y: &mut [f32]) {

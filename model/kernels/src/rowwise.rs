@@ -150,6 +150,20 @@ task!(SoftmaxWeights { s: &'a mut [f32], max: f32 } -> f32 {
     tree(acc)
 });
 
+task!(Merge { max: &'a mut [f32], sum: &'a mut [f32], more: &'a mut [f32], sums: &'a mut [f32] } -> () {
+    for i in (0..max.len()).step_by(LANES) {
+        let (m, s) = (lanes_at(max, i, 0.0), lanes_at(sum, i, 0.0));
+        let (n, t) = (lanes_at(more, i, 0.0), lanes_at(sums, i, 0.0));
+        let top = each!(j => if n[j] > m[j] { n[j] } else { m[j] });
+        let old = each!(j => exp(m[j] - top[j]));
+        let new = each!(j => exp(n[j] - top[j]));
+        put(max, i, top);
+        put(sum, i, each!(j => new[j].mul_add(t[j], old[j] * s[j])));
+        put(more, i, new);
+        put(sums, i, old);
+    }
+});
+
 task!(Sigmoid { x: &'a mut [f32] } -> () {
     for i in (0..x.len()).step_by(LANES) {
         let v = lanes_at(x, i, 0.0);
@@ -178,6 +192,28 @@ task!(Axpy { a: f32, x: Acts<'a>, y: &'a mut [f32] } -> () {
             for (y, x) in y.iter_mut().zip(x) {
                 *y = a.mul_add(f32::from_bits(u32::from(x.to_bits()) << 16), *y);
             }
+        }
+    }
+});
+
+task!(Weigh { x: &'a [(f32, &'a [bf16])], y: &'a mut [f32] } -> () {
+    // All rows side by side: sums stay in registers, and memory is asked for many lines at once.
+    const AT_ONCE: usize = 4 * LANES;
+    let (whole, rest) = y.as_chunks_mut::<AT_ONCE>();
+    for (i, y) in whole.iter_mut().enumerate() {
+        let mut sums = [0.0; AT_ONCE];
+        for (a, x) in x {
+            let x = &x[i * AT_ONCE..][..AT_ONCE];
+            for j in 0..AT_ONCE {
+                sums[j] = a.mul_add(f32::from_bits(u32::from(x[j].to_bits()) << 16), sums[j]);
+            }
+        }
+        *y = sums;
+    }
+    rest.fill(0.0);
+    for (a, x) in x {
+        for (y, x) in rest.iter_mut().zip(&x[whole.len() * AT_ONCE..]) {
+            *y = a.mul_add(f32::from_bits(u32::from(x.to_bits()) << 16), *y);
         }
     }
 });

@@ -29,6 +29,9 @@ fn everything(k: &dyn Device, x: &[f32], w: &[f32], h: &[bf16]) -> Vec<u32> {
     out.extend(bits(&y));
     y.copy_from_slice(x);
     k.sigmoid(&mut y);
+    let (mut m, mut s, mut n, mut t) = (x.to_vec(), w.to_vec(), y.clone(), x.to_vec());
+    k.merge(&mut m, &mut s, &mut n, &mut t);
+    [m, s, n, t].iter().for_each(|part| out.extend(bits(part)));
     out.extend(bits(&y));
     k.axpy(0.3, Acts::F32(x), &mut y);
     k.axpy(-0.7, Acts::Bf16(h), &mut y);
@@ -59,6 +62,23 @@ proptest! {
         let want = everything(&*scalar(), &x, &w, &h);
         for device in others() {
             prop_assert_eq!(&everything(&*device, &x, &w, &h), &want, "{}", device.isa());
+        }
+    }
+}
+
+/// Rows weighed side by side give the bits of one after the other, on every device.
+#[test]
+fn rows_are_weighed_in_their_order() {
+    let mut random = Random(11);
+    for n in [0, 1, 15, 16, 63, 64, 65, 128, 200] {
+        let (weights, y) = (random.f32s(8, Kind::Plain), random.f32s(n, Kind::Plain));
+        let rows: Vec<_> = (0..8).map(|_| random.bf16s(n, Kind::Plain)).collect();
+        let rows: Vec<_> = weights.into_iter().zip(rows.iter().map(Vec::as_slice)).collect();
+        for k in others().into_iter().chain([scalar()]) {
+            let (mut steps, mut together) = (vec![0.0; n], y.clone());
+            rows.iter().for_each(|(a, row)| k.axpy(*a, Acts::Bf16(row), &mut steps));
+            k.weigh(&rows, &mut together);
+            assert_eq!(bits(&together), bits(&steps), "{n} on {}", k.isa());
         }
     }
 }
