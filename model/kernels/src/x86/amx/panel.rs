@@ -391,8 +391,8 @@ pub(super) struct Codes {
     /// Halves of 128-bit lanes: eight codes of the first step below eight of the second.
     order: __m512i,
     /// What tells codes of normal numbers from others.
-    two: __m512i,
-    sixteen: __m512i,
+    one: __m512i,
+    exponent: __m512i,
 }
 
 impl Codes {
@@ -403,8 +403,8 @@ impl Codes {
             high: kept(_mm512_set1_epi64(HIGH_BYTE)),
             low: kept(_mm512_set1_epi64(LOW_BYTE)),
             order: kept(_mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7)),
-            two: kept(_mm512_set1_epi8(2)),
-            sixteen: kept(_mm512_set1_epi8(16)),
+            one: kept(_mm512_set1_epi8(1)),
+            exponent: kept(_mm512_set1_epi8(0x70)),
         }
     }
 
@@ -412,10 +412,10 @@ impl Codes {
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi,gfni")]
     pub(super) fn pairs(&self, codes: __m512i) -> [__m512i; 2] {
+        // One more than a code has none of the exponent's upper bits where the exponent is zero or the code is no number, and
+        // for the least normal numbers: few, and right in the table too, so that one test tells them all.
+        let odd = _mm512_testn_epi8_mask(_mm512_add_epi8(codes, self.one), self.exponent);
         let codes = _mm512_permutexvar_epi64(self.order, codes);
-        // Twice a code is the code without its sign: 0 to 14 where the exponent is zero, 254 if it is no number.
-        let twice = _mm512_add_epi8(codes, codes);
-        let odd = _mm512_cmple_epu8_mask(_mm512_add_epi8(twice, self.two), self.sixteen);
         let [low, high] = match odd {
             0 => [
                 _mm512_gf2p8affine_epi64_epi8::<0>(codes, self.low),
