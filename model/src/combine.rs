@@ -34,22 +34,23 @@ pub(crate) fn combine<'a>(
     let CombineScratch { sum, wire } = scratch;
     let sum = grown(sum, residual.len());
     let mut together: [(f32, &[bf16]); TOGETHER] = [(0.0, &[]); TOGETHER];
-    let (mut count, mut summed) = (0, false);
-    for (result, weight) in results {
-        if let (Numerics::Bf16, false, true) = (numerics, summed, count < TOGETHER)
-            && let Ok(result) = bytemuck::try_cast_slice(result)
-        {
-            together[count] = (weight, result);
-            count += 1;
-            continue;
+    let (mut results, mut count, mut next) = (results, 0, None);
+    for (result, weight) in results.by_ref() {
+        match bytemuck::try_cast_slice(result) {
+            Ok(result) if numerics == Numerics::Bf16 && count < TOGETHER => {
+                together[count] = (weight, result);
+                count += 1;
+            }
+            _ => {
+                next = Some((result, weight));
+                break;
+            }
         }
-        if !std::mem::replace(&mut summed, true) {
-            kernels.weigh(&together[..count], sum);
-        }
-        kernels.axpy(weight, from_wire(numerics, result, wire), sum);
     }
-    if !summed {
-        kernels.weigh(&together[..count], sum);
+    kernels.weigh(&together[..count], sum);
+    // After one that does not lie well, all, as the order is theirs.
+    for (result, weight) in next.into_iter().chain(results) {
+        kernels.axpy(weight, from_wire(numerics, result, wire), sum);
     }
     sum.iter_mut().zip(shared).for_each(|(sum, shared)| *sum += shared);
     residual.iter_mut().zip(sum).for_each(|(x, sum)| *x += *sum);

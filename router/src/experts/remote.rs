@@ -114,12 +114,16 @@ impl Remote {
         while !self.lanes[waited].0.is_done() {
             let event = match self.next() {
                 Some(event) => Some(event),
-                None if awake && start.elapsed() < AWAKE => {
-                    std::thread::yield_now();
-                    self.turn(Instant::now());
-                    continue;
+                None => {
+                    let now = Instant::now();
+                    let next = self.next_timeout();
+                    if awake && now < next.min(start + AWAKE) {
+                        std::thread::yield_now();
+                        self.turn(now);
+                        continue;
+                    }
+                    self.listen(now, next)
                 }
-                None => self.listen(),
             };
             let now = Instant::now();
             let placement = self.placement.load_full();
@@ -173,11 +177,14 @@ impl Remote {
         }
     }
 
-    /// What comes before an exchange has something to do again, if anything does.
-    fn listen(&mut self) -> Option<LinkEvent> {
-        let now = Instant::now();
+    /// When an exchange has something to do again, whatever comes. One is open.
+    fn next_timeout(&self) -> Instant {
         let open = self.lanes.iter().filter(|(exchange, _)| !exchange.is_done());
-        let next = open.map(|(exchange, _)| exchange.next_timeout()).min().unwrap_or(now);
+        open.map(|(exchange, _)| exchange.next_timeout()).min().unwrap_or_else(Instant::now)
+    }
+
+    /// What comes before `next`, if anything does.
+    fn listen(&mut self, now: Instant, next: Instant) -> Option<LinkEvent> {
         let pause = next.saturating_duration_since(now).min(LOOK_AROUND);
         if !self.links.load().iter().all(|link| link.sleep()) {
             return self.next();
