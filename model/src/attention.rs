@@ -384,7 +384,7 @@ impl Shared<'_> {
                     for block in mine.chunks(len) {
                         let (max, sum) = (block[row], block[rows + row]);
                         let values = &block[2 * rows + row * rank..][..rank];
-                        merged.add(kernels, max, sum, values, out);
+                        merged.add(kernels, max, sum, Some(values), out);
                     }
                 });
             }

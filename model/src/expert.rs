@@ -176,8 +176,9 @@ pub struct ExpertGroup<'a> {
     pub rows: usize,
 }
 
-/// Rows `[rows, hidden]` that lie one after the other, by place.
+/// Rows of `width` bytes that lie one after the other, by place. Panics if they are not whole.
 pub fn together(rows: &[u8], width: usize) -> impl Rows {
+    assert!(rows.len().is_multiple_of(width), "rows of {width} bytes");
     move |place| Row { id: place, fp8: false, bytes: &rows[place * width..][..width] }
 }
 

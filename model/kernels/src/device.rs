@@ -92,10 +92,6 @@ pub trait Device: Sync {
     /// `s = e^(s - max)` in place; returns the sum.
     fn softmax_weights(&self, s: &mut [f32], max: f32) -> f32;
 
-    /// For each place, puts sums of weights by two largest scores together: `max` and `sum` with `more` and `sums`, which
-    /// receive what sums by `more` and those by `max` before are to be multiplied by.
-    fn merge(&self, max: &mut [f32], sum: &mut [f32], more: &mut [f32], sums: &mut [f32]);
-
     /// `x = 1 / (1 + e^-x)` in place.
     fn sigmoid(&self, x: &mut [f32]);
 
@@ -301,12 +297,6 @@ impl<S: Simd + Registers, B: Multiply> Device for Unit<S, B> {
 
     fn softmax_weights(&self, s: &mut [f32], max: f32) -> f32 {
         run::<S, _>(row::SoftmaxWeights { s, max })
-    }
-
-    fn merge(&self, max: &mut [f32], sum: &mut [f32], more: &mut [f32], sums: &mut [f32]) {
-        let lengths = [sum.len(), more.len(), sums.len()];
-        assert_eq!(lengths, [max.len(); 3], "merge of equal lengths");
-        run::<S, _>(row::Merge { max, sum, more, sums });
     }
 
     fn sigmoid(&self, x: &mut [f32]) {

@@ -150,20 +150,6 @@ task!(SoftmaxWeights { s: &'a mut [f32], max: f32 } -> f32 {
     tree(acc)
 });
 
-task!(Merge { max: &'a mut [f32], sum: &'a mut [f32], more: &'a mut [f32], sums: &'a mut [f32] } -> () {
-    for i in (0..max.len()).step_by(LANES) {
-        let (m, s) = (lanes_at(max, i, 0.0), lanes_at(sum, i, 0.0));
-        let (n, t) = (lanes_at(more, i, 0.0), lanes_at(sums, i, 0.0));
-        let top = each!(j => if n[j] > m[j] { n[j] } else { m[j] });
-        let old = each!(j => exp(m[j] - top[j]));
-        let new = each!(j => exp(n[j] - top[j]));
-        put(max, i, top);
-        put(sum, i, each!(j => new[j].mul_add(t[j], old[j] * s[j])));
-        put(more, i, new);
-        put(sums, i, old);
-    }
-});
-
 task!(Sigmoid { x: &'a mut [f32] } -> () {
     for i in (0..x.len()).step_by(LANES) {
         let v = lanes_at(x, i, 0.0);

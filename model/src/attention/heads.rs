@@ -9,7 +9,6 @@
 //! blocks by itself, or leave them to several threads.
 
 use std::ops::Range;
-use std::slice::from_mut;
 
 use half::bf16;
 use kernels::{Acts, Kernels, Out, Packed, Stack};
@@ -50,8 +49,6 @@ pub(super) struct HeadScratch {
     weights: Vec<bf16>,
     /// One block of all rows.
     block: Vec<f32>,
-    /// Largest scores and sums of all rows over the blocks so far.
-    merged: Vec<f32>,
     /// Rows of one head.
     pub gathered: ClassRows,
     /// A row after its norm.
@@ -82,17 +79,26 @@ pub(super) struct Merged {
 }
 
 impl Merged {
-    /// Adds a block to `out`, the weighted sum by the largest score so far.
-    pub fn add(&mut self, kernels: Kernels, max: f32, sum: f32, values: &[f32], out: &mut [f32]) {
+    /// Adds a block to `out`, the weighted sum by the largest score so far. Without `values`, that sum is there already.
+    pub fn add(
+        &mut self,
+        kernels: Kernels,
+        max: f32,
+        sum: f32,
+        values: Option<&[f32]>,
+        out: &mut [f32],
+    ) {
         if !std::mem::replace(&mut self.any, true) {
             (self.max, self.sum) = (max, sum);
-            out.copy_from_slice(values);
+            values.into_iter().for_each(|values| out.copy_from_slice(values));
             return;
         }
-        let (mut new, mut old) = ([max], [sum]);
-        let (max, sum) = (from_mut(&mut self.max), from_mut(&mut self.sum));
-        kernels.merge(max, sum, &mut new, &mut old);
-        kernels.blend(new[0], values, old[0], out);
+        let top = if max > self.max { max } else { self.max };
+        let mut factors = [self.max, max];
+        kernels.softmax_weights(&mut factors, top);
+        let [old, new] = factors;
+        values.into_iter().for_each(|values| kernels.blend(new, values, old, out));
+        (self.max, self.sum) = (top, new.mul_add(sum, old * self.sum));
     }
 
     /// Makes a weighted sum by the largest score one by the softmax. A zero gets no sign, which kernels leave open.
@@ -145,9 +151,13 @@ impl Tile {
         self.pack(context, queries, pages, memory);
         let mut block = std::mem::take(&mut memory.block);
         let values = grown(&mut block, Block::len(rows, rank));
-        // Largest scores and sums so far, as a block has them.
-        let mut merged = std::mem::take(&mut memory.merged);
-        let so_far = grown(&mut merged, 2 * rows);
+        let mut merged = [Merged::default(); TILE_ROWS];
+        let mut more = Vec::new();
+        // A tile has more rows than it aims at only if a token has more heads.
+        let merged = match rows {
+            0..=TILE_ROWS => &mut merged[..rows],
+            _ => grown_merged(&mut more, rows),
+        };
         for index in 0..self.blocks() {
             let mut block = Block::of(values, rows);
             if index == 0 {
@@ -155,23 +165,16 @@ impl Tile {
                 block.values = summed;
             }
             self.block(context, index, pages, memory, block);
-            let (of_block, values) = values.split_at_mut(2 * rows);
-            if index == 0 {
-                so_far.copy_from_slice(of_block);
-                continue;
-            }
-            let (max, sum) = so_far.split_at_mut(rows);
-            let (new, old) = of_block.split_at_mut(rows);
-            kernels.merge(max, sum, new, old);
-            let rows = values.chunks(rank).zip(summed.chunks_mut(rank));
-            for ((values, out), (new, old)) in rows.zip(new.iter().zip(&*old)) {
-                kernels.blend(*new, values, *old, out);
+            for (row, merged) in merged.iter_mut().enumerate() {
+                let (max, sum) = (values[row], values[rows + row]);
+                let mine = &values[2 * rows + row * rank..][..rank];
+                let mine = (index > 0).then_some(mine);
+                merged.add(kernels, max, sum, mine, &mut summed[row * rank..][..rank]);
             }
         }
-        for (sum, out) in so_far[rows..].iter().zip(summed.chunks_mut(rank)) {
-            kernels.scale(1.0 / sum, out);
+        for (merged, out) in merged.iter().zip(summed.chunks_mut(rank)) {
+            merged.finish(kernels, out);
         }
-        memory.merged = merged;
         memory.block = block;
     }
 
@@ -252,4 +255,9 @@ impl Tile {
         let stack = Stack::new(&rows_of).causal(common, heads);
         kernels.matmul_t(weights, rows, BLOCK, stack, values, rank);
     }
+}
+
+fn grown_merged(buffer: &mut Vec<Merged>, rows: usize) -> &mut [Merged] {
+    buffer.resize(rows, Merged::default());
+    buffer
 }

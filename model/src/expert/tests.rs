@@ -70,6 +70,14 @@ fn alignment_does_not_matter() {
 }
 
 #[test]
+#[should_panic(expected = "rows of 192 bytes")]
+fn rows_of_another_width_are_a_callers_mistake() {
+    let (_checkpoint, experts) = experts();
+    let groups = [ExpertGroup { expert: &experts[0], rows: 1 }];
+    run(1, Numerics::F32, &groups, &[0; 96]);
+}
+
+#[test]
 fn no_rows_give_no_rows() {
     let (_checkpoint, experts) = experts();
     assert!(run(1, Numerics::F32, &[], &[]).is_empty());

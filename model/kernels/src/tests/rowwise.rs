@@ -29,9 +29,6 @@ fn everything(k: &dyn Device, x: &[f32], w: &[f32], h: &[bf16]) -> Vec<u32> {
     out.extend(bits(&y));
     y.copy_from_slice(x);
     k.sigmoid(&mut y);
-    let (mut m, mut s, mut n, mut t) = (x.to_vec(), w.to_vec(), y.clone(), x.to_vec());
-    k.merge(&mut m, &mut s, &mut n, &mut t);
-    [m, s, n, t].iter().for_each(|part| out.extend(bits(part)));
     out.extend(bits(&y));
     k.axpy(0.3, Acts::F32(x), &mut y);
     k.axpy(-0.7, Acts::Bf16(h), &mut y);
